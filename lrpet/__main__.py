@@ -1,0 +1,115 @@
+"""The command line: ``python -m lrpet list | check | run NAME… | train FIELD=VALUE…``, the same runs without Jupyter."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import yaml
+
+from lrpet.config import PROFILES, RunConfig
+from lrpet.experiments import load_profile, select
+from lrpet.runs import is_complete, load_run, run
+from lrpet.training import Paused
+
+PAUSED = 75  # exit status: "temporary failure, try again" of sysexits.h
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Carry out one command; return its exit status: 0 all complete, 1 an error, 75 paused by the time budget."""
+    parser = argparse.ArgumentParser(prog="python -m lrpet", description="Train, resume and list the runs of experiments.yaml.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb, text in (("list", "list the runs of a profile and their state"), ("check", "the same; exit status 1 unless all are complete")):
+        sub = verbs.add_parser(verb, help=text)
+        sub.add_argument("--profile", default="smoke", choices=PROFILES)
+    for verb, text in (("run", "do the named runs of a profile; * and ? match"), ("train", "do one run of your own")):
+        sub = verbs.add_parser(verb, help=text)
+        if verb == "run":
+            sub.add_argument("names", nargs="*", metavar="NAME", help="as 'list' shows them; none is all")
+            sub.add_argument("--profile", default="smoke", choices=PROFILES)
+            sub.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
+        else:
+            sub.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help="fields of RunConfig, as dataset=imagefolder epochs=10")
+        sub.add_argument("--data", metavar="DIR", help="folder of the images (default: LRPET_DATA)")
+        sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+        sub.add_argument("--time-budget", type=float, metavar="SECONDS", help="stop at a checkpoint after this time")
+        sub.add_argument("--checkpoint-epochs", type=int, default=1, metavar="N", help="epochs between checkpoints")
+    args = parser.parse_args(arguments)
+    try:
+        return {"list": _list, "check": _list, "run": _run, "train": _train}[args.verb](args)
+    except Paused as pause:
+        print(pause)
+        return PAUSED
+    except (ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _list(args) -> int:
+    profile = load_profile(args.profile)
+    print(f"profile {profile.name}: {profile.note}\ncost: {profile.cost}")
+    missing = 0
+    for experiment in profile.experiments:
+        folder = experiment.config.folder()
+        if is_complete(folder):
+            summary = load_run(folder).summary
+            state = f"complete  {summary['top1_pct']:.2f} % {summary['scored_on']}, {summary['macs'] / 1e6:.2f} M MACs"
+        else:
+            missing += 1
+            state = "started" if (folder / "checkpoint.pt").is_file() else "not run"
+        print(f"  {experiment.name:28s} {experiment.config.run_id:44s} {state}")
+    print(f"{len(profile.experiments) - missing} of {len(profile.experiments)} complete")
+    return 1 if missing and args.verb == "check" else 0
+
+
+def _train(args) -> int:
+    fields = dict(field.partition("=")[::2] for field in args.fields)
+    config = RunConfig.from_dict({name: yaml.safe_load(value) for name, value in fields.items()})
+    done = _do(config, args)
+    print(f"{done.summary['top1_pct']:.2f} % {done.summary['scored_on']} accuracy at {done.summary['macs'] / 1e6:.2f} M MACs; all files: {done.folder}")
+    return 0
+
+
+def _do(config: RunConfig, args):
+    return run(config, data=args.data, device=args.device, time_budget=args.time_budget, checkpoint_epochs=args.checkpoint_epochs)
+
+
+def _run(args) -> int:
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1; got {args.jobs}")
+    profile = load_profile(args.profile)
+    chosen = select(profile, args.names)
+    todo = [e for e in chosen if not is_complete(e.config.folder())]
+    print(f"profile {profile.name}: {len(chosen)} runs asked for, {len(chosen) - len(todo)} complete, cost of all: {profile.cost}", flush=True)
+    began = time.monotonic()
+    if len(chosen) == 1:
+        _do(chosen[0].config, args)
+        return 0
+
+    def one(experiment) -> int:
+        """Do one run in a process of its own, so that its threads and memory are its own."""
+        command = [sys.executable, "-m", "lrpet", "run", experiment.name, "--profile", profile.name, "--device", args.device]
+        command += ["--checkpoint-epochs", str(args.checkpoint_epochs)] + (["--data", args.data] if args.data else [])
+        if args.time_budget is not None:
+            left = args.time_budget - (time.monotonic() - began)
+            if left <= 0:
+                return PAUSED
+            command += ["--time-budget", str(left)]
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // args.jobs))
+        return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, check=False).returncode
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        states = list(pool.map(one, todo))
+    incomplete = [(e.name, state) for e, state in zip(todo, states, strict=True) if not is_complete(e.config.folder())]
+    for name, state in incomplete:
+        print(f"not complete: {name} ({'paused' if state == PAUSED else f'failed with status {state}'})")
+    print(f"{len(chosen) - len(incomplete)} of {len(chosen)} complete after {time.monotonic() - began:.0f} s")
+    return 0 if not incomplete else 1 if any(state != PAUSED for _, state in incomplete) else PAUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""What is run: one frozen, validated, hashed configuration, and every path that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrpet.models import MODELS
+
+__all__ = ["DATASETS", "METHODS", "PROJECT", "RunConfig", "figures_root", "results_root"]
+
+DATASETS = {"digits": 8, "cifar10": 32, "imagefolder": 224}  # name → image size in pixels
+METHODS = ("dense", "lrp", "lrpet")
+PROFILES = ("smoke", "short", "paper", "imagenet")
+PRECISIONS = ("fp32", "tf32", "bf16")
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def results_root() -> Path:
+    """Return the folder of all results: ``LRPET_RESULTS``, else ``results/`` of the project."""
+    return Path(os.environ.get("LRPET_RESULTS") or PROJECT / "results").expanduser()
+
+
+def figures_root() -> Path:
+    """Return the folder of all figures: ``LRPET_FIGURES``, else ``figures/`` of the project."""
+    return Path(os.environ.get("LRPET_FIGURES") or PROJECT / "figures").expanduser()
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the outcome of a run, with the defaults of the smoke profile.
+
+    Fields that a method does not read are stored as null, so that two configurations that mean the
+    same run have the same name. Device, number of threads and place of the data are no part of it:
+    they are recorded with the run.
+
+    Raises:
+        ValueError: a field of the wrong type or out of range, or fields that contradict each other; the
+            text names the field, what came, what is allowed and what to do.
+
+    Source of the defaults that are the paper's: arXiv 2204.05566, section IV-A.
+
+    >>> RunConfig(method="lrpet", prune_ratio=0.57, seed=1).run_id
+    'digits-resnet8-lrpet-0.57-s1-dd0c51'
+    """
+
+    dataset: str = "digits"  # digits | cifar10 | imagefolder
+    image_size: int | None = None  # pixels; null is the data set's own: 8, 32, 224
+    model: str = "resnet8"  # a name of build_model
+    method: str = "lrpet"  # dense | lrp | lrpet
+    prune_ratio: float | None = None  # share of singular values removed; null with ranks, else 0.57
+    ranks: tuple[int, ...] | Mapping[str, int] | None = None  # one for each convolution, or layer name → rank
+    bn_rectification: bool | None = None  # project the weight as BatchNorm scales it; paper: true
+    residual: float | None = None  # q, share of each removed singular value that stays; paper's tables: 0
+    row_eps: float | None = None  # constant in undoing the BatchNorm scale; authors' code: 0.00001
+    projection_interval: int | None = None  # in projection_unit
+    projection_unit: str | None = None  # epoch | iteration
+    epochs: int = 20
+    batch_size: int = 64  # images
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 0.0001
+    milestones: tuple[int, ...] = (10, 15)  # epochs at which the learning rate falls to a tenth
+    validation_fraction: float = 0.0  # share of training images held out; above 0 they, not the test set, are scored
+    seed: int = 1
+    precision: str = "fp32"  # fp32 | tf32 (CUDA) | bf16 (autocast)
+    profile: str = "smoke"  # smoke | short | paper | imagenet
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), field.type)
+        self._choose("dataset", DATASETS)
+        self._choose("model", MODELS)
+        self._choose("method", METHODS)
+        self._choose("precision", PRECISIONS)
+        self._choose("profile", PROFILES)
+        self._normalize()
+        self._bound("image_size", 4, 1024)
+        self._bound("epochs", 1, 100_000)
+        self._bound("batch_size", 1, 1_000_000)
+        self._bound("seed", 0, 2**31 - 1)
+        self._bound("learning_rate", 0.0, 100.0)
+        self._bound("momentum", 0.0, 0.9999)
+        self._bound("weight_decay", 0.0, 1.0)
+        self._bound("validation_fraction", 0.0, 0.9)
+        if self.dataset != "imagefolder" and self.image_size != DATASETS[self.dataset]:
+            self._refuse("image_size", f"{DATASETS[self.dataset]} for {self.dataset}; another size needs dataset='imagefolder'")
+        if any(b <= a for a, b in zip((0, *self.milestones), self.milestones, strict=False)) or any(m >= self.epochs for m in self.milestones):
+            self._refuse("milestones", f"rising epochs between 1 and {self.epochs - 1}; shorten them together with epochs")
+        if self.method == "dense":
+            return
+        if self.ranks is None:
+            self._bound("prune_ratio", 0.0, math.nextafter(1.0, 0.0))
+        self._bound("residual", 0.0, 1.0)
+        self._bound("row_eps", 0.0, 1.0)
+        self._bound("projection_interval", 1, 1_000_000)
+        self._choose("projection_unit", ("epoch", "iteration"))
+
+    def _normalize(self) -> None:
+        """Fill in what follows from other fields; null what the method does not read."""
+        put = lambda name, value: object.__setattr__(self, name, value)
+        for field in dataclasses.fields(self):
+            if "float" in field.type and getattr(self, field.name) is not None:
+                put(field.name, float(getattr(self, field.name)))
+        put("milestones", tuple(self.milestones))
+        if self.image_size is None:
+            put("image_size", DATASETS[self.dataset])
+        if self.method == "dense":
+            for name in ("prune_ratio", "ranks", "bn_rectification", "residual", "row_eps", "projection_interval", "projection_unit"):
+                put(name, None)
+            return
+        if self.ranks is not None:
+            if self.prune_ratio is not None:
+                self._refuse("prune_ratio", "null when ranks are given; drop one of the two")
+            put("ranks", dict(self.ranks) if isinstance(self.ranks, Mapping) else tuple(self.ranks))
+        defaults = {"bn_rectification": True, "residual": 0.0, "row_eps": 1e-5, "projection_interval": 1, "projection_unit": "epoch"}
+        if self.ranks is None:
+            defaults["prune_ratio"] = 0.57
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                put(name, value)
+
+    def _refuse(self, name: str, allowed: str):
+        raise ValueError(f"{name} must be {allowed}; got {getattr(self, name)!r}")
+
+    def _choose(self, name: str, allowed) -> None:
+        if getattr(self, name) not in allowed:
+            self._refuse(name, f"one of {', '.join(allowed)}")
+
+    def _bound(self, name: str, low: float, high: float) -> None:
+        if not low <= getattr(self, name) <= high:
+            self._refuse(name, f"between {low:g} and {high:g}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> RunConfig:
+        """Build a configuration from a mapping, refusing names that are not fields.
+
+        >>> RunConfig.from_dict({"prune_ration": 0.7})
+        Traceback (most recent call last):
+        ...
+        ValueError: 'prune_ration' is not a field of RunConfig; did you mean 'prune_ratio'?
+        """
+        import difflib
+
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                close = difflib.get_close_matches(str(name), names, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"fields are {', '.join(names)}"
+                raise ValueError(f"{name!r} is not a field of RunConfig; {hint}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """Return all fields as plain JSON values; ``from_dict`` reverses it."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @property
+    def run_id(self) -> str:
+        """The name of the run: data, network, method, compression and seed, then a hash over all fields."""
+        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:6]
+        size = ["ranks"] if self.ranks is not None else [] if self.prune_ratio is None else [f"{self.prune_ratio:g}"]
+        return "-".join([self.dataset, self.model, self.method, *size, f"s{self.seed}", digest])
+
+    def folder(self, results: Path | None = None) -> Path:
+        """Return where the run lives: ``<results>/<profile>/runs/<run_id>``."""
+        return (results or results_root()) / self.profile / "runs" / self.run_id
+
+
+def _check_type(name: str, value, annotation: str) -> None:
+    """Refuse a value of the wrong type; no conversion but int → float, which loses nothing."""
+    if value is None and "None" in annotation:
+        return
+    if annotation.startswith("tuple"):
+        if isinstance(value, Mapping) and "Mapping" in annotation:
+            items = value.values()
+            good = all(isinstance(key, str) for key in value)
+        else:
+            good = isinstance(value, (list, tuple))
+            items = value if good else ()
+        if not good or not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+            raise ValueError(f"{name} must be a list of whole numbers{' or a map of layer names to them' if 'Mapping' in annotation else ''}; got {value!r}")
+        return
+    kind = {"str": str, "int": int, "float": (int, float), "bool": bool}[annotation.split(" ")[0]]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        hint = " (YAML reads 1e-4 as text: write 0.0001)" if isinstance(value, str) and kind != str else ""
+        raise ValueError(f"{name} must be {annotation.split(' ')[0]}; got {type(value).__name__} {value!r}{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value!r}")

@@ -1,0 +1,278 @@
+"""Images as uint8 on the device, decoded once, augmented there in whole batches."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrpet.config import PROJECT, RunConfig
+
+__all__ = ["Batches", "DataError", "ImageData", "load_data"]
+
+
+class DataError(ValueError):
+    """The images are missing, incomplete or damaged; the text says which and what to do."""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set in memory: uint8 images (n, H, W, 3), labels (n,), and how training images are varied."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]  # of pixels scaled to [0, 1]
+    std: tuple[float, ...]
+    image_size: int  # pixels that the network sees
+    pad: int | None  # random crop after padding by this many pixels; None: random resized crop
+    flip: bool  # random horizontal flip
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 over pixels and labels of each split: tells copies of a data set apart."""
+        splits = {"train": (self.train_images, self.train_labels), "test": (self.test_images, self.test_labels)}
+        return {
+            f"data_{split}_sha256": hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+            for split, (images, labels) in splits.items()
+        }
+
+
+def load_data(config: RunConfig, root: str | Path | None = None) -> ImageData:
+    """Load the data set that a configuration names.
+
+    Args:
+        config: its ``dataset``, ``image_size`` and ``validation_fraction`` are read.
+        root: folder of the images (``--data``); None takes ``LRPET_DATA``, and for CIFAR-10 without either
+            torchvision downloads to ``data/`` of the project. digits needs none.
+
+    Returns:
+        The images. With ``validation_fraction`` > 0 the "test" part is held out from the training
+        images, the same ones for every seed, and the real test set is not touched.
+
+    Raises:
+        DataError: missing, incomplete or damaged data.
+
+    Source: Krizhevsky 2009 for CIFAR-10; UCI "Optical Recognition of Handwritten Digits" through
+    scikit-learn for digits; mean, deviation and augmentation as in arXiv 2204.05566, section IV-A.
+
+    >>> load_data(RunConfig()).train_images.shape
+    torch.Size([1297, 8, 8, 3])
+    """
+    root = root or os.environ.get("LRPET_DATA") or None
+    root = None if root is None else Path(root).expanduser()
+    if config.dataset == "digits":
+        data = _digits()
+    elif config.dataset == "cifar10":
+        data = _cifar10(root)
+    else:
+        data = _imagefolder(root, config.image_size)
+    return _hold_out(data, config.validation_fraction) if config.validation_fraction else data
+
+
+def _hold_out(data: ImageData, fraction: float) -> ImageData:
+    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
+    cut = round(fraction * len(order))
+    if not 0 < cut < len(order):
+        raise DataError(f"validation_fraction {fraction} of {len(order)} training images leaves one side empty; choose another")
+    held, rest = order[:cut], order[cut:]
+    images = data.train_images[held]
+    if images.shape[1] != data.image_size:  # stored larger for random resized crops
+        edge = (images.shape[1] - data.image_size) // 2
+        images = images[:, edge : edge + data.image_size, edge : edge + data.image_size].contiguous()
+    parts = {"train_images": data.train_images[rest], "train_labels": data.train_labels[rest]}
+    return ImageData(**{**data.__dict__, **parts, "test_images": images, "test_labels": data.train_labels[held]})
+
+
+def _digits() -> ImageData:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)).expand(-1, -1, -1, 3).contiguous()
+    labels = torch.from_numpy(labels).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the writers come in blocks
+    train, test = order[:1297], order[1297:]
+    return ImageData(
+        images[train], labels[train], images[test], labels[test], tuple("0123456789"), (0.306,) * 3, (0.377,) * 3, 8, pad=1, flip=False
+    )
+
+
+def _cifar10(root: Path | None) -> ImageData:
+    place = root or PROJECT / "data" / "cifar10"
+    if (place / "train").is_dir():
+        train_x, train_y, test_x, test_y, classes = _read_tree(place, None, 32, 32)
+        if (len(train_y), len(test_y), len(classes)) != (50_000, 10_000, 10):
+            raise DataError(
+                f"{place} holds {len(train_y)} training and {len(test_y)} test images of {len(classes)} classes; CIFAR-10 has 50000, 10000 "
+                "and 10. Unpack it again, or use dataset='imagefolder' for another set"
+            )
+    else:
+        from torchvision.datasets import CIFAR10
+
+        if root is not None and not (place / "cifar-10-batches-py").is_dir():
+            raise DataError(f"{place} holds neither train/ nor cifar-10-batches-py/; give the folder of CIFAR-10, or none to download it")
+        try:
+            sets = [CIFAR10(place, train=train, download=True) for train in (True, False)]
+        except Exception as error:  # torchvision lets errors of urllib, tarfile and its own checks through
+            raise DataError(
+                f"CIFAR-10 is not in {place} and could not be downloaded ({type(error).__name__}: {error}). Delete that folder and try again "
+                "with a network, or give a folder with train/ and test/ by --data or LRPET_DATA"
+            ) from error
+        train_x, test_x = (torch.from_numpy(s.data) for s in sets)
+        train_y, test_y = (torch.tensor(s.targets) for s in sets)
+        classes = tuple(sets[0].classes)
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    return ImageData(train_x, train_y, test_x, test_y, classes, mean, std, 32, pad=4, flip=True)
+
+
+def _imagefolder(root: Path | None, size: int) -> ImageData:
+    if root is None:
+        raise DataError("dataset 'imagefolder' needs a folder with train/ and val/ (or test/): give it by --data or LRPET_DATA")
+    short = round(size * 256 / 224)
+    parts = _read_tree(root, short, short, size)
+    return ImageData(*parts, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), size, pad=None, flip=True)
+
+
+def _read_tree(root: Path, short: int | None, train_size: int, test_size: int):
+    """Return images, labels and classes of an ImageFolder tree, from the cache where it was decoded before.
+
+    The shorter side is resized to ``short`` pixels and the central square cut out; None takes only images that fit.
+    """
+    from torchvision.datasets import ImageFolder
+
+    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or held_out is None:
+        raise DataError(f"{root} must hold train/ and test/ (or val/), each with a folder a class; unpack the images again or give another --data")
+    try:
+        train, test = (ImageFolder(folder) for folder in (root / "train", held_out))
+    except FileNotFoundError as error:
+        raise DataError(f"{root} has a class without images: {error}. Unpack it again, or remove the empty folder") from error
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise DataError(f"train/ and {held_out.name}/ of {root} hold different classes (only one has {odd[0]!r}); unpack it again")
+    if len(train.classes) < 2:
+        raise DataError(f"{root} has one class, {train.classes[0]!r}; a classifier needs at least two folders in train/")
+
+    samples = train.samples + test.samples
+    listing = [f"{Path(p).relative_to(root)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p, _ in samples]
+    key = hashlib.sha256("\n".join([str(root.resolve()), f"{short} {train_size} {test_size}", *listing]).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("LRPET_CACHE") or PROJECT / "data" / "cache").expanduser()
+    arrays = []
+    for split, dataset, size in (("train", train, train_size), ("test", test, test_size)):
+        file = cache / f"{key}-{split}.npy"
+        if not file.is_file():
+            images = _decode([path for path, _ in dataset.samples], short, size)
+            cache.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(f".part{os.getpid()}")
+            with open(part, "wb") as out:
+                np.save(out, images)
+            os.replace(part, file)
+        arrays.append(np.load(file))
+    (train_x, test_x), (train_y, test_y) = map(torch.from_numpy, arrays), (torch.tensor(s.targets) for s in (train, test))
+    return train_x, train_y, test_x, test_y, tuple(train.classes)
+
+
+def _decode(paths: list[str], short: int | None, size: int) -> np.ndarray:
+    """Decode files to (n, size, size, 3) uint8, several at a time: Pillow releases the interpreter lock."""
+    from PIL import Image
+
+    def decode(path: str) -> np.ndarray:
+        try:
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path} cannot be decoded ({error}); replace or remove it") from error
+        if short is not None:
+            scale = short / min(image.size)
+            image = image.resize([max(short, round(edge * scale)) for edge in image.size], Image.Resampling.BILINEAR)
+            left, top = ((edge - size) // 2 for edge in image.size)
+            image = image.crop((left, top, left + size, top + size))
+        elif image.size != (size, size):
+            raise DataError(f"{path} is {image.width}×{image.height} pixels, not {size}×{size}; use dataset='imagefolder' for such images")
+        return np.asarray(image)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.stack(list(pool.map(decode, paths)))
+
+
+class Batches:
+    """Serves normalized, augmented batches of a data set that lives on the device.
+
+    The order of an epoch and every random crop and flip are drawn at its start on the CPU from (seed, epoch)
+    alone: the same on every device, and an epoch can be entered at any step.
+
+    Args:
+        data: the images.
+        batch_size: images a batch; the last batch of an epoch may be smaller, as in the usual loaders.
+        device: where batches are made and served.
+        seed: of the run.
+
+    >>> x, y = next(Batches(load_data(RunConfig()), 64, "cpu", seed=1).epoch(0))
+    >>> x.shape, y.shape
+    (torch.Size([64, 3, 8, 8]), torch.Size([64]))
+    """
+
+    def __init__(self, data: ImageData, batch_size: int, device: str | torch.device, seed: int):
+        self.data, self.batch_size, self.device, self.seed = data, batch_size, torch.device(device), seed
+        self.images = data.train_images.to(self.device)
+        if data.pad:
+            self.images = F.pad(self.images, (0, 0, data.pad, data.pad, data.pad, data.pad))  # zeros, in height and width
+        self.labels = data.train_labels.to(self.device)
+        self.scale = torch.tensor([1 / (255 * s) for s in data.std], device=self.device)
+        self.shift = torch.tensor([m / s for m, s in zip(data.mean, data.std, strict=True)], device=self.device)
+        self.steps = -(-len(self.labels) // batch_size)
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        """Turn (B, H, W, 3) uint8 or float into (B, 3, H, W) float32 in channels_last memory."""
+        return (pixels * self.scale - self.shift).permute(0, 3, 1, 2)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (x (B, 3, H, W) float32, y (B,)) of one epoch, from step ``start`` on."""
+        n, size, span = len(self.labels), self.data.image_size, torch.arange(self.data.image_size)
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(n, generator=draw)
+        numbers = torch.rand(n, 5, generator=draw)
+        flip = (numbers[:, 0] < 0.5) if self.data.flip else torch.zeros(n, dtype=torch.bool)
+        if self.data.pad is None:
+            geometry = _resized_crops(numbers, flip).to(self.device)  # (n, 2, 3)
+        else:
+            corner = (numbers[:, 1:3] * (2 * self.data.pad + 1)).long()  # (n, 2)
+            rows = corner[:, :1] + span  # (n, H)
+            columns = corner[:, 1:] + torch.where(flip[:, None], span.flip(0), span)  # (n, W)
+            rows, columns = rows.to(self.device), columns.to(self.device)
+        order = order.to(self.device)
+        for i in range(start * self.batch_size, n, self.batch_size):
+            which, here = order[i : i + self.batch_size], slice(i, i + self.batch_size)
+            if self.data.pad is None:
+                x = self._normalize(self.images[which])
+                grid = F.affine_grid(geometry[here], [len(which), 3, size, size], align_corners=False)
+                x = F.grid_sample(x, grid, align_corners=False).contiguous(memory_format=torch.channels_last)
+            else:
+                x = self._normalize(self.images[which[:, None, None], rows[here, :, None], columns[here, None, :]])
+            yield x, self.labels[which]
+
+    def test(self, batch_size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the held-out images in order, unaugmented."""
+        for i in range(0, len(self.data.test_labels), batch_size):
+            x = self._normalize(self.data.test_images[i : i + batch_size].to(self.device))
+            yield x, self.data.test_labels[i : i + batch_size].to(self.device)
+
+
+def _resized_crops(numbers: Tensor, flip: Tensor) -> Tensor:
+    """Turn uniform numbers (n, 5) into affine maps (n, 2, 3): area 8 to 100 %, aspect 3/4 to 4/3, any place."""
+    area = 0.08 + 0.92 * numbers[:, 1]
+    aspect = torch.exp((numbers[:, 2] * 2 - 1) * np.log(4 / 3))
+    width, height = ((area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1))
+    x, y = (1 - width) * (2 * numbers[:, 3] - 1), (1 - height) * (2 * numbers[:, 4] - 1)
+    zero = torch.zeros_like(x)
+    return torch.stack([torch.where(flip, -width, width), zero, x, zero, height, y], dim=1).reshape(-1, 2, 3)

@@ -1,0 +1,97 @@
+"""The experiments of ``experiments.yaml`` as validated configurations with names."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lrpet.config import PROFILES, PROJECT, RunConfig
+
+__all__ = ["Experiment", "Profile", "load_profile", "select"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run that a profile asks for: its name, its configuration and the table it feeds."""
+
+    name: str  # as "resnet20-lrpet-s1"
+    config: RunConfig
+    feeds: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile: what its numbers mean, what it costs, and its experiments in the order they are run."""
+
+    name: str
+    note: str
+    cost: str
+    experiments: tuple[Experiment, ...]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key that stands twice, where YAML would keep the last one silently."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise ValueError(f"the name {sorted(map(str, twice))[0]!r} stands twice{node.start_mark}; rename one")
+        return super().construct_mapping(node, deep)
+
+
+def load_profile(name: str, path: Path | None = None) -> Profile:
+    """Read one profile and validate every configuration in it.
+
+    Args:
+        name: smoke, short, paper or imagenet.
+        path: another file than the project's ``experiments.yaml``.
+
+    Raises:
+        ValueError: unknown profile, broken YAML, or a setting that RunConfig refuses; names the experiment.
+
+    >>> load_profile("smoke").experiments[0].name
+    'resnet8-dense-s1'
+    """
+    path = path or PROJECT / "experiments.yaml"
+    try:
+        profiles = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(profiles, dict) or name not in profiles or name not in PROFILES:
+        known = ", ".join(profiles) if isinstance(profiles, dict) else "none"
+        raise ValueError(f"profile must be one of those in {path.name} ({known}); got {name!r}")
+    profile = profiles[name]
+    unknown = set(profile) - {"note", "cost", "settings", "seeds", "experiments"}
+    if unknown:
+        raise ValueError(f"profile {name!r} has an unknown entry {sorted(unknown)[0]!r}; allowed are note, cost, settings, seeds, experiments")
+    by_seed: dict[int, list[Experiment]] = {}
+    for stem, settings in profile["experiments"].items():
+        settings = {**profile["settings"], **settings}
+        feeds, seeds = settings.pop("feeds", None), settings.pop("seeds", profile["seeds"])
+        for seed in seeds:
+            try:
+                config = RunConfig.from_dict({**settings, "seed": seed, "profile": name})
+            except ValueError as error:
+                raise ValueError(f"experiment {stem!r} of profile {name!r}: {error}") from error
+            by_seed.setdefault(seed, []).append(Experiment(f"{stem}-s{seed}", config, feeds))
+    return Profile(name, profile["note"], profile["cost"], tuple(e for seed in sorted(by_seed) for e in by_seed[seed]))
+
+
+def select(profile: Profile, patterns: list[str]) -> list[Experiment]:
+    """Return the experiments whose names match any pattern (``*`` and ``?`` as in a shell); no pattern is all.
+
+    Raises:
+        ValueError: a pattern that matches nothing.
+
+    >>> [e.name for e in select(load_profile("smoke"), ["*-lrp-*"])]
+    ['resnet8-lrp-s1', 'resnet8-lrp-s2']
+    """
+    names = [e.name for e in profile.experiments]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"no experiment of profile {profile.name!r} is called {pattern!r}; it has {', '.join(names)}")
+    return [e for e in profile.experiments if not patterns or any(fnmatch.fnmatch(e.name, p) for p in patterns)]

@@ -1,0 +1,157 @@
+"""Which BatchNorm consumes the output of which layer, read off the graph of the network."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch.fx
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["ConstantOutput", "batchnorm_scale", "find_batchnorms", "resolve_batchnorms"]
+
+
+class ConstantOutput(nn.Module):
+    """What is left of a dead convolution: the same output at every pixel, with no multiply-add.
+
+    Args:
+        value: (N,), the output of each channel: the bias, or zero.
+        kernel_size, stride, padding, dilation: those of the convolution, each (vertical, horizontal);
+            they decide the size of the output.
+
+    >>> ConstantOutput(torch.zeros(4), (3, 3), (2, 2), (1, 1), (1, 1))(torch.ones(1, 8, 6, 6)).shape
+    torch.Size([1, 4, 3, 3])
+    """
+
+    def __init__(self, value, kernel_size, stride, padding, dilation):
+        super().__init__()
+        self.bias = nn.Parameter(value.detach().clone())
+        self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
+
+    def forward(self, x):
+        """Return (B, N, H_out, W_out) for x (B, C, H, W)."""
+        size = [
+            (x.shape[i + 2] + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i] + 1
+            for i in (0, 1)
+        ]
+        return self.bias.to(x.dtype).view(1, -1, 1, 1).expand(x.shape[0], -1, *size)
+
+
+LAYERS = (nn.Conv2d, nn.Linear, ConstantOutput)
+
+
+def find_batchnorms(model: nn.Module) -> dict[str, str | None]:
+    """Follow the graph from every convolution and Linear layer to the BatchNorm that consumes its output.
+
+    A pair counts only when the two can be merged: the layer runs once and its output goes to that
+    BatchNorm and nowhere else (``nn.Identity`` in between is looked through).
+
+    Args:
+        model: any module that torch.fx can trace.
+
+    Returns:
+        Layer name → BatchNorm name, or None where no BatchNorm follows; in the order of execution.
+
+    Raises:
+        ValueError: torch.fx cannot trace the model; state the pairs yourself then.
+
+    Source: method of the paper's section III-D; torch.fx for the graph.
+
+    >>> find_batchnorms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)))
+    {'0': '1', '2': None}
+    """
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, qualified_name):
+            return isinstance(module, ConstantOutput) or super().is_leaf_module(module, qualified_name)
+
+    try:
+        graph = Tracer().trace(model)
+    except Exception as error:  # tracing runs the user's forward, which can raise anything
+        raise ValueError(
+            f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}). Pass batchnorms={{layer name: "
+            "BatchNorm name or None}}, or switch BN rectification off."
+        ) from error
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    modules = dict(model.named_modules())
+    pairs: dict[str, str | None] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(modules[node.target], LAYERS):
+            pairs[node.target] = None if calls[node.target] > 1 else _sole_batchnorm(node, modules, calls)
+    return pairs
+
+
+def _sole_batchnorm(node, modules, calls) -> str | None:
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if node.op != "call_module":
+            return None
+        if isinstance(modules[node.target], _BatchNorm):
+            return node.target if calls[node.target] == 1 else None
+        if not isinstance(modules[node.target], nn.Identity):
+            return None
+    return None
+
+
+def resolve_batchnorms(
+    model: nn.Module, layers, batchnorms: Mapping[str, str | None] | None = None
+) -> dict[str, str | None]:
+    """Return the BatchNorm of each named layer, from the graph or, checked against it, from the caller.
+
+    Args:
+        model: the network.
+        layers: names of the layers to pair.
+        batchnorms: layer name → BatchNorm name or None; None to read everything off the graph.
+
+    Returns:
+        Layer name → BatchNorm name or None, for every name in ``layers``.
+
+    Raises:
+        ValueError: a name that is not in the model, a BatchNorm of another width, or a stated pair that
+            the graph contradicts. The text names both modules.
+
+    Source: the paper's section III-D.
+
+    >>> resolve_batchnorms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), ["0"])
+    {'0': '1'}
+    """
+    if batchnorms is None:
+        found = find_batchnorms(model)
+        pairs = {name: found.get(name) for name in layers}
+    else:
+        missing = [name for name in layers if name not in batchnorms]
+        if missing:
+            raise ValueError(f"batchnorms says nothing about layer {missing[0]!r}; give its BatchNorm's name, or None")
+        pairs = {name: batchnorms[name] for name in layers}
+        try:
+            found = find_batchnorms(model)
+        except ValueError:
+            found = pairs  # no graph to compare with: the widths below are all that can be checked
+        for name, bn in pairs.items():
+            if bn != found.get(name):
+                raise ValueError(f"layer {name!r} is paired with BatchNorm {bn!r}, but in the graph it feeds {found.get(name)!r}")
+    modules = dict(model.named_modules())
+    for name, bn in pairs.items():
+        if bn is None:
+            continue
+        if not isinstance(modules.get(bn), _BatchNorm):
+            raise ValueError(f"layer {name!r} is paired with {bn!r}, which is not a BatchNorm of this model")
+        width = modules[name].weight.shape[0] if hasattr(modules[name], "weight") else modules[name].bias.shape[0]
+        if modules[bn].num_features != width:
+            raise ValueError(
+                f"layer {name!r} has {width} outputs, but its BatchNorm {bn!r} has {modules[bn].num_features} features"
+            )
+        if modules[bn].running_var is None:
+            raise ValueError(f"BatchNorm {bn!r} behind layer {name!r} keeps no running statistics, which rectification and folding need")
+    return pairs
+
+
+def batchnorm_scale(bn: nn.Module) -> torch.Tensor:
+    """Return a = γ / sqrt(running_var + eps), (N,), float64: the factor BatchNorm applies to each row in eval mode.
+
+    >>> batchnorm_scale(nn.BatchNorm2d(2, eps=0.0))
+    tensor([1., 1.], dtype=torch.float64)
+    """
+    a = (bn.running_var.double() + bn.eps).rsqrt()
+    return a if bn.weight is None else a * bn.weight.detach().double()

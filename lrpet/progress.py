@@ -1,0 +1,59 @@
+"""What a person sees while a run trains: a bar where one can be drawn, a line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+
+from tqdm.auto import tqdm
+
+__all__ = ["Progress", "bar_is_possible"]
+
+
+def bar_is_possible(environ: Mapping[str, str] = os.environ, stream=None) -> bool:
+    """Tell whether somebody watches: a terminal, or a notebook that a person opened (papermill opens none).
+
+    Jupyter's server names the notebook in ``JPY_SESSION_NAME`` and VS Code sets ``VSCODE_PID`` for its kernels.
+    """
+    stream = sys.stderr if stream is None else stream
+    return stream.isatty() or "JPY_SESSION_NAME" in environ or ("VSCODE_PID" in environ and "ipykernel" in sys.modules)
+
+
+class Progress:
+    """Shows the steps of a run: loss, accuracy and time left.
+
+    Args:
+        title: what is run.
+        epochs: of the whole run.
+        steps: a epoch.
+        done: steps that an earlier session made.
+        mode: "auto", "bar", "lines" or "off".
+    """
+
+    def __init__(self, title: str, epochs: int, steps: int, done: int = 0, mode: str = "auto"):
+        self.title, self.epochs, self.total, self.mode = title, epochs, epochs * steps, mode
+        if mode == "auto":
+            self.mode = "bar" if bar_is_possible() else "lines"
+        self.started, self.first = time.monotonic(), done
+        self.bar = tqdm(total=self.total, initial=done, desc=title, unit="step", disable=self.mode != "bar", mininterval=0.5)
+
+    def step(self, epoch: int, loss: float, top1_pct: float, done: int) -> None:
+        """Advance the bar to ``done`` steps; loss and accuracy are running means of this epoch's training batches."""
+        self.bar.set_postfix_str(f"epoch {epoch + 1}/{self.epochs}, loss {loss:.3f}, train {top1_pct:.1f} %", refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def epoch(self, row: Mapping, done: int) -> None:
+        """Print the line of a finished epoch where no bar is drawn."""
+        if self.mode == "lines":
+            left = (time.monotonic() - self.started) / max(1, done - self.first) * (self.total - done)
+            print(
+                f"{self.title}  epoch {row['epoch']:3d}/{self.epochs}  loss {row['train_loss']:.3f}  train {row['train_top1_pct']:5.1f} %  "
+                f"{row['scored_on']} {row['top1_pct']:5.2f} %  {left / 60:.1f} min left",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()

@@ -1,0 +1,267 @@
+"""The store: a folder a run; trained, resumed or loaded by one call."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+
+from lrpet.config import PROJECT, RunConfig, results_root
+from lrpet.cost import cost
+from lrpet.data import Batches, load_data
+from lrpet.factorize import save_compact
+from lrpet.methods import make_method
+from lrpet.models import build_model
+from lrpet.training import evaluate, train
+
+__all__ = ["Run", "is_complete", "load_run", "load_runs", "run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its configuration, summary, one row an epoch, one row a layer, and where it came from."""
+
+    config: RunConfig
+    summary: dict
+    history: pd.DataFrame
+    layers: pd.DataFrame
+    environment: dict
+    folder: Path
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether a run folder holds a finished run; ``summary.json`` is written last and by rename."""
+    return (folder / "summary.json").is_file()
+
+
+def load_run(folder: Path) -> Run:
+    """Read a finished run.
+
+    Raises:
+        FileNotFoundError: the run is not complete.
+        ValueError: a file of it is damaged; names the file.
+    """
+    try:
+        config, summary, environment = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary", "environment"))
+        history, layers = (pd.read_csv(folder / f"{name}.csv") for name in ("history", "layers"))
+    except ValueError as error:
+        raise ValueError(f"a file in {folder} is damaged ({error}); delete the folder to run it anew") from error
+    return Run(RunConfig.from_dict(config), summary, history, layers, environment, folder)
+
+
+def load_runs(root: str | Path | None = None) -> pd.DataFrame:
+    """Return every finished run below a folder: a row a run, a column for each config field and summary value.
+
+    Args:
+        root: ``results/``, ``results/<profile>`` or any folder above run folders; None is the project's results.
+
+    Returns:
+        A DataFrame, with the run folder, device and commit as further columns; empty where nothing has finished.
+
+    >>> len(load_runs("no such folder"))
+    0
+    """
+    rows = []
+    for file in sorted(Path(root or results_root()).glob("**/summary.json")):
+        run = load_run(file.parent)
+        origin = {name: run.environment[name] for name in ("device", "commit", "finished", "data_train_sha256")}
+        rows.append({**run.config.to_dict(), **run.summary, **origin, "folder": str(run.folder)})
+    return pd.DataFrame(rows)
+
+
+def run(
+    config: RunConfig,
+    *,
+    data: str | Path | None = None,
+    device: str = "auto",
+    results: str | Path | None = None,
+    checkpoint_epochs: int = 1,
+    time_budget: float | None = None,
+    progress: str = "auto",
+) -> Run:
+    """Do a run, or go on with it, or load it: whichever its folder calls for.
+
+    Args:
+        config: what to run.
+        data: folder of the images; None takes ``LRPET_DATA``. A finished run needs none.
+        device: "auto" (CUDA where there is a GPU), "cpu", "cuda" or "cuda:1".
+        results: root of the store; None is ``LRPET_RESULTS`` or ``results/`` of the project.
+        checkpoint_epochs: epochs between two checkpoints.
+        time_budget: seconds after which to write a checkpoint and stop.
+        progress: "auto", "bar" (terminal and Jupyter), "lines" (one an epoch) or "off".
+
+    Returns:
+        The finished run.
+
+    Raises:
+        Paused: the time budget ended before the run did.
+        DataError, ValueError: data or configuration cannot be used.
+        FloatingPointError: the loss became NaN or infinite.
+
+    Two processes asked for the same run do not both train it: the second waits, then loads.
+    """
+    deadline = None if time_budget is None else time.monotonic() + time_budget
+    folder = config.folder(None if results is None else Path(results))
+    say = print if progress != "off" else lambda *_, **__: None
+    if not is_complete(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "run.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"{config.run_id} is being trained by another process; waiting for it", flush=True)
+            lock.acquire()
+        with lock:  # the kernel releases it when the process dies, however it dies
+            if not is_complete(folder):
+                return _train(config, folder, data, _device(device, config), checkpoint_epochs, deadline, progress, say)
+    done = load_run(folder)
+    e = done.environment
+    say(f"{config.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}", flush=True)
+    return done
+
+
+def _device(name: str, config: RunConfig) -> torch.device:
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU; use 'cpu' or 'auto'")
+    if config.precision == "tf32" and device.type != "cuda":
+        raise ValueError("precision 'tf32' exists on CUDA GPUs only; use 'fp32' or 'bf16' on a CPU")
+    return device
+
+
+def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, say) -> Run:
+    images = load_data(config, data)
+    environment = _environment(device) | images.fingerprint
+    _same_data(folder, environment)
+    _write_json(folder / "config.json", config.to_dict())
+    _write_json(folder / "environment.json", environment)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    torch.manual_seed(config.seed)  # before the model exists
+    model = build_model(config.model, len(images.classes)).to(device, memory_format=torch.channels_last)
+    method = make_method(model, config)
+    batches = Batches(images, config.batch_size, device, config.seed)
+    checkpoint = folder / "checkpoint.pt"
+    verb = "resuming" if checkpoint.is_file() else "training"
+    say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {environment['device']}", flush=True)
+    state = train(config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress)
+
+    compact = method.compact()
+    shape = (3, config.image_size, config.image_size)
+    deployed, counted = cost(compact, shape), cost(model, shape, method.ranks)
+    history = pd.DataFrame(state["history"])
+    actions = {layer.name: layer for layer in getattr(compact, "factorization", [])}
+    last = {layer["name"]: layer for layer in state["layers"]}
+    rows = [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "N": layer.N,
+            "D": layer.D,
+            "rank": layer.rank,
+            "energy_kept": last.get(layer.name, {}).get("energy_kept"),
+            "action": actions[layer.name].action if layer.name in actions else "dense",
+            "reason": actions[layer.name].reason if layer.name in actions else "",
+            "macs": layer.macs,
+            "dense_macs": layer.dense_macs,
+            "params": layer.params,
+            "dense_params": layer.dense_params,
+        }
+        for layer in counted.layers
+    ]
+    best = history["top1_pct"].idxmax()
+    summary = {
+        "run_id": config.run_id,
+        "scored_on": state["history"][-1]["scored_on"],
+        "top1_pct": state["history"][-1]["top1_pct"],
+        "best_top1_pct": float(history["top1_pct"][best]),
+        "best_epoch": int(history["epoch"][best]),
+        "compact_top1_pct": evaluate(compact, batches)[1],
+        "compact_max_relative_error": _difference(model, compact, batches),
+        "train_loss": state["history"][-1]["train_loss"],
+        "params": deployed.params,
+        "macs": deployed.macs,
+        "macs_by_rank": counted.macs,
+        "dense_params": counted.dense_params,
+        "dense_macs": counted.dense_macs,
+        "dead_layers": sum(layer.action == "constant" for layer in actions.values()),
+        "projections": state["projections"],
+        "train_seconds": round(state["train"], 3),
+        "projection_seconds": round(state["projection"], 3),
+        "evaluation_seconds": round(state["evaluation"], 3),
+    }
+    if actions:
+        save_compact(compact, folder / "compact.safetensors", model=config.model, num_classes=len(images.classes))
+    _write(folder / "history.csv", history.to_csv(index=False))
+    _write(folder / "layers.csv", pd.DataFrame(rows).to_csv(index=False))
+    _write_json(folder / "environment.json", environment | {"finished": _now()})
+    _write_json(folder / "summary.json", summary)
+    for name in ("checkpoint.pt", "checkpoint.previous"):
+        (folder / name).unlink(missing_ok=True)
+    return load_run(folder)
+
+
+@torch.no_grad()
+def _difference(model, compact, batches) -> float:
+    """Return the largest difference of the two networks' logits on a batch, relative to the largest logit."""
+    x, _ = next(batches.test(256))
+    model.eval(), compact.eval()
+    reference = model(x)
+    return ((compact(x) - reference).abs().max() / reference.abs().max()).item()
+
+
+def _same_data(folder: Path, environment: dict) -> None:
+    """Refuse to go on with other images than a run began with."""
+    if not (folder / "checkpoint.pt").is_file():
+        return
+    before = json.loads((folder / "environment.json").read_text())
+    for name in ("data_train_sha256", "data_test_sha256"):
+        if before[name] != environment[name]:
+            raise ValueError(f"{folder} was begun with other images ({name} differs); give the data it began with, or another results folder")
+
+
+def _environment(device: torch.device) -> dict:
+    git = ["git", "-C", str(PROJECT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False).stdout
+    return {
+        "commit": commit or "unknown",
+        "dirty": bool(changed.strip()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "started": _now(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.is_file() else []
+    return f"CPU {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write_json(path: Path, values: dict) -> None:
+    _write(path, json.dumps(values, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

@@ -1,0 +1,235 @@
+"""One training loop, one evaluation, one checkpoint format."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lrpet.config import RunConfig
+from lrpet.data import Batches
+from lrpet.methods import Dense
+from lrpet.progress import Progress
+
+__all__ = ["Paused", "evaluate", "learning_rate", "load_checkpoint", "save_checkpoint", "train"]
+
+
+class Paused(Exception):
+    """The time budget ended; a checkpoint is written, and the same call goes on from it."""
+
+
+def learning_rate(config: RunConfig, epoch: int) -> float:
+    """Return the learning rate of an epoch (from 0): a tenth after each milestone.
+
+    Source: arXiv 2204.05566, section IV-A.
+
+    >>> [learning_rate(RunConfig(epochs=4, milestones=[2, 3]), epoch) for epoch in range(4)]
+    [0.1, 0.1, 0.01, 0.001]
+    """
+    return config.learning_rate / 10 ** sum(epoch >= milestone for milestone in config.milestones)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
+    """Return (mean cross-entropy, top-1 accuracy in percent) on the held-out images, computed in float32.
+
+    Args:
+        model: on the device of ``batches``; its mode is restored afterwards.
+        batches: the data set.
+    """
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=batches.device)
+    correct = torch.zeros((), dtype=torch.int64, device=batches.device)
+    for x, y in batches.test():
+        logits = model(x)
+        loss += F.cross_entropy(logits, y, reduction="sum")
+        correct += (logits.argmax(1) == y).sum()
+    model.train(was_training)
+    n = len(batches.data.test_labels)
+    return loss.item() / n, 100 * correct.item() / n
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write a checkpoint with its SHA-256 behind it, atomically; the one before stays as ``*.previous``.
+
+    Args:
+        path: the file.
+        state: tensors, numbers, strings, lists and dicts only, so that it loads without running code.
+    """
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    with open(part, "r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+        file.seek(0, os.SEEK_END)
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.is_file():
+        os.replace(path, path.with_suffix(".previous"))
+    os.replace(part, path)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | None:
+    """Read the newest whole checkpoint: ``path``, else the one before it; None where there is neither.
+
+    Raises:
+        ValueError: files are there, but each is truncated or altered.
+    """
+    damaged = []
+    for file in (path, path.with_suffix(".previous")):
+        if not file.is_file():
+            continue
+        content = file.read_bytes()
+        if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+            for name in damaged:
+                print(f"{name} is damaged; going on from {file.name}", flush=True)
+            return torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
+        damaged.append(file)
+    if damaged:
+        raise ValueError(f"checkpoint {damaged[0]} is damaged and there is no whole one before it; delete it to start the run anew")
+    return None
+
+
+def train(
+    config: RunConfig,
+    method: Dense,
+    batches: Batches,
+    checkpoint: Path,
+    *,
+    checkpoint_epochs: int = 1,
+    deadline: float | None = None,
+    progress: str = "auto",
+) -> dict:
+    """Train to the end of the schedule, going on from the checkpoint where there is one.
+
+    Args:
+        config: the run.
+        method: owner of the model, on the device of ``batches``.
+        batches: the data.
+        checkpoint: file that is read first, if it exists, and written every ``checkpoint_epochs`` epochs.
+        deadline: moment of ``time.monotonic()`` after which a checkpoint is written and the run pauses.
+        progress: "auto", "bar", "lines" or "off".
+
+    Returns:
+        The last state: ``history`` (a row an epoch), ``layers`` (report of the last projection) and seconds spent.
+
+    Raises:
+        Paused: the deadline passed.
+        FloatingPointError: the loss became NaN or infinite; names epoch, step and the norms of the layers.
+
+    Source: arXiv 2204.05566, algorithm 1 and section IV-A.
+    """
+    model, device, steps = method.model, batches.device, batches.steps
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=device.type == "cuda"
+    )
+    state = load_checkpoint(checkpoint, device) or {"step": 0, "history": [], "layers": [], "sums": [0.0, 0.0, 0.0]}
+    if state["step"]:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+    step, history, layers = state["step"], state["history"], state["layers"]
+    loss_sum, correct, seen = (torch.tensor(value, dtype=torch.float64, device=device) for value in state["sums"])
+    clock = state.get("clock", {"train": 0.0, "projection": 0.0, "evaluation": 0.0, "projections": 0})
+    bar = Progress(config.run_id, config.epochs, steps, step, progress)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    look_every = 1 if device.type == "cpu" else 50  # reading a number off a GPU waits for it
+
+    def keep():
+        sums = [loss_sum.item(), correct.item(), seen.item()]
+        save_checkpoint(
+            checkpoint,
+            {
+                "step": step,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+                "history": history,
+                "layers": layers,
+                "sums": sums,
+                "clock": clock,
+            },
+        )
+
+    model.train()
+    try:
+        while step < config.epochs * steps:
+            epoch, in_epoch = divmod(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, epoch)
+            began, projecting = time.perf_counter(), 0.0
+            for x, y in batches.epoch(epoch, in_epoch):
+                with autocast:
+                    logits = model(x)
+                    loss = F.cross_entropy(logits, y)
+                optimizer.zero_grad()
+                loss.backward()
+                loss_sum += loss.detach() * len(y)
+                correct += (logits.detach().argmax(1) == y).sum()
+                seen += len(y)
+                last_of_epoch = (step + 1) % steps == 0
+                if (step + 1) % look_every == 0 or last_of_epoch:
+                    mean_loss = (loss_sum / seen).item()
+                    if not math.isfinite(mean_loss):
+                        raise FloatingPointError(_lost(config, model, epoch, step % steps))
+                    bar.step(epoch, mean_loss, 100 * (correct / seen).item(), step + 1)
+                optimizer.step()
+                step += 1
+                then = time.perf_counter()
+                reports = method.after_step(step, steps, step == config.epochs * steps)
+                if reports is not None:
+                    layers = [vars(report) for report in reports]
+                    projecting += time.perf_counter() - then
+                    clock["projections"] += 1
+                if deadline is not None and time.monotonic() > deadline and not last_of_epoch:
+                    clock["train"] += time.perf_counter() - began - projecting
+                    clock["projection"] += projecting
+                    keep()
+                    raise Paused(f"{config.run_id} paused at step {step} of {config.epochs * steps}")
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            clock["train"] += time.perf_counter() - began - projecting
+            clock["projection"] += projecting
+            then = time.perf_counter()
+            test_loss, top1_pct = evaluate(model, batches)
+            clock["evaluation"] += time.perf_counter() - then
+            history = history + [
+                {
+                    "epoch": epoch + 1,
+                    "learning_rate": learning_rate(config, epoch),
+                    "train_loss": (loss_sum / seen).item(),
+                    "train_top1_pct": 100 * (correct / seen).item(),
+                    "scored_on": "held out" if config.validation_fraction else "test",
+                    "loss": test_loss,
+                    "top1_pct": top1_pct,
+                    "projected": reports is not None,
+                    "train_seconds": round(clock["train"], 3),
+                    "projection_seconds": round(clock["projection"], 3),
+                }
+            ]
+            loss_sum.zero_(), correct.zero_(), seen.zero_()
+            bar.epoch(history[-1], step)
+            over = deadline is not None and time.monotonic() > deadline and step < config.epochs * steps
+            if (epoch + 1) % checkpoint_epochs == 0 or step == config.epochs * steps or over:
+                keep()
+            if over:
+                raise Paused(f"{config.run_id} paused after epoch {epoch + 1} of {config.epochs}")
+    finally:
+        bar.close()
+    return {"history": history, "layers": layers, **clock}
+
+
+def _lost(config: RunConfig, model: nn.Module, epoch: int, step: int) -> str:
+    norms = ", ".join(f"{name} {p.norm().item():.3g}" for name, p in model.named_parameters() if p.ndim > 1)
+    return (
+        f"the loss of {config.run_id} is no longer finite: epoch {epoch + 1}, step {step + 1}. Norms of the weights: {norms}. "
+        "The last checkpoint is whole; a smaller learning_rate or precision='fp32' usually helps"
+    )
