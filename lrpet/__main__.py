@@ -1,4 +1,4 @@
-"""The command line: ``python -m lrpet list | check | run NAME… | train FIELD=VALUE…``, the same runs without Jupyter."""
+"""The command line: ``python -m lrpet list | check | run NAME… | train FIELD=VALUE… | tables``, the same runs without Jupyter."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     for verb, text in (("list", "list the runs of a profile and their state"), ("check", "the same; exit status 1 unless all are complete")):
         sub = verbs.add_parser(verb, help=text)
         sub.add_argument("--profile", default="smoke", choices=PROFILES)
+    sub = verbs.add_parser("tables", help="write the tables of every profile and of README.md from the store")
     for verb, text in (("run", "do the named runs of a profile; * and ? match"), ("train", "do one run of your own")):
         sub = verbs.add_parser(verb, help=text)
         if verb == "run":
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("--checkpoint-epochs", type=int, default=1, metavar="N", help="epochs between checkpoints")
     args = parser.parse_args(arguments)
     try:
-        return {"list": _list, "check": _list, "run": _run, "train": _train}[args.verb](args)
+        return {"list": _list, "check": _list, "run": _run, "train": _train, "tables": _tables}[args.verb](args)
     except Paused as pause:
         print(pause)
         return PAUSED
@@ -66,11 +67,20 @@ def _list(args) -> int:
     return 1 if missing and args.verb == "check" else 0
 
 
+def _tables(_args) -> int:
+    from lrpet.tables import write_readme
+
+    write_readme()
+    print("tables written to results/*/tables and README.md")
+    return 0
+
+
 def _train(args) -> int:
     fields = dict(field.partition("=")[::2] for field in args.fields)
     config = RunConfig.from_dict({name: yaml.safe_load(value) for name, value in fields.items()})
     done = _do(config, args)
-    print(f"{done.summary['top1_pct']:.2f} % {done.summary['scored_on']} accuracy at {done.summary['macs'] / 1e6:.2f} M MACs; all files: {done.folder}")
+    s = done.summary
+    print(f"{s['top1_pct']:.2f} % {s['scored_on']} accuracy at {s['macs'] / 1e6:.2f} M MACs; all files: {done.folder}")
     return 0
 
 

@@ -45,7 +45,7 @@ def factorize(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) -> nn.
     Raises:
         ValueError: ranks that do not fit the model, or NaN or infinity in a weight, with the layer's name.
 
-    Source: arXiv 2204.05566, section III-A.
+    Source: arXiv 2204.05566.
 
     >>> compact = factorize(nn.Sequential(nn.Conv2d(8, 16, 3, padding=1)), {"0": 2})
     >>> [tuple(p.shape) for p in compact.parameters()]
@@ -130,7 +130,7 @@ def fold_batchnorm(model: nn.Module, batchnorms: Mapping[str, str | None] | None
     Raises:
         ValueError: the model cannot be traced and no pairs are given, or a pair is wrong.
 
-    Source: the paper's section III-D rests on this identity.
+    Source: arXiv 2204.05566, BN rectification rests on this identity.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
     >>> x = torch.rand(1, 3, 8, 8)
@@ -143,7 +143,7 @@ def fold_batchnorm(model: nn.Module, batchnorms: Mapping[str, str | None] | None
         if bn_name is None:
             continue
         layer, bn = folded.get_submodule(name), folded.get_submodule(bn_name)
-        a = batchnorm_scale(bn)  # (N,)
+        a = batchnorm_scale(bn)[0]  # (N,)
         bias = 0.0 if layer.bias is None else layer.bias.double()
         bias = a * (bias - bn.running_mean.double()) + (0.0 if bn.bias is None else bn.bias.double())
         if not isinstance(layer, ConstantOutput):
@@ -211,13 +211,18 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); save the compact network again") from error
     if header is None:
         raise ValueError(f"{path} has no lrpet header; only files of save_compact can be rebuilt")
-    header = json.loads(header)
-    compact = copy.deepcopy(model)
-    compact.factorization = [LayerReport(name, rank, math.nan, action) for name, (rank, action) in header["layers"].items()]
     try:
-        for report in compact.factorization:
+        header = json.loads(header)
+        reports = [LayerReport(name, rank, math.nan, action) for name, (rank, action) in header["layers"].items()]
+        folded = header["batchnorm_folded"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the header of {path} is damaged ({error!r}); save the compact network again") from error
+    compact = copy.deepcopy(model)
+    compact.factorization = reports
+    try:
+        for report in reports:
             _replace(compact, report)
-        if header["batchnorm_folded"]:
+        if folded:
             compact = fold_batchnorm(compact)
         compact.load_state_dict(tensors)
     except (AttributeError, RuntimeError) as error:

@@ -35,7 +35,7 @@ class ConstantOutput(nn.Module):
             (x.shape[i + 2] + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i] + 1
             for i in (0, 1)
         ]
-        return self.bias.to(x.dtype).view(1, -1, 1, 1).expand(x.shape[0], -1, *size)
+        return self.bias.to(x.dtype).view(1, -1, 1, 1).expand(x.shape[0], -1, *size).clone()  # an in-place ReLU may follow
 
 
 LAYERS = (nn.Conv2d, nn.Linear, ConstantOutput)
@@ -56,7 +56,7 @@ def find_batchnorms(model: nn.Module) -> dict[str, str | None]:
     Raises:
         ValueError: torch.fx cannot trace the model; state the pairs yourself then.
 
-    Source: method of the paper's section III-D; torch.fx for the graph.
+    Source: arXiv 2204.05566, BN rectification; torch.fx for the graph.
 
     >>> find_batchnorms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)))
     {'0': '1', '2': None}
@@ -111,7 +111,7 @@ def resolve_batchnorms(
         ValueError: a name that is not in the model, a BatchNorm of another width, or a stated pair that
             the graph contradicts. The text names both modules.
 
-    Source: the paper's section III-D.
+    Source: arXiv 2204.05566, BN rectification.
 
     >>> resolve_batchnorms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), ["0"])
     {'0': '1'}
@@ -133,6 +133,8 @@ def resolve_batchnorms(
                 raise ValueError(f"layer {name!r} is paired with BatchNorm {bn!r}, but in the graph it feeds {found.get(name)!r}")
     modules = dict(model.named_modules())
     for name, bn in pairs.items():
+        if not isinstance(modules.get(name), LAYERS):
+            raise ValueError(f"batchnorms names {name!r}, which is not a layer of this model that can be paired with a BatchNorm")
         if bn is None:
             continue
         if not isinstance(modules.get(bn), _BatchNorm):
@@ -147,11 +149,19 @@ def resolve_batchnorms(
     return pairs
 
 
-def batchnorm_scale(bn: nn.Module) -> torch.Tensor:
-    """Return a = γ / sqrt(running_var + eps), (N,), float64: the factor BatchNorm applies to each row in eval mode.
+def batchnorm_scale(*batchnorms: nn.Module) -> torch.Tensor:
+    """Return a = γ / sqrt(running_var + eps): the factor each BatchNorm applies to each row in eval mode.
+
+    Args:
+        batchnorms: B modules of one width N.
+
+    Returns:
+        (B, N), float64.
 
     >>> batchnorm_scale(nn.BatchNorm2d(2, eps=0.0))
-    tensor([1., 1.], dtype=torch.float64)
+    tensor([[1., 1.]], dtype=torch.float64)
     """
-    a = (bn.running_var.double() + bn.eps).rsqrt()
-    return a if bn.weight is None else a * bn.weight.detach().double()
+    variance = torch.stack([bn.running_var for bn in batchnorms]).double()  # (B, N)
+    a = (variance + variance.new_tensor([bn.eps for bn in batchnorms]).unsqueeze(1)).rsqrt()
+    ones = torch.ones_like(batchnorms[0].running_var)
+    return a * torch.stack([ones if bn.weight is None else bn.weight.detach() for bn in batchnorms])

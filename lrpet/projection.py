@@ -83,7 +83,7 @@ def project(
     Raises:
         ValueError: rank, residual, row_eps or a shape is out of range, or a value is NaN or infinite.
 
-    Source: arXiv 2204.05566, sections III-B (projection), III-C (energy transfer), III-D (BN rectification).
+    Source: arXiv 2204.05566, on projection, energy transfer and BN rectification.
 
     >>> M = torch.diag(torch.tensor([4.0, 3.0]))
     >>> project(M, 1)  # 4 becomes 5: the energy 16 + 9 stays
@@ -124,7 +124,7 @@ def project_and_measure(
     Raises:
         ValueError: as :func:`project`.
 
-    Source: arXiv 2204.05566, section III.
+    Source: arXiv 2204.05566.
 
     >>> project_and_measure(torch.diag(torch.tensor([4.0, 3.0])), 1)[1]
     tensor(0.6400, dtype=torch.float64)

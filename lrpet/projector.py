@@ -45,7 +45,7 @@ class LowRankProjector:
     Raises:
         ValueError: ranks or pairs that do not fit the model, with the names.
 
-    Source: arXiv 2204.05566, algorithm 1.
+    Source: arXiv 2204.05566.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     >>> projector = LowRankProjector(model, {"0": 2})
@@ -72,6 +72,10 @@ class LowRankProjector:
         pairs = resolve_batchnorms(model, self.ranks, batchnorms) if bn_rectification else {}
         self._weights = {name: modules[name].weight for name in self.ranks}
         self._batchnorms = {name: modules[bn] for name, bn in pairs.items() if bn is not None}
+        self._batches = defaultdict(list)  # layers of one shape, rank and kind are projected in one batch
+        for name, weight in self._weights.items():
+            kind = (weight.shape[0], weight[0].numel(), self.ranks[name], weight.device, weight.dtype, name in self._batchnorms)
+            self._batches[kind].append(name)
         self._dense = [
             LayerReport(name, None, math.nan, "dense", "grouped" if module.groups > 1 else "no rank given")
             for name, module in modules.items()
@@ -88,21 +92,21 @@ class LowRankProjector:
         Raises:
             ValueError: a weight or a BatchNorm holds NaN or infinity; nothing has been changed then.
         """
-        scales = {name: batchnorm_scale(bn) for name, bn in self._batchnorms.items()}
-        batches = defaultdict(list)  # layers of one shape, rank and kind are one batch
-        for name, weight in self._weights.items():
-            batches[weight.shape[0], weight[0].numel(), self.ranks[name], name in scales, weight.device, weight.dtype].append(name)
-        stacks = [torch.stack([self._weights[name].flatten(1) for name in names]) for names in batches.values()]  # (B, N, D) each
-        dead = self._dead_layers(batches.values(), stacks, scales)
+        scales = [
+            batchnorm_scale(*[self._batchnorms[name] for name in names]) if rectified else None  # (B, N) each
+            for (*_, rectified), names in self._batches.items()
+        ]
+        stacks = [torch.stack([self._weights[name].flatten(1) for name in names]) for names in self._batches.values()]  # (B, N, D) each
+        dead = self._dead_layers(stacks, scales)
         energies = []
-        for (*_, rank, rectified, _, _), names, M in zip(batches, batches.values(), stacks, strict=True):
-            a = torch.stack([scales[name] for name in names]) if rectified else None  # (B, N)
+        for ((_, _, rank, *_), names), M, a in zip(self._batches.items(), stacks, scales, strict=True):
             projected, energy = project_and_measure(M, rank, row_scale=a, check_finite=False, **self.settings)
             for name, matrix in zip(names, projected, strict=True):
                 if name not in dead:
                     self._weights[name].copy_(matrix.view(self._weights[name].shape))
             energies.append(energy)
-        energy_of = dict(zip([n for names in batches.values() for n in names], torch.cat([e.cpu() for e in energies]).tolist(), strict=True))
+        names = [name for batch in self._batches.values() for name in batch]
+        energy_of = dict(zip(names, torch.cat([energy.cpu() for energy in energies]).tolist(), strict=True))
         reports = []
         for name, rank in self.ranks.items():
             if name in dead:
@@ -112,19 +116,19 @@ class LowRankProjector:
                 reports.append(LayerReport(name, rank, energy_of[name], "projected"))
         return reports + self._dense
 
-    def _dead_layers(self, batches, stacks, scales) -> dict[str, float]:
+    def _dead_layers(self, stacks, scales) -> dict[str, float]:
         """Return the dead layers with their largest singular value, after checking that all values are finite.
 
         ‖M‖_F / sqrt(K) ≤ s_1 ≤ ‖M‖_F, so one norm a layer, fetched at once, decides for all healthy layers.
         """
-        names = [name for batch in batches for name in batch]
-        norms = torch.cat([torch.linalg.vector_norm(M, dim=(1, 2), dtype=torch.float32).cpu() for M in stacks]).tolist()
-        what = [f"weight of layer {name!r}" for name in names] + [f"BatchNorm behind layer {name!r}" for name in scales]
-        values = norms + (torch.cat([scale.sum().cpu().reshape(1) for scale in scales.values()]).tolist() if scales else [])
-        bad = [name for name, value in zip(what, values, strict=True) if not math.isfinite(value)]
-        if bad:
-            more = f" and {len(bad) - 1} more" if bad[1:] else ""
-            raise ValueError(f"NaN, infinity or overflow in the {bad[0]}{more}; nothing was projected")
+        names = [name for batch in self._batches.values() for name in batch]
+        norms = [torch.linalg.vector_norm(M, dim=(1, 2), dtype=torch.float32) for M in stacks]
+        sums = [norm if a is None else norm + a.sum(dim=1) for norm, a in zip(norms, scales, strict=True)]
+        norms, sums = torch.stack([torch.cat([v.cpu() for v in norms]), torch.cat([v.cpu() for v in sums])]).tolist()
+        for name, norm, both in zip(names, norms, sums, strict=True):
+            if not math.isfinite(both):
+                what = "the BatchNorm behind layer" if math.isfinite(norm) else "the weight of layer"
+                raise ValueError(f"NaN, infinity or overflow in {what} {name!r}; nothing was projected")
         dead = {}
         for name, norm in zip(names, norms, strict=True):
             matrix = self._weights[name].flatten(1)

@@ -23,7 +23,7 @@ from lrpet.methods import make_method
 from lrpet.models import build_model
 from lrpet.training import evaluate, train
 
-__all__ = ["Run", "is_complete", "load_run", "load_runs", "run"]
+__all__ = ["Run", "environment", "is_complete", "load_run", "load_runs", "run"]
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,10 @@ def _device(name: str, config: RunConfig) -> torch.device:
 
 def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, say) -> Run:
     images = load_data(config, data)
-    environment = _environment(device) | images.fingerprint
-    _same_data(folder, environment)
+    origin = environment(device) | images.fingerprint
+    _same_data(folder, origin)
     _write_json(folder / "config.json", config.to_dict())
-    _write_json(folder / "environment.json", environment)
+    _write_json(folder / "environment.json", origin)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     torch.manual_seed(config.seed)  # before the model exists
     model = build_model(config.model, len(images.classes)).to(device, memory_format=torch.channels_last)
@@ -151,7 +151,7 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
     batches = Batches(images, config.batch_size, device, config.seed)
     checkpoint = folder / "checkpoint.pt"
     verb = "resuming" if checkpoint.is_file() else "training"
-    say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {environment['device']}", flush=True)
+    say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {origin['device']}", flush=True)
     state = train(config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress)
 
     compact = method.compact()
@@ -202,7 +202,7 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
         save_compact(compact, folder / "compact.safetensors", model=config.model, num_classes=len(images.classes))
     _write(folder / "history.csv", history.to_csv(index=False))
     _write(folder / "layers.csv", pd.DataFrame(rows).to_csv(index=False))
-    _write_json(folder / "environment.json", environment | {"finished": _now()})
+    _write_json(folder / "environment.json", origin | {"finished": _now()})
     _write_json(folder / "summary.json", summary)
     for name in ("checkpoint.pt", "checkpoint.previous"):
         (folder / name).unlink(missing_ok=True)
@@ -228,7 +228,8 @@ def _same_data(folder: Path, environment: dict) -> None:
             raise ValueError(f"{folder} was begun with other images ({name} differs); give the data it began with, or another results folder")
 
 
-def _environment(device: torch.device) -> dict:
+def environment(device: torch.device) -> dict:
+    """Return where something runs: commit, versions, device, threads and the time."""
     git = ["git", "-C", str(PROJECT)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False).stdout
