@@ -44,7 +44,7 @@ class RunConfig:
         ValueError: a field of the wrong type or out of range, or fields that contradict each other; the
             text names the field, what came, what is allowed and what to do.
 
-    Source of the defaults that are the paper's: arXiv 2204.05566, section IV-A.
+    Source of the defaults that are the paper's: arXiv 2204.05566, experimental settings.
 
     >>> RunConfig(method="lrpet", prune_ratio=0.57, seed=1).run_id
     'digits-resnet8-lrpet-0.57-s1-dd0c51'
@@ -184,11 +184,12 @@ def _check_type(name: str, value, annotation: str) -> None:
             good = isinstance(value, (list, tuple))
             items = value if good else ()
         if not good or not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-            raise ValueError(f"{name} must be a list of whole numbers{' or a map of layer names to them' if 'Mapping' in annotation else ''}; got {value!r}")
+            or_map = " or a map of layer names to them" if "Mapping" in annotation else ""
+            raise ValueError(f"{name} must be a list of whole numbers{or_map}; got {value!r}")
         return
     kind = {"str": str, "int": int, "float": (int, float), "bool": bool}[annotation.split(" ")[0]]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        hint = " (YAML reads 1e-4 as text: write 0.0001)" if isinstance(value, str) and kind != str else ""
+        hint = " (YAML reads 1e-4 as text: write 0.0001)" if isinstance(value, str) and kind is not str else ""
         raise ValueError(f"{name} must be {annotation.split(' ')[0]}; got {type(value).__name__} {value!r}{hint}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite; got {value!r}")

@@ -64,7 +64,7 @@ def load_data(config: RunConfig, root: str | Path | None = None) -> ImageData:
         DataError: missing, incomplete or damaged data.
 
     Source: Krizhevsky 2009 for CIFAR-10; UCI "Optical Recognition of Handwritten Digits" through
-    scikit-learn for digits; mean, deviation and augmentation as in arXiv 2204.05566, section IV-A.
+    scikit-learn for digits; mean, deviation and augmentation as in arXiv 2204.05566, experimental settings.
 
     >>> load_data(RunConfig()).train_images.shape
     torch.Size([1297, 8, 8, 3])

@@ -43,7 +43,7 @@ class LowRankProjection(Dense):
     """LRPET: dense SGD with a projection of every compressed layer on a schedule; without energy transfer, LRP.
 
     Cost: one projection every ``projection_interval`` epochs or iterations, and always after the last step.
-    Source: arXiv 2204.05566, algorithm 1.
+    Source: arXiv 2204.05566.
 
     >>> from lrpet.models import build_model
     >>> method = LowRankProjection(build_model("resnet8"), RunConfig(prune_ratio=0.57))

@@ -59,7 +59,7 @@ def ranks_from_ratio(model: nn.Module, prune_ratio: float, *, linear: bool = Fal
     Raises:
         ValueError: the ratio is out of range, or no layer can be compressed.
 
-    Source: the paper's uniform setting, arXiv 2204.05566, section IV-A.
+    Source: the paper's uniform setting, arXiv 2204.05566, experimental settings.
 
     >>> ranks_from_ratio(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3)), 0.57)
     {'0': 6, '2': 13}

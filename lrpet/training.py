@@ -28,7 +28,7 @@ class Paused(Exception):
 def learning_rate(config: RunConfig, epoch: int) -> float:
     """Return the learning rate of an epoch (from 0): a tenth after each milestone.
 
-    Source: arXiv 2204.05566, section IV-A.
+    Source: arXiv 2204.05566, experimental settings.
 
     >>> [learning_rate(RunConfig(epochs=4, milestones=[2, 3]), epoch) for epoch in range(4)]
     [0.1, 0.1, 0.01, 0.001]
@@ -125,7 +125,7 @@ def train(
         Paused: the deadline passed.
         FloatingPointError: the loss became NaN or infinite; names epoch, step and the norms of the layers.
 
-    Source: arXiv 2204.05566, algorithm 1 and section IV-A.
+    Source: arXiv 2204.05566, method and experimental settings.
     """
     model, device, steps = method.model, batches.device, batches.steps
     optimizer = torch.optim.SGD(
