@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
+from lrpet.models.ghost_resnet_cifar import GhostResNet
+from lrpet.models.googlenet_cifar import CifarGoogLeNet
 from lrpet.models.resnet_cifar import CifarResNet
+from lrpet.models.vgg_cifar import CifarVGG16
+from lrpet.models.vit import SmallViT
 
 __all__ = ["MODELS", "build_model"]
 
 TORCHVISION = ("resnet18", "resnet34", "resnet50")
-CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (8, 20, 32, 44, 56, 110)}
-MODELS = (*CIFAR_RESNETS, *TORCHVISION)
+BUILDERS = {f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 20, 32, 44, 56, 110)} | {
+    "vgg16": CifarVGG16,
+    "googlenet": CifarGoogLeNet,
+    "ghost_resnet56": partial(GhostResNet, 56),
+    "vit": SmallViT,
+}
+MODELS = (*BUILDERS, *TORCHVISION)
 
 
 def build_model(name: str, num_classes: int = 10) -> nn.Module:
     """Build a network with fresh random weights.
 
     Args:
-        name: ``resnet8`` … ``resnet110`` for small images, ``resnet18``, ``resnet34``, ``resnet50`` (torchvision's)
-            for larger ones.
+        name: ``resnet8`` … ``resnet110``, ``vgg16``, ``googlenet``, ``ghost_resnet56`` and ``vit`` for 32×32 images,
+            ``resnet18``, ``resnet34``, ``resnet50`` (torchvision's) for larger ones.
         num_classes: width of the classifier.
 
     Returns:
@@ -27,13 +38,13 @@ def build_model(name: str, num_classes: int = 10) -> nn.Module:
     Raises:
         ValueError: unknown name.
 
-    Source: arXiv 1512.03385; torchvision.models for the larger ones.
+    Source: named in each file; torchvision.models for the larger ones.
 
     >>> build_model("resnet20").fc.out_features
     10
     """
-    if name in CIFAR_RESNETS:
-        return CifarResNet(CIFAR_RESNETS[name], num_classes)
+    if name in BUILDERS:
+        return BUILDERS[name](num_classes=num_classes)
     if name in TORCHVISION:
         import torchvision  # 2 s to import, so only where it is asked for
 

@@ -38,6 +38,7 @@ class CifarResNet(nn.Module):
     Args:
         depth: 20, 32, 44, 56, 110 in the literature; any 6n + 2.
         num_classes: width of the classifier.
+        block: what a stage is made of; called with inputs, outputs and stride.
 
     Raises:
         ValueError: depth is not 6n + 2.
@@ -48,7 +49,7 @@ class CifarResNet(nn.Module):
     269722
     """
 
-    def __init__(self, depth: int, num_classes: int = 10):
+    def __init__(self, depth: int, num_classes: int = 10, block: type[nn.Module] = Block):
         super().__init__()
         n, rest = divmod(depth - 2, 6)
         if rest or n < 1:
@@ -59,7 +60,7 @@ class CifarResNet(nn.Module):
         for stage, width in enumerate(widths):
             for i in range(n):
                 first = i == 0 and stage > 0
-                blocks.append(Block(widths[stage - 1] if first else width, width, 2 if first else 1))
+                blocks.append(block(widths[stage - 1] if first else width, width, 2 if first else 1))
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(64, num_classes)
         for module in self.modules():
