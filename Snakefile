@@ -1,0 +1,81 @@
+# One job a run of the profile, then the tables. Started by run_all.sh; by hand: snakemake --cores 2 --config profile=smoke
+# What Snakemake calls a core is a place for one run; the runs of one time share the machine's cores and its GPU.
+import os
+import sys
+
+import yaml
+
+from lrpet.config import PROJECT, results_root
+from lrpet.experiments import load_profile
+
+# What every job inherits.
+os.environ["PYTHON"] = sys.executable
+os.environ["LRPET_RESULTS"] = str(results_root().absolute())  # the same folder from wherever a notebook runs
+os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel "python3" is that of this Python, not one of the user's
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (workflow.cores or 1))))
+
+PROFILE = load_profile(config.get("profile", "smoke"))
+EXECUTED = results_root() / PROFILE.name / "notebooks"
+RUNS = {experiment.config.run_id: experiment for experiment in reversed(PROFILE.experiments)}  # once, if two names mean one run
+ALONE = ["00_method"] + ["06_rank_search"] * (PROFILE.name == "smoke")  # with no run of the grid behind them; the search costs hours elsewhere
+SUMMARIES = [experiment.config.folder() / "summary.json" for experiment in RUNS.values()]
+
+
+workdir: PROJECT
+
+
+rule all:
+    input:
+        SUMMARIES,  # asked for by name: tables that are there do not make up for a run that is missing
+        expand(EXECUTED / "{notebook}.done", notebook=ALONE),
+        EXECUTED / "08_tables.done",
+
+
+# The executed notebook is a log, which Snakemake keeps when a job fails: it shows where and why.
+rule alone:
+    input:
+        "notebooks/{notebook}.ipynb",
+    output:
+        touch(EXECUTED / "{notebook}.done"),
+    log:
+        EXECUTED / "{notebook}.ipynb",
+    wildcard_constraints:
+        notebook="|".join(ALONE),
+    shell:
+        "scripts/execute.sh {input:q} {log:q}"
+
+
+rule tables:
+    input:
+        "notebooks/08_tables.ipynb",
+        "lrpet/tables.py",
+        "lrpet/figures.py",
+        "paper/reported.csv",
+        SUMMARIES,
+    output:
+        touch(EXECUTED / "08_tables.done"),
+    log:
+        EXECUTED / "08_tables.ipynb",
+    params:
+        profile=PROFILE.name,
+    shell:
+        "scripts/execute.sh {input[0]:q} {log:q} -p profile {params.profile}"
+
+
+# A run has no input: it is done when its summary.json is there, whatever has changed since.
+# update() keeps Snakemake from deleting the summary of a finished run when something behind it fails.
+for place, experiment in enumerate(RUNS.values()):  # the last first: what experiments.yaml names first has priority
+
+    rule:
+        name:
+            experiment.name
+        output:
+            update(experiment.config.folder() / "summary.json"),
+        log:
+            EXECUTED / f"{experiment.name}.ipynb",
+        params:
+            # YAML and not JSON, whose 1e-05 papermill reads as text. All fields: nothing depends on a notebook's defaults.
+            fields=yaml.safe_dump(experiment.config.to_dict(), default_flow_style=True, width=10**6).strip(),
+        priority: place + 1
+        shell:
+            "scripts/execute.sh notebooks/01_cifar10.ipynb {log:q} -y {params.fields:q}"

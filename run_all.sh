@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Set up what is missing, then train every run of a profile and make its tables and figures.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: ./run_all.sh [--profile P] [--jobs N] [--data DIR] [--dry-run]
+
+Trains every run of profile P that is not complete yet, then makes the tables and figures of P. It can be
+interrupted at any time: started again, it goes on from the last checkpoint of each run.
+
+  --profile P   a profile of experiments.yaml: smoke (default), short, paper, imagenet
+  --jobs N      runs at a time, all on one device (default: 2, or 1 on a single core)
+  --data DIR    folder of the images, for profiles that need one (default: LRPET_DATA)
+  --dry-run     only tell what would be done
+
+Exit status 0 means that every run of the profile is complete and its tables are made.
+Environment: LRPET_PYTHON (an installed python to use instead of .venv), LRPET_DATA, LRPET_RESULTS, LRPET_FIGURES.
+TEXT
+}
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+profile=smoke jobs="" dry_run=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        --profile | --jobs | --data)
+            [ $# -ge 2 ] || { echo "error: $1 needs a value; see --help" >&2 && exit 2; }
+            case $1 in --profile) profile=$2 ;; --jobs) jobs=$2 ;; --data) export LRPET_DATA=$2 ;; esac
+            shift 2
+            ;;
+        --dry-run) dry_run=yes && shift ;;
+        -h | --help) usage && exit ;;
+        *) echo "error: unknown argument $1; see --help" >&2 && exit 2 ;;
+    esac
+done
+case $jobs in *[!0-9]* | 0) echo "error: --jobs must be a whole number of 1 or more; got $jobs" >&2 && exit 2 ;; esac
+for name in LRPET_DATA LRPET_RESULTS LRPET_FIGURES LRPET_CACHE; do # what is relative is so to the caller's folder
+    case ${!name:-} in "" | /* | "~"*) ;; *) export "$name=$PWD/${!name}" ;; esac
+done
+[ -z "${LRPET_DATA:-}" ] || [ -e "${LRPET_DATA/#\~/$HOME}" ] || { echo "error: the data folder $LRPET_DATA does not exist" >&2 && exit 2; }
+
+# shellcheck source=scripts/environment.sh
+. "$ROOT/scripts/environment.sh"
+cd "$ROOT"
+"$PYTHON" -m lrpet list --profile "$profile" # what, at which cost, and what is complete already; refuses an unknown profile
+
+cores=$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')
+[ -n "$jobs" ] || jobs=$((cores < 2 ? 1 : 2))
+results=${LRPET_RESULTS:-$ROOT/results}
+results=${results/#\~/$HOME}/$profile
+figures=${LRPET_FIGURES:-$ROOT/figures}
+figures=${figures/#\~/$HOME}/$profile
+echo "$jobs at a time; results go to $results"
+snakemake=("$PYTHON" -m snakemake --snakefile "$ROOT/Snakefile" --workflow-profile "$ROOT/profiles/default" --cores "$jobs" --config "profile=$profile")
+if [ -n "$dry_run" ]; then
+    exec "${snakemake[@]}" --dry-run --quiet host reason rules </dev/null
+fi
+
+# One instance a results folder. The kernel frees this lock when the last process that holds it is gone, killed or not,
+# which Snakemake's own lock (hence --nolock) outlives. Python asks for it because not every system has flock.
+mkdir -p "$results/notebooks"
+exec 9>"$results/run_all.lock"
+"$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null ||
+    die "another run_all.sh, or the Snakemake it started, is at work in $results; wait for it, or stop it and start again"
+
+status=0
+"${snakemake[@]}" --nolock </dev/null || status=$?
+
+# What tells is the store, not Snakemake: every run complete, every notebook executed to its end.
+state=$("$PYTHON" -m lrpet check --profile "$profile") || status=1
+tail -n 1 <<<"$state"
+missing() {
+    local notebook=$results/notebooks/$1.ipynb
+    if [ -f "$notebook" ]; then echo "missing: $1; how far it came: $notebook"; else echo "missing: $1, not begun"; fi
+}
+awk '/ (not run|started)$/ { print $1 }' <<<"$state" | while read -r name; do missing "$name"; done
+for name in 00_method $([ "$profile" != smoke ] || echo 06_rank_search) 08_tables; do
+    [ -f "$results/notebooks/$name.done" ] || missing "$name"
+done
+[ "$status" = 0 ] || echo "not everything was done; lines above with 'failed' tell why and where"
+echo "took $((SECONDS / 60)) min $((SECONDS % 60)) s"
+echo "tables: $results/tables"
+echo "figures: $figures"
+echo "executed notebooks and their logs: $results/notebooks"
+exit "$status"
