@@ -1,5 +1,6 @@
 """Train compact networks by low-rank projection with energy transfer (LRPET, arXiv 2204.05566)."""
 
+from lrpet.budget import ranks_for_budget
 from lrpet.config import RunConfig
 from lrpet.cost import cost
 from lrpet.factorize import factorize, fold_batchnorm, load_compact, save_compact
@@ -19,6 +20,7 @@ __all__ = [
     "load_compact",
     "load_runs",
     "project",
+    "ranks_for_budget",
     "ranks_from_ratio",
     "run",
     "save_compact",

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Paused as pause:
         print(pause)
         return PAUSED
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -18,18 +18,19 @@ __all__ = ["DATASETS", "METHODS", "PROJECT", "RunConfig", "figures_root", "resul
 DATASETS = {"digits": 8, "cifar10": 32, "imagefolder": 224}  # name → image size in pixels
 METHODS = ("dense", "lrp", "lrpet")
 PROFILES = ("smoke", "short", "paper", "imagenet")
+RECIPES = ("sgd", "adamw")
 PRECISIONS = ("fp32", "tf32", "bf16")
 PROJECT = Path(__file__).resolve().parent.parent
 
 
 def results_root() -> Path:
     """Return the folder of all results: ``LRPET_RESULTS``, else ``results/`` of the project."""
-    return Path(os.environ.get("LRPET_RESULTS") or PROJECT / "results").expanduser()
+    return Path(os.environ.get("LRPET_RESULTS") or PROJECT / "results").expanduser().absolute()
 
 
 def figures_root() -> Path:
     """Return the folder of all figures: ``LRPET_FIGURES``, else ``figures/`` of the project."""
-    return Path(os.environ.get("LRPET_FIGURES") or PROJECT / "figures").expanduser()
+    return Path(os.environ.get("LRPET_FIGURES") or PROJECT / "figures").expanduser().absolute()
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class RunConfig:
 
     Fields that a method does not read are stored as null, so that two configurations that mean the
     same run have the same name. Device, number of threads and place of the data are no part of it:
-    they are recorded with the run.
+    they are recorded with the run. A field that came later carries, as ``absent``, the value that
+    describes the runs before it, and stays out of the hash while it holds it: old runs keep their names.
 
     Raises:
         ValueError: a field of the wrong type or out of range, or fields that contradict each other; the
@@ -47,7 +49,7 @@ class RunConfig:
     Source of the defaults that are the paper's: arXiv 2204.05566, experimental settings.
 
     >>> RunConfig(method="lrpet", prune_ratio=0.57, seed=1).run_id
-    'digits-resnet8-lrpet-0.57-s1-dd0c51'
+    'digits-resnet8-lrpet-0.57-s1-0aa7fc'
     """
 
     dataset: str = "digits"  # digits | cifar10 | imagefolder
@@ -56,6 +58,7 @@ class RunConfig:
     method: str = "lrpet"  # dense | lrp | lrpet
     prune_ratio: float | None = None  # share of singular values removed; null with ranks, else 0.57
     ranks: tuple[int, ...] | Mapping[str, int] | None = None  # one for each convolution, or layer name → rank
+    layers: str | None = dataclasses.field(default=None, metadata={"absent": None})  # null: all convolutions; else names with *, Linear too
     bn_rectification: bool | None = None  # project the weight as BatchNorm scales it; paper: true
     residual: float | None = None  # q, share of each removed singular value that stays; paper's tables: 0
     row_eps: float | None = None  # constant in undoing the BatchNorm scale; authors' code: 0.00001
@@ -68,6 +71,7 @@ class RunConfig:
     weight_decay: float = 0.0001
     milestones: tuple[int, ...] = (10, 15)  # epochs at which the learning rate falls to a tenth
     validation_fraction: float = 0.0  # share of training images held out; above 0 they, not the test set, are scored
+    recipe: str = dataclasses.field(default="sgd", metadata={"absent": "sgd"})  # sgd | adamw (with cosine, mixup, …; see recipes.py)
     seed: int = 1
     precision: str = "fp32"  # fp32 | tf32 (CUDA) | bf16 (autocast)
     profile: str = "smoke"  # smoke | short | paper | imagenet
@@ -78,6 +82,7 @@ class RunConfig:
         self._choose("dataset", DATASETS)
         self._choose("model", MODELS)
         self._choose("method", METHODS)
+        self._choose("recipe", RECIPES)
         self._choose("precision", PRECISIONS)
         self._choose("profile", PROFILES)
         self._normalize()
@@ -95,8 +100,10 @@ class RunConfig:
             self._refuse("milestones", f"rising epochs between 1 and {self.epochs - 1}; shorten them together with epochs")
         if self.method == "dense":
             return
-        if self.ranks is None:
-            self._bound("prune_ratio", 0.0, math.nextafter(1.0, 0.0))
+        if self.ranks is None and not 0.0 <= self.prune_ratio < 1.0:
+            self._refuse("prune_ratio", "at least 0 and below 1")
+        if self.ranks is not None and min(self.ranks.values() if isinstance(self.ranks, dict) else self.ranks, default=0) < 1:
+            self._refuse("ranks", "one or more ranks of at least 1")
         self._bound("residual", 0.0, 1.0)
         self._bound("row_eps", 0.0, 1.0)
         self._bound("projection_interval", 1, 1_000_000)
@@ -108,16 +115,18 @@ class RunConfig:
         for field in dataclasses.fields(self):
             if "float" in field.type and getattr(self, field.name) is not None:
                 put(field.name, float(getattr(self, field.name)))
-        put("milestones", tuple(self.milestones))
+        put("milestones", tuple(self.milestones) if self.recipe == "sgd" else ())
         if self.image_size is None:
             put("image_size", DATASETS[self.dataset])
         if self.method == "dense":
-            for name in ("prune_ratio", "ranks", "bn_rectification", "residual", "row_eps", "projection_interval", "projection_unit"):
+            for name in ("prune_ratio", "ranks", "layers", "bn_rectification", "residual", "row_eps", "projection_interval", "projection_unit"):
                 put(name, None)
             return
         if self.ranks is not None:
             if self.prune_ratio is not None:
                 self._refuse("prune_ratio", "null when ranks are given; drop one of the two")
+            if self.layers is not None:
+                self._refuse("layers", "null when ranks are given, which name their layers themselves")
             put("ranks", dict(self.ranks) if isinstance(self.ranks, Mapping) else tuple(self.ranks))
         defaults = {"bn_rectification": True, "residual": 0.0, "row_eps": 1e-5, "projection_interval": 1, "projection_unit": "epoch"}
         if self.ranks is None:
@@ -163,7 +172,11 @@ class RunConfig:
     @property
     def run_id(self) -> str:
         """The name of the run: data, network, method, compression and seed, then a hash over all fields."""
-        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:6]
+        values = self.to_dict()
+        for field in dataclasses.fields(self):
+            if "absent" in field.metadata and values[field.name] == field.metadata["absent"]:
+                del values[field.name]
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
         size = ["ranks"] if self.ranks is not None else [] if self.prune_ratio is None else [f"{self.prune_ratio:g}"]
         return "-".join([self.dataset, self.model, self.method, *size, f"s{self.seed}", digest])
 

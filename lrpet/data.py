@@ -256,7 +256,7 @@ class Batches:
             if self.data.pad is None:
                 x = self._normalize(self.images[which])
                 grid = F.affine_grid(geometry[here], [len(which), 3, size, size], align_corners=False)
-                x = F.grid_sample(x, grid, align_corners=False).contiguous(memory_format=torch.channels_last)
+                x = F.grid_sample(x, grid, padding_mode="border", align_corners=False).contiguous(memory_format=torch.channels_last)
             else:
                 x = self._normalize(self.images[which[:, None, None], rows[here, :, None], columns[here, None, :]])
             yield x, self.labels[which]

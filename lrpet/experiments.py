@@ -65,9 +65,12 @@ def load_profile(name: str, path: Path | None = None) -> Profile:
         known = ", ".join(profiles) if isinstance(profiles, dict) else "none"
         raise ValueError(f"profile must be one of those in {path.name} ({known}); got {name!r}")
     profile = profiles[name]
-    unknown = set(profile) - {"note", "cost", "settings", "seeds", "experiments"}
+    entries = {"note", "cost", "settings", "seeds", "experiments"}
+    unknown, missing = set(profile or ()) - entries, entries - set(profile or ())
     if unknown:
         raise ValueError(f"profile {name!r} has an unknown entry {sorted(unknown)[0]!r}; allowed are note, cost, settings, seeds, experiments")
+    if missing:
+        raise ValueError(f"profile {name!r} lacks the entry {sorted(missing)[0]!r}; needed are note, cost, settings, seeds, experiments")
     by_seed: dict[int, list[Experiment]] = {}
     for stem, settings in profile["experiments"].items():
         settings = {**profile["settings"], **settings}

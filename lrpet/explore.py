@@ -96,7 +96,7 @@ def measure_by_depth(model: nn.Module, images: Tensor) -> pd.DataFrame:
     Raises:
         ValueError: torch.fx cannot trace the model.
 
-    Source: the quantities of arXiv 2204.05566, section III-C.
+    Source: the quantities of arXiv 2204.05566.
 
     >>> measure_by_depth(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 3, 8, 8)).columns.tolist()
     ['name', 'norm', 'output']

@@ -20,7 +20,7 @@ from lrpet.projection import truncated_svd
 from lrpet.projector import LayerReport
 from lrpet.ranks import resolve_ranks
 
-__all__ = ["DEAD_AT_FACTORIZATION", "factorize", "fold_batchnorm", "load_compact", "save_compact"]
+__all__ = ["DEAD_AT_FACTORIZATION", "compact_header", "factorize", "fold_batchnorm", "load_compact", "save_compact"]
 
 DEAD_AT_FACTORIZATION = 1e-5  # largest singular value under which a layer computes nothing (authors' code)
 
@@ -186,6 +186,30 @@ def save_compact(compact: nn.Module, path: str | Path, **description: str | int)
     os.replace(part, path)
 
 
+def compact_header(path: str | Path) -> dict:
+    """Return what :func:`save_compact` wrote about a file: its layers, whether BatchNorm is folded, and the description.
+
+    Raises:
+        ValueError: the file is not a whole safetensors file of ours.
+    """
+    return _read(path)[0]
+
+
+def _read(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("lrpet")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); save the compact network again") from error
+    if header is None:
+        raise ValueError(f"{path} has no lrpet header; only files of save_compact can be rebuilt")
+    try:
+        return json.loads(header), tensors
+    except ValueError as error:
+        raise ValueError(f"the header of {path} is damaged ({error}); save the compact network again") from error
+
+
 def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
     """Rebuild a compact network from a file and an instance of its architecture.
 
@@ -203,16 +227,8 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
 
     The example of :func:`save_compact` shows both directions.
     """
+    header, tensors = _read(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("lrpet")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); save the compact network again") from error
-    if header is None:
-        raise ValueError(f"{path} has no lrpet header; only files of save_compact can be rebuilt")
-    try:
-        header = json.loads(header)
         reports = [LayerReport(name, rank, math.nan, action) for name, (rank, action) in header["layers"].items()]
         folded = header["batchnorm_folded"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -13,7 +13,18 @@ from lrpet.factorize import factorize
 from lrpet.projector import LayerReport, LowRankProjector
 from lrpet.ranks import ranks_from_ratio, resolve_ranks
 
-__all__ = ["Dense", "LowRankProjection", "make_method"]
+__all__ = ["Dense", "LowRankProjection", "make_method", "ranks_of"]
+
+
+def ranks_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
+    """Return the rank of every layer that a configuration compresses; empty for the dense network.
+
+    >>> ranks_of(nn.Sequential(nn.Conv2d(3, 16, 3)), RunConfig(prune_ratio=0.57))
+    {'0': 6}
+    """
+    if config.method == "dense":
+        return {}
+    return ranks_from_ratio(model, config.prune_ratio, layers=config.layers) if config.ranks is None else resolve_ranks(model, config.ranks)
 
 
 class Dense:
@@ -55,7 +66,7 @@ class LowRankProjection(Dense):
 
     def __init__(self, model: nn.Module, config: RunConfig):
         super().__init__(model)
-        self.ranks = ranks_from_ratio(model, config.prune_ratio) if config.ranks is None else resolve_ranks(model, config.ranks)
+        self.ranks = ranks_of(model, config)
         self.projector = LowRankProjector(
             model,
             self.ranks,

@@ -117,7 +117,8 @@ def resolve_batchnorms(
     {'0': '1'}
     """
     if batchnorms is None:
-        found = find_batchnorms(model)
+        has_any = any(isinstance(module, _BatchNorm) for module in model.modules())
+        found = find_batchnorms(model) if has_any else {}  # a LayerNorm network need not be traceable
         pairs = {name: found.get(name) for name in layers}
     else:
         missing = [name for name in layers if name not in batchnorms]

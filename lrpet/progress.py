@@ -33,6 +33,8 @@ class Progress:
     """
 
     def __init__(self, title: str, epochs: int, steps: int, done: int = 0, mode: str = "auto"):
+        if mode not in ("auto", "bar", "lines", "off"):
+            raise ValueError(f"progress must be auto, bar, lines or off; got {mode!r}")
         self.title, self.epochs, self.total, self.mode = title, epochs, epochs * steps, mode
         if mode == "auto":
             self.mode = "bar" if bar_is_possible() else "lines"

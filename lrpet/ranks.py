@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -9,18 +10,24 @@ from torch import nn
 __all__ = ["compressible_layers", "rank_from_ratio", "ranks_from_ratio", "resolve_ranks"]
 
 
-def compressible_layers(model: nn.Module, *, linear: bool = False) -> dict[str, tuple[int, int]]:
+def compressible_layers(model: nn.Module, layers: str | None = None) -> dict[str, tuple[int, int]]:
     """Return the layers that can be made low-rank, with the shape (N, D) of their weight as a matrix.
 
     Every ``Conv2d`` with one group counts; grouped and depthwise convolutions stay dense. Linear layers
     count on request: the paper leaves the classifier of a CNN dense.
+
+    Args:
+        model: any module.
+        layers: None for all convolutions; else a pattern, as ``*.mlp.*`` or ``*``, and of all convolutions and
+            Linear layers those whose name matches count.
 
     >>> compressible_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 2)))
     {'0': (8, 27)}
     """
     shapes = {}
     for name, module in model.named_modules():
-        if (isinstance(module, nn.Conv2d) and module.groups == 1) or (linear and isinstance(module, nn.Linear)):
+        convolution = isinstance(module, nn.Conv2d) and module.groups == 1
+        if convolution if layers is None else (convolution or isinstance(module, nn.Linear)) and fnmatch.fnmatchcase(name, layers):
             shapes[name] = (module.weight.shape[0], module.weight[0].numel())
     return shapes
 
@@ -45,13 +52,13 @@ def rank_from_ratio(K: int, prune_ratio: float) -> int:
     return max(1, int(K - K * float(prune_ratio)))
 
 
-def ranks_from_ratio(model: nn.Module, prune_ratio: float, *, linear: bool = False) -> dict[str, int]:
+def ranks_from_ratio(model: nn.Module, prune_ratio: float, *, layers: str | None = None) -> dict[str, int]:
     """Return the rank of every compressible layer for one prune ratio.
 
     Args:
         model: any module; see :func:`compressible_layers` for which layers count.
         prune_ratio: ρ in [0, 1).
-        linear: whether Linear layers take part.
+        layers: None for all convolutions; else a pattern of names, for Linear layers too, as ``*.mlp.*``.
 
     Returns:
         Layer name → R, in module order.
@@ -64,9 +71,9 @@ def ranks_from_ratio(model: nn.Module, prune_ratio: float, *, linear: bool = Fal
     >>> ranks_from_ratio(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3)), 0.57)
     {'0': 6, '2': 13}
     """
-    shapes = compressible_layers(model, linear=linear)
+    shapes = compressible_layers(model, layers)
     if not shapes:
-        raise ValueError(f"{type(model).__name__} has no layer that can be compressed (Conv2d with one group, or Linear on request)")
+        raise ValueError(f"{type(model).__name__} has no layer to compress: no Conv2d with one group, or none whose name matches layers={layers!r}")
     return {name: rank_from_ratio(min(shape), prune_ratio) for name, shape in shapes.items()}
 
 
@@ -93,7 +100,7 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) ->
         if len(ranks) != len(names):
             raise ValueError(f"ranks has {len(ranks)} entries, but the model has {len(names)} compressible convolutions")
         ranks = dict(zip(names, ranks, strict=True))
-    shapes = compressible_layers(model, linear=True)
+    shapes = compressible_layers(model, "*")
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
         if name not in modules:

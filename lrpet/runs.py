@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +19,12 @@ from filelock import FileLock, Timeout
 from lrpet.config import PROJECT, RunConfig, results_root
 from lrpet.cost import cost
 from lrpet.data import Batches, load_data
-from lrpet.factorize import save_compact
+from lrpet.factorize import compact_header, load_compact, save_compact
 from lrpet.methods import make_method
 from lrpet.models import build_model
 from lrpet.training import evaluate, train
 
-__all__ = ["Run", "environment", "is_complete", "load_run", "load_runs", "run"]
+__all__ = ["Run", "environment", "is_complete", "load_network", "load_run", "load_runs", "run"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,19 @@ def load_runs(root: str | Path | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def load_network(finished: Run) -> torch.nn.Module:
+    """Return the network of a finished run as it would be deployed: compact, or dense where nothing was factorized.
+
+    Raises:
+        ValueError: the weights are not there, as in results that came with the repository.
+    """
+    file = finished.folder / "compact.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{file} is not there: weights are not kept in the repository; delete the run's folder and run it anew")
+    header = compact_header(file)
+    return load_compact(file, build_model(header["model"], header["num_classes"]))
+
+
 def run(
     config: RunConfig,
     *,
@@ -87,6 +101,7 @@ def run(
     checkpoint_epochs: int = 1,
     time_budget: float | None = None,
     progress: str = "auto",
+    on_epoch: Callable[[dict], None] | None = None,
 ) -> Run:
     """Do a run, or go on with it, or load it: whichever its folder calls for.
 
@@ -98,6 +113,7 @@ def run(
         checkpoint_epochs: epochs between two checkpoints.
         time_budget: seconds after which to write a checkpoint and stop.
         progress: "auto", "bar" (terminal and Jupyter), "lines" (one an epoch) or "off".
+        on_epoch: called with the row of each finished epoch, as ``history`` holds it; may raise to end the run.
 
     Returns:
         The finished run.
@@ -109,6 +125,8 @@ def run(
 
     Two processes asked for the same run do not both train it: the second waits, then loads.
     """
+    if checkpoint_epochs < 1:
+        raise ValueError(f"checkpoint_epochs must be at least 1; got {checkpoint_epochs}")
     deadline = None if time_budget is None else time.monotonic() + time_budget
     folder = config.folder(None if results is None else Path(results))
     say = print if progress != "off" else lambda *_, **__: None
@@ -116,13 +134,13 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / "run.lock")
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             say(f"{config.run_id} is being trained by another process; waiting for it", flush=True)
-            lock.acquire()
-        with lock:  # the kernel releases it when the process dies, however it dies
+            held = lock.acquire()
+        with held:  # released on the way out, also by an error; the kernel releases it when the process dies, however it dies
             if not is_complete(folder):
-                return _train(config, folder, data, _device(device, config), checkpoint_epochs, deadline, progress, say)
+                return _train(config, folder, data, _device(device, config), checkpoint_epochs, deadline, progress, say, on_epoch)
     done = load_run(folder)
     e = done.environment
     say(f"{config.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}", flush=True)
@@ -130,7 +148,10 @@ def run(
 
 
 def _device(name: str, config: RunConfig) -> torch.device:
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:1; got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU; use 'cpu' or 'auto'")
     if config.precision == "tf32" and device.type != "cuda":
@@ -138,7 +159,7 @@ def _device(name: str, config: RunConfig) -> torch.device:
     return device
 
 
-def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, say) -> Run:
+def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, say, on_epoch) -> Run:
     images = load_data(config, data)
     origin = environment(device) | images.fingerprint
     _same_data(folder, origin)
@@ -152,7 +173,9 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
     checkpoint = folder / "checkpoint.pt"
     verb = "resuming" if checkpoint.is_file() else "training"
     say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {origin['device']}", flush=True)
-    state = train(config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress)
+    state = train(
+        config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress, on_epoch=on_epoch
+    )
 
     compact = method.compact()
     shape = (3, config.image_size, config.image_size)
@@ -198,8 +221,8 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
         "projection_seconds": round(state["projection"], 3),
         "evaluation_seconds": round(state["evaluation"], 3),
     }
-    if actions:
-        save_compact(compact, folder / "compact.safetensors", model=config.model, num_classes=len(images.classes))
+    compact.factorization = getattr(compact, "factorization", [])  # a dense network is one with nothing factorized
+    save_compact(compact, folder / "compact.safetensors", model=config.model, num_classes=len(images.classes))
     _write(folder / "history.csv", history.to_csv(index=False))
     _write(folder / "layers.csv", pd.DataFrame(rows).to_csv(index=False))
     _write_json(folder / "environment.json", origin | {"finished": _now()})

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import re
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,8 +15,9 @@ import pandas as pd
 from lrpet.config import PROJECT, RunConfig, results_root
 from lrpet.cost import cost
 from lrpet.experiments import load_profile
+from lrpet.methods import ranks_of
 from lrpet.models import MODELS, build_model
-from lrpet.ranks import ranks_from_ratio
+from lrpet.ranks import compressible_layers, ranks_from_ratio
 from lrpet.runs import load_runs
 
 __all__ = [
@@ -30,6 +35,7 @@ __all__ = [
 
 NOT_RUN = "not run"
 METHOD_NAMES = {"dense": "dense", "lrp": "LRP", "lrpet": "LRPET"}
+PUBLISHED_NAMES = {"dense": "baseline"}  # where the published tables use another word
 
 
 def published() -> pd.DataFrame:
@@ -67,6 +73,7 @@ def profile_runs(profile: str, results: Path | None = None) -> pd.DataFrame:
                 "label": _label(e.config),
                 "run_id": e.config.run_id,
                 "ratio": e.config.prune_ratio,
+                "config": e.config,
             }
             for e in load_profile(profile).experiments
         ]
@@ -98,9 +105,7 @@ def accuracy_table(runs: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     for _, seeds in runs.groupby("experiment", sort=False):
         first, done = seeds.iloc[0], seeds["top1_pct"].dropna()
         macs, params, dense = _counted(first)
-        match = reported[(reported.model == first.network) & (reported.method == first.label)]
-        match = match[np.isclose(match.prune_ratio, first.ratio or np.nan)]
-        paper = match.top1_pct.dropna()
+        paper = _published_row(reported, first.config.dataset, first.network, first.label, macs).top1_pct.dropna()
         comparable = len(paper) and len(done) and (seeds.epochs.dropna() == 400).all()
         rows.append(
             {
@@ -126,9 +131,14 @@ def _counted(row: pd.Series) -> tuple[int, int, int]:
     if not pd.isna(row.macs):
         return row.macs, row.params, row.dense_macs
     model = build_model(row.network)
-    size = 8 if row.run_id.startswith("digits") else 32
-    counted = cost(model, (3, size, size), None if pd.isna(row.ratio) else ranks_from_ratio(model, row.ratio))
+    counted = cost(model, (3, row.config.image_size, row.config.image_size), ranks_of(model, row.config))
     return counted.macs, counted.params, counted.dense_macs
+
+
+def _published_row(reported: pd.DataFrame, dataset: str, network: str, label: str, macs: float) -> pd.DataFrame:
+    """Return the published rows of the same data, network and method whose multiply-adds are within 1 % of ours."""
+    same = reported[(reported.dataset == dataset) & (reported.model == network) & (reported.method == PUBLISHED_NAMES.get(label, label))]
+    return same[(same.macs_m * 1e6 / macs - 1).abs() < 0.01]
 
 
 def differences(runs: pd.DataFrame) -> pd.DataFrame:
@@ -170,38 +180,71 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
 def cost_table() -> pd.DataFrame:
     """Return our multiply-adds and parameters beside the published ones, for every published network that we have.
 
+    Nothing is trained: ranks come from the published ratio or list, costs from layer shapes.
+
     >>> cost_table().query("network == 'resnet56' and prune_ratio == '0.57'").macs_m.item()
     '56.06'
     """
+    return pd.DataFrame(_cost_rows())
+
+
+@cache
+def _cost_rows() -> list[dict]:
     rows = []
     for row in published().itertuples():
-        if row.model not in MODELS or not row.prune_ratio > 0 or row.table == "related":
-            continue
-        imagenet = row.dataset == "imagenet"
-        model = build_model(row.model, 1000 if imagenet else 10)
-        counted = cost(model, (3, 224, 224) if imagenet else (3, 32, 32), ranks_from_ratio(model, row.prune_ratio))
-        rows.append(
-            {
-                "network": row.model,
-                "dataset": row.dataset,
-                "prune_ratio": f"{row.prune_ratio:g}",
-                "macs_m": f"{counted.macs / 1e6:.2f}",
-                "paper_macs_m": "" if pd.isna(row.macs_m) else f"{row.macs_m:g}",
-                "params_m": f"{counted.params / 1e6:.3f}",
-                "params_without_bn_m": f"{sum(layer.params for layer in counted.layers) / 1e6:.3f}",  # what the authors count
-                "paper_params_m": "" if pd.isna(row.params_m) else f"{row.params_m:g}",
-                "macs_reduction_pct": f"{100 * (1 - counted.macs / counted.dense_macs):.1f}",
-                "paper_macs_reduction_pct": "" if pd.isna(row.macs_reduction_pct) else f"{row.macs_reduction_pct:g}",
-                "paper_source": row.source,
-            }
-        )
-    return pd.DataFrame(rows)
+        if row.model in MODELS and row.table != "related" and row.dataset in ("cifar10", "imagenet") and row.method in ("LRPET", "baseline"):
+            rows.append(_cost_row(row.model, row.dataset, row.method, row.prune_ratio, None, row))
+    for name, entry in json.loads((PROJECT / "paper" / "searched_ranks.json").read_text()).items():
+        if isinstance(entry, dict):
+            reported = SimpleNamespace(macs_m=np.nan, params_m=np.nan, macs_reduction_pct=entry["macs_reduction_pct"], source="authors' rank list")
+            rows.append(_cost_row(name.split("_")[0], entry["dataset"], f"LRPET, {name} ranks", np.nan, entry["ranks"], reported))
+    return rows
+
+
+def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, reported) -> dict:
+    imagenet = dataset == "imagenet"
+    model = build_model(network, 1000 if imagenet else 10)
+    fixed = json.loads((PROJECT / "paper" / "fixed_ranks.json").read_text()).get(network)
+    known = True
+    if ranks is None and method != "baseline":
+        if ratio > 0:
+            ranks = ranks_from_ratio(model, ratio)
+        elif fixed is not None:
+            ranks = _ranks_by_pattern(model, fixed["ranks"])
+        else:
+            known = False  # neither ratio nor list is published
+    counted = cost(model, (3, 224, 224) if imagenet else (3, 32, 32), ranks)
+    text = lambda value, form: form.format(value) if known else "ranks not published"
+    paper = lambda value: "" if pd.isna(value) else f"{value:g}"
+    return {
+        "network": network,
+        "dataset": dataset,
+        "method": method,
+        "prune_ratio": paper(ratio),
+        "macs_m": text(counted.macs / 1e6, "{:.2f}"),
+        "paper_macs_m": paper(reported.macs_m),
+        "params_m": text(counted.params / 1e6, "{:.3f}"),
+        "params_without_bn_m": text(sum(layer.params for layer in counted.layers) / 1e6, "{:.3f}"),  # what the authors count
+        "paper_params_m": paper(reported.params_m),
+        "macs_reduction_pct": text(100 * (1 - counted.macs / counted.dense_macs), "{:.1f}"),
+        "paper_macs_reduction_pct": paper(reported.macs_reduction_pct),
+        "paper_source": reported.source,
+    }
+
+
+def _ranks_by_pattern(model, patterns: dict[str, int]) -> dict[str, int]:
+    """Return the rank of the first pattern that matches, for each layer that one matches."""
+    layers = compressible_layers(model, "*")
+    matches = {name: [rank for pattern, rank in patterns.items() if fnmatch.fnmatch(name, pattern)] for name in layers}
+    classifier = list(layers)[-1]
+    return {name: ranks[0] for name, ranks in matches.items() if ranks and name != classifier}
 
 
 def related_table() -> pd.DataFrame:
     """Return the published CIFAR-10 rows of Trained Rank Pruning; other schedule, other authors, for orientation only."""
     rows = published().query("table == 'related' and dataset == 'cifar10'")
-    return rows[["model", "method", "params_m", "macs_reduction_pct", "top1_pct", "source"]].fillna("").rename(columns={"model": "network"})
+    rows = rows[["model", "method", "params_m", "macs_reduction_pct", "top1_pct", "source"]].rename(columns={"model": "network"})
+    return rows.astype(object).where(rows.notna(), "").reset_index(drop=True)
 
 
 def comparison(run) -> pd.DataFrame:
@@ -215,8 +258,7 @@ def comparison(run) -> pd.DataFrame:
     """
     config, summary = run.config, run.summary
     reported = published()
-    match = reported[(reported.model == config.model) & (reported.dataset == config.dataset) & (reported.method == METHOD_NAMES[config.method])]
-    match = match[np.isclose(match.prune_ratio, config.prune_ratio or np.nan)]
+    match = _published_row(reported, config.dataset, config.model, _label(config), summary["macs"])
     ours = {"macs_m": summary["macs"] / 1e6, "params_m": summary["params"] / 1e6, "top1_pct": summary["top1_pct"]}
     rows = []
     for name, value in ours.items():
@@ -261,7 +303,7 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
             error = f", standard error {row.standard_error_pct}" if row.standard_error_pct else ""
             lines.append(f"- {row.network}, {row.difference}: {row.top1_difference_pct} points (n={row.n}{error}): {row.verdict}.")
     cost = tables["cost"]
-    known = cost[cost.paper_macs_m != ""]
+    known = cost[(cost.paper_macs_m != "") & (cost.macs_m != "ranks not published")]
     off = [(float(r.macs_m) / float(r.paper_macs_m) - 1) * 100 for r in known.itertuples()]
     lines.append(f"- Multiply-adds of {len(known)} published networks are within {max(map(abs, off)):.2f} % of ours.")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,23 +18,13 @@ from lrpet.config import RunConfig
 from lrpet.data import Batches
 from lrpet.methods import Dense
 from lrpet.progress import Progress
+from lrpet.recipes import learning_rate, make_mixer, make_optimizer, training_loss
 
-__all__ = ["Paused", "evaluate", "learning_rate", "load_checkpoint", "save_checkpoint", "train"]
+__all__ = ["Paused", "evaluate", "load_checkpoint", "save_checkpoint", "train"]
 
 
 class Paused(Exception):
     """The time budget ended; a checkpoint is written, and the same call goes on from it."""
-
-
-def learning_rate(config: RunConfig, epoch: int) -> float:
-    """Return the learning rate of an epoch (from 0): a tenth after each milestone.
-
-    Source: arXiv 2204.05566, experimental settings.
-
-    >>> [learning_rate(RunConfig(epochs=4, milestones=[2, 3]), epoch) for epoch in range(4)]
-    [0.1, 0.1, 0.01, 0.001]
-    """
-    return config.learning_rate / 10 ** sum(epoch >= milestone for milestone in config.milestones)
 
 
 @torch.no_grad()
@@ -107,6 +98,7 @@ def train(
     checkpoint_epochs: int = 1,
     deadline: float | None = None,
     progress: str = "auto",
+    on_epoch: Callable[[dict], None] | None = None,
 ) -> dict:
     """Train to the end of the schedule, going on from the checkpoint where there is one.
 
@@ -117,6 +109,7 @@ def train(
         checkpoint: file that is read first, if it exists, and written every ``checkpoint_epochs`` epochs.
         deadline: moment of ``time.monotonic()`` after which a checkpoint is written and the run pauses.
         progress: "auto", "bar", "lines" or "off".
+        on_epoch: called with the row of each finished epoch; an exception it raises ends the run behind a checkpoint.
 
     Returns:
         The last state: ``history`` (a row an epoch), ``layers`` (report of the last projection) and seconds spent.
@@ -128,9 +121,8 @@ def train(
     Source: arXiv 2204.05566, method and experimental settings.
     """
     model, device, steps = method.model, batches.device, batches.steps
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=device.type == "cuda"
-    )
+    optimizer = make_optimizer(config, model, device)
+    mix = make_mixer(config, len(batches.data.classes))
     state = load_checkpoint(checkpoint, device) or {"step": 0, "history": [], "layers": [], "sums": [0.0, 0.0, 0.0]}
     if state["step"]:
         model.load_state_dict(state["model"])
@@ -167,9 +159,10 @@ def train(
                 group["lr"] = learning_rate(config, epoch)
             began, projecting = time.perf_counter(), 0.0
             for x, y in batches.epoch(epoch, in_epoch):
+                x, target = mix(x, y)
                 with autocast:
                     logits = model(x)
-                    loss = F.cross_entropy(logits, y)
+                    loss = training_loss(config, logits, target)
                 optimizer.zero_grad()
                 loss.backward()
                 loss_sum += loss.detach() * len(y)
@@ -201,6 +194,8 @@ def train(
             then = time.perf_counter()
             test_loss, top1_pct = evaluate(model, batches)
             clock["evaluation"] += time.perf_counter() - then
+            if not math.isfinite(test_loss):
+                raise FloatingPointError(_lost(config, model, epoch, steps - 1))
             history = history + [
                 {
                     "epoch": epoch + 1,
@@ -220,6 +215,8 @@ def train(
             over = deadline is not None and time.monotonic() > deadline and step < config.epochs * steps
             if (epoch + 1) % checkpoint_epochs == 0 or step == config.epochs * steps or over:
                 keep()
+            if on_epoch is not None:
+                on_epoch(history[-1])
             if over:
                 raise Paused(f"{config.run_id} paused after epoch {epoch + 1} of {config.epochs}")
     finally:

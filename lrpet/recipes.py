@@ -1,0 +1,80 @@
+"""How a network is trained besides its schedule of projections: optimizer, learning rate over time, loss and mixing of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrpet.config import RunConfig
+
+__all__ = ["learning_rate", "make_mixer", "make_optimizer", "training_loss"]
+
+WARMUP_SHARE = 0.05  # of the epochs, for AdamW
+LABEL_SMOOTHING, MIXUP, CUTMIX, ERASING = 0.1, 0.8, 1.0, 0.25  # usual for small vision transformers: arXiv 2012.12877, table 9
+
+
+def learning_rate(config: RunConfig, epoch: int) -> float:
+    """Return the learning rate of an epoch (from 0).
+
+    ``sgd``: a tenth after each milestone. ``adamw``: a linear warm-up over 5 % of the epochs, then half a cosine to 0.
+
+    Source: arXiv 2204.05566, experimental settings; arXiv 2012.12877 for AdamW.
+
+    >>> [learning_rate(RunConfig(epochs=4, milestones=[2, 3]), epoch) for epoch in range(4)]
+    [0.1, 0.1, 0.01, 0.001]
+    """
+    if config.recipe == "sgd":
+        return config.learning_rate / 10 ** sum(epoch >= milestone for milestone in config.milestones)
+    warmup = max(1, round(WARMUP_SHARE * config.epochs))
+    if epoch < warmup:
+        return config.learning_rate * (epoch + 1) / warmup
+    return config.learning_rate * (1 + math.cos(math.pi * (epoch - warmup) / max(1, config.epochs - warmup))) / 2
+
+
+def make_optimizer(config: RunConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """Return SGD with momentum over all parameters alike, or AdamW that spares vectors (biases, norms) the weight decay.
+
+    >>> type(make_optimizer(RunConfig(), nn.Linear(2, 2), torch.device("cpu"))).__name__
+    'SGD'
+    """
+    fused = device.type == "cuda"
+    if config.recipe == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
+        )
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+
+
+def make_mixer(config: RunConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return what mixes a training batch (B, 3, H, W), (B,): nothing for SGD; mixup or cutmix, and erasing, for AdamW.
+
+    The mixed labels are shares, (B, num_classes). One draw serves a whole batch, as torchvision's transforms do it.
+
+    >>> x, y = make_mixer(RunConfig(), 10)(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]))
+    >>> y
+    tensor([1, 2])
+    """
+    if config.recipe == "sgd":
+        return lambda x, y: (x, y)
+    from torchvision.transforms import v2
+
+    mix = v2.RandomChoice([v2.MixUp(alpha=MIXUP, num_classes=num_classes), v2.CutMix(alpha=CUTMIX, num_classes=num_classes)])
+    erase = v2.RandomErasing(p=ERASING)
+
+    def mixer(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return mix(erase(x), y)
+
+    return mixer
+
+
+def training_loss(config: RunConfig, logits: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy of logits (B, classes) and targets (B,) or (B, classes), with label smoothing for AdamW."""
+    return F.cross_entropy(logits, target, label_smoothing=0.0 if config.recipe == "sgd" else LABEL_SMOOTHING)

@@ -1,0 +1,120 @@
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
+
+from lrpet import tables
+from lrpet.experiments import load_profile
+
+
+def put(results, config, top1_pct, **more):
+    """Write a finished run as the store keeps it."""
+    folder = config.folder(results)
+    folder.mkdir(parents=True)
+    summary = {"run_id": config.run_id, "scored_on": "test", "top1_pct": top1_pct, "best_top1_pct": top1_pct + 0.5, "macs": 56_058_496}
+    summary |= {"params": 398_524, "dense_macs": 125_485_696, "train_seconds": 60.0, "compact_max_relative_error": 1e-6} | more
+    environment = {"device": "d", "commit": "c", "finished": "f", "data_train_sha256": "s"}
+    for name, content in (("config", config.to_dict()), ("summary", summary), ("environment", environment)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    for name in ("history", "layers"):
+        (folder / f"{name}.csv").write_text("epoch\n1\n")
+
+
+def experiment(profile, name):
+    return next(e.config for e in load_profile(profile).experiments if e.name == name)
+
+
+def test_what_was_not_run_says_so_and_nothing_is_filled_in(tmp_path):
+    table = tables.accuracy_table(tables.profile_runs("paper", tmp_path), tables.published())
+    assert (table.top1_pct == "not run").all() and (table.difference_pct == "").all()
+    row = table.query("method == 'LRPET' and prune_ratio == '0.57'").iloc[0]
+    assert (row.macs_m, row.paper_top1_pct, row.seeds) == ("56.06", "93.27", "0 of 3")
+
+
+def test_mean_and_spread_over_seeds_and_difference_to_the_paper(tmp_path):
+    for seed, value in ((1, 93.0), (2, 93.4), (3, 93.5)):
+        put(tmp_path, experiment("paper", f"resnet56-lrpet-s{seed}"), value)
+    row = tables.accuracy_table(tables.profile_runs("paper", tmp_path), tables.published()).iloc[2]
+    assert row.top1_pct == "93.30 ± 0.26 (n=3)" and row.best_epoch_top1_pct == "93.80 ± 0.26 (n=3)"
+    assert row.difference_pct == "+0.03"
+
+
+def test_one_seed_has_no_deviation_and_short_runs_no_difference_to_the_paper(tmp_path):
+    put(tmp_path, experiment("short", "resnet20-lrpet-s1"), 88.0)
+    row = tables.accuracy_table(tables.profile_runs("short", tmp_path), tables.published()).iloc[2]
+    assert row.top1_pct == "88.00 (n=1)" and row.difference_pct == "" and row.seeds == "1 of 3"
+
+
+@pytest.mark.parametrize(
+    ("lrp", "verdict"),
+    [
+        ((87.0, 87.1, 87.2), "higher"),
+        ((89.0, 89.1, 89.2), "lower"),
+        ((88.0, 87.0, 89.2), "undecided"),
+        ((87.0, 87.1), "undecided"),
+        ((), "not tested"),
+    ],
+)
+def test_verdicts_follow_the_stated_rule(tmp_path, lrp, verdict):
+    for seed in (1, 2, 3):
+        put(tmp_path, experiment("short", f"resnet20-lrpet-s{seed}"), 88.0 + 0.1 * seed)
+    for seed, value in enumerate(lrp, start=1):
+        put(tmp_path, experiment("short", f"resnet20-lrp-s{seed}"), value)
+    row = tables.differences(tables.profile_runs("short", tmp_path)).query("difference == 'LRPET − LRP'").iloc[0]
+    assert row.verdict == verdict and row.n == len(lrp)
+
+
+def test_runs_of_another_configuration_do_not_enter_a_table(tmp_path):
+    put(tmp_path, dataclasses.replace(experiment("short", "resnet20-dense-s1"), epochs=17), 99.0)
+    assert (tables.accuracy_table(tables.profile_runs("short", tmp_path), tables.published()).top1_pct == "not run").all()
+
+
+COUNTED = [r for r in tables.cost_table().to_dict("records") if r["paper_macs_m"] and r["macs_m"] != "ranks not published"]
+
+
+@pytest.mark.parametrize("row", COUNTED, ids=lambda r: f"{r['network']}-{r['method']}")
+def test_multiply_adds_agree_with_the_published_ones(row):
+    bound = 0.0095 if row["network"] == "vit" else 0.0033  # the ViT's 174.25 M count something more than Linear layers
+    assert float(row["macs_m"]) == pytest.approx(float(row["paper_macs_m"]), rel=bound)
+
+
+def test_reductions_of_the_searched_ranks_agree_to_the_digit_given():
+    table = tables.cost_table()
+    for row in table[table.method.str.contains("ranks")].itertuples():
+        assert float(row.macs_reduction_pct) == float(row.paper_macs_reduction_pct)
+
+
+def test_parameters_agree_when_batchnorm_is_left_out():
+    for row in tables.cost_table().itertuples():
+        if row.paper_params_m and row.network not in ("vit", "ghost_resnet56"):
+            assert abs(float(row.params_without_bn_m) - float(row.paper_params_m)) <= 0.0051
+
+
+def test_tables_are_written_as_markdown_and_csv(tmp_path):
+    made = tables.write_tables("smoke", tmp_path)
+    for name, table in made.items():
+        kept = pd.read_csv(tmp_path / "smoke" / "tables" / f"{name}.csv", dtype=str, keep_default_na=False)
+        assert kept.columns.tolist() == table.columns.tolist() and len(kept) == len(table)
+        assert (tmp_path / "smoke" / "tables" / f"{name}.md").read_text().count("\n") == len(table) + 2
+
+
+def test_readme_gets_the_tables_it_asks_for(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table: smoke accuracy -->\nold\n<!-- end -->\nafter\n")
+    text = tables.write_readme(readme)
+    assert "old" not in text and "| resnet8" in text and text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
+    assert tables.write_readme(readme) == text
+
+
+def test_committed_readme_is_up_to_date(tmp_path, monkeypatch):
+    from lrpet.config import PROJECT
+
+    monkeypatch.delenv("LRPET_RESULTS")
+    copy = tmp_path / "README.md"
+    copy.write_text((PROJECT / "README.md").read_text())
+    before = {p: p.read_bytes() for p in (PROJECT / "results").glob("*/tables/*")}
+    fresh = tables.write_readme(copy)
+    for path, content in before.items():
+        path.write_bytes(content)
+    assert fresh == (PROJECT / "README.md").read_text(), "stale tables: run python -m lrpet tables"
