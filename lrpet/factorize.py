@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import skip_init
 
 from lrpet.pairing import LAYERS as PAIRABLE
 from lrpet.pairing import ConstantOutput, batchnorm_scale, resolve_batchnorms
@@ -79,7 +80,7 @@ def factorize(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) -> nn.
 
 
 def _replace(model: nn.Module, report: LayerReport) -> None:
-    """Put the layer that a report describes in the place of the dense one; factors come uninitialized."""
+    """Put the layer that a report describes in the place of the dense one; factors come uninitialized and draw no random numbers."""
     old = model.get_submodule(report.name)
     if report.action == "dense":
         return
@@ -89,12 +90,12 @@ def _replace(model: nn.Module, report: LayerReport) -> None:
         new = ConstantOutput(bias, old.kernel_size, old.stride, _padding(old), old.dilation)
     else:
         if isinstance(old, nn.Linear):
-            first = nn.Linear(old.in_features, report.rank, bias=False, **like)
-            second = nn.Linear(report.rank, old.out_features, bias=old.bias is not None, **like)
+            first = skip_init(nn.Linear, old.in_features, report.rank, bias=False, **like)
+            second = skip_init(nn.Linear, report.rank, old.out_features, bias=old.bias is not None, **like)
         else:
             window = {"stride": old.stride, "padding": old.padding, "dilation": old.dilation, "padding_mode": old.padding_mode}
-            first = nn.Conv2d(old.in_channels, report.rank, old.kernel_size, bias=False, **window, **like)
-            second = nn.Conv2d(report.rank, old.out_channels, 1, bias=old.bias is not None, **like)
+            first = skip_init(nn.Conv2d, old.in_channels, report.rank, old.kernel_size, bias=False, **window, **like)
+            second = skip_init(nn.Conv2d, report.rank, old.out_channels, 1, bias=old.bias is not None, **like)
         if old.bias is not None:
             second.bias = copy.deepcopy(old.bias)
         for factor in (first, second):

@@ -143,38 +143,40 @@ def project_and_measure(
 
     if rank == min(matrix.shape[-2:]):
         return matrix.clone(), torch.ones(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
-    N, D = matrix.shape[-2:]
-    M = matrix.to(torch.float64)
-    if row_scale is not None:
-        a = row_scale.to(torch.float64).unsqueeze(-1)  # (..., N, 1)
-        square = a.square() + row_eps
-        undo = torch.where(square > 0, a / torch.where(square > 0, square, 1.0), 0.0)  # (..., N, 1)
-    if N <= D:
-        gram = M @ M.mT  # AAᵀ is this, scaled from both sides, (..., N, N)
-        gram = gram if row_scale is None else a * gram * a.mT
-    else:
-        A = M if row_scale is None else a * M
-        gram = A.mT @ A  # (..., D, D)
-    eigenvalues, Q = torch.linalg.eigh(gram)  # s_i², ascending, (..., K); (..., K, K)
-    Q = Q[..., -rank:]  # (..., K, R)
-    E = eigenvalues.clamp(min=0).sum(dim=-1)  # (...,)
-    kept = eigenvalues[..., -rank:].clamp(min=0).sum(dim=-1)  # (...,)
-    factor = torch.ones_like(E)
-    if energy_transfer:
-        factor = ((E - residual**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
-    C = (Q * (factor - residual)[..., None, None]) @ Q.mT  # (..., K, K): f on the kept directions …
-    if residual:
-        C.diagonal(dim1=-2, dim2=-1).add_(residual)  # … and q on the others
-    # What remains is one product with M. Its matrix is exact to float64, so float32 suffices from here on.
-    exact = torch.promote_types(matrix.dtype, torch.float32)
-    M = matrix.to(exact)
-    if N <= D:
-        C = C if row_scale is None else undo * C * a.mT
-        result = C.to(exact) @ M  # (..., N, D)
-    else:
-        result = M @ C.to(exact)  # (..., N, D)
-        result = result if row_scale is None else (undo * a).to(exact) * result
-    return result.to(matrix.dtype), torch.where(E > 0, kept / torch.where(E > 0, E, 1.0), 1.0)
+    with torch.autocast(matrix.device.type, enabled=False):  # which would round the float32 product to bfloat16
+        N, D = matrix.shape[-2:]
+        M = matrix.to(torch.float64)
+        if row_scale is not None:
+            a = row_scale.to(torch.float64).unsqueeze(-1)  # (..., N, 1)
+            square = a.square() + row_eps
+            undo = torch.where(square > 0, a / torch.where(square > 0, square, 1.0), 0.0)  # (..., N, 1)
+        if N <= D:
+            gram = M @ M.mT  # AAᵀ is this, scaled from both sides, (..., N, N)
+            gram = gram if row_scale is None else a * gram * a.mT
+        else:
+            A = M if row_scale is None else a * M
+            gram = A.mT @ A  # (..., D, D)
+        eigenvalues, Q = torch.linalg.eigh(gram)  # s_i², ascending, (..., K); (..., K, K)
+        Q = Q[..., -rank:]  # (..., K, R)
+        E = eigenvalues.clamp(min=0).sum(dim=-1)  # (...,)
+        kept = eigenvalues[..., -rank:].clamp(min=0).sum(dim=-1)  # (...,)
+        factor = torch.ones_like(E)
+        if energy_transfer:
+            factor = ((E - residual**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
+        C = (Q * (factor - residual)[..., None, None]) @ Q.mT  # (..., K, K): f on the kept directions …
+        if residual:
+            C.diagonal(dim1=-2, dim2=-1).add_(residual)  # … and q on the others
+        # What remains is one product with M. Its matrix is exact to float64, so float32 suffices from here on; but not
+        # on a GPU, which may be set to round float32 products to TF32.
+        exact = torch.promote_types(matrix.dtype, torch.float64 if matrix.is_cuda else torch.float32)
+        M = matrix.to(exact)
+        if N <= D:
+            C = C if row_scale is None else undo * C * a.mT
+            result = C.to(exact) @ M  # (..., N, D)
+        else:
+            result = M @ C.to(exact)  # (..., N, D)
+            result = result if row_scale is None else (undo * a).to(exact) * result
+        return result.to(matrix.dtype), torch.where(E > 0, kept / torch.where(E > 0, E, 1.0), 1.0)
 
 
 def _check(matrix: Tensor, rank: int) -> None:

@@ -122,7 +122,7 @@ class LowRankProjector:
         ‖M‖_F / sqrt(K) ≤ s_1 ≤ ‖M‖_F, so one norm a layer, fetched at once, decides for all healthy layers.
         """
         names = [name for batch in self._batches.values() for name in batch]
-        norms = [torch.linalg.vector_norm(M, dim=(1, 2), dtype=torch.float32) for M in stacks]
+        norms = [torch.linalg.vector_norm(M, dim=(1, 2), dtype=torch.promote_types(M.dtype, torch.float32)).double() for M in stacks]
         sums = [norm if a is None else norm + a.sum(dim=1) for norm, a in zip(norms, scales, strict=True)]
         norms, sums = torch.stack([torch.cat([v.cpu() for v in norms]), torch.cat([v.cpu() for v in sums])]).tolist()
         for name, norm, both in zip(names, norms, sums, strict=True):
