@@ -77,5 +77,7 @@ for place, experiment in enumerate(RUNS.values()):  # the last first: what exper
             # YAML and not JSON, whose 1e-05 papermill reads as text. All fields: nothing depends on a notebook's defaults.
             fields=yaml.safe_dump(experiment.config.to_dict(), default_flow_style=True, width=10**6).strip(),
         priority: place + 1
+        resources:
+            gpu=1,  # a share of the one device, not a device: run_all.sh gives out as many as it runs at a time
         shell:
             "scripts/execute.sh notebooks/01_cifar10.ipynb {log:q} -y {params.fields:q}"

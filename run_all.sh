@@ -51,7 +51,7 @@ results=${results/#\~/$HOME}/$profile
 figures=${LRPET_FIGURES:-$ROOT/figures}
 figures=${figures/#\~/$HOME}/$profile
 echo "$jobs at a time; results go to $results"
-snakemake=("$PYTHON" -m snakemake --snakefile "$ROOT/Snakefile" --workflow-profile "$ROOT/profiles/default" --cores "$jobs" --config "profile=$profile")
+snakemake=("$PYTHON" -m snakemake --snakefile "$ROOT/Snakefile" --workflow-profile "$ROOT/profiles/default" --cores "$jobs" --resources "gpu=$jobs" --config "profile=$profile")
 if [ -n "$dry_run" ]; then
     exec "${snakemake[@]}" --dry-run --quiet host reason rules </dev/null
 fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -148,38 +149,59 @@ def _read_tree(root: Path, short: int | None, train_size: int, test_size: int):
 
     The shorter side is resized to ``short`` pixels and the central square cut out; None takes only images that fit.
     """
-    from torchvision.datasets import ImageFolder
-
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if not (root / "train").is_dir() or held_out is None:
-        raise DataError(f"{root} must hold train/ and test/ (or val/), each with a folder a class; unpack the images again or give another --data")
-    try:
-        train, test = (ImageFolder(folder) for folder in (root / "train", held_out))
-    except FileNotFoundError as error:
-        raise DataError(f"{root} has a class without images: {error}. Unpack it again, or remove the empty folder") from error
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(f"train/ and {held_out.name}/ of {root} hold different classes (only one has {odd[0]!r}); unpack it again")
-    if len(train.classes) < 2:
-        raise DataError(f"{root} has one class, {train.classes[0]!r}; a classifier needs at least two folders in train/")
-
-    samples = train.samples + test.samples
+    train, test, classes = _list_tree(root)
+    samples = train + test
     listing = [f"{Path(p).relative_to(root)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p, _ in samples]
     key = hashlib.sha256("\n".join([str(root.resolve()), f"{short} {train_size} {test_size}", *listing]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("LRPET_CACHE") or PROJECT / "data" / "cache").expanduser()
     arrays = []
-    for split, dataset, size in (("train", train, train_size), ("test", test, test_size)):
+    for split, files, size in (("train", train, train_size), ("test", test, test_size)):
         file = cache / f"{key}-{split}.npy"
         if not file.is_file():
-            images = _decode([path for path, _ in dataset.samples], short, size)
+            images = _decode([path for path, _ in files], short, size)
             cache.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(f".part{os.getpid()}")
             with open(part, "wb") as out:
                 np.save(out, images)
             os.replace(part, file)
         arrays.append(np.load(file))
-    (train_x, test_x), (train_y, test_y) = map(torch.from_numpy, arrays), (torch.tensor(s.targets) for s in (train, test))
-    return train_x, train_y, test_x, test_y, tuple(train.classes)
+    (train_x, test_x), (train_y, test_y) = map(torch.from_numpy, arrays), (torch.tensor([y for _, y in part]) for part in (train, test))
+    return train_x, train_y, test_x, test_y, classes
+
+
+def _list_tree(root: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]], tuple[str, ...]]:
+    """Return the (path, label) pairs of the training and the held-out images, and the classes, after checking the tree.
+
+    Without a folder train/, the folders in ``root`` are the classes, and every fifth image of each, by name, is held out.
+    """
+    from torchvision.datasets import ImageFolder
+
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder; it must hold train/ and test/ (or val/), or a folder a class: give another --data")
+    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    split = (root / "train").is_dir()
+    if split != (held_out is not None):
+        wanted = "must hold train/ and test/ (or val/), or neither and a folder a class"
+        raise DataError(f"{root} {wanted}; unpack the images again or give another --data")
+    try:
+        train, test = (ImageFolder(folder) for folder in (root / "train", held_out)) if split else (ImageFolder(root), None)
+    except FileNotFoundError as error:
+        raise DataError(f"{root} has a class without images, or no class: {error}. Unpack it again, or remove the empty folder") from error
+    if split and train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise DataError(f"train/ and {held_out.name}/ of {root} hold different classes (only one has {odd[0]!r}); unpack it again")
+    if len(train.classes) < 2:
+        raise DataError(f"{root} has one class, {train.classes[0]!r}; a classifier needs at least two folders of images")
+    if split:
+        return train.samples, test.samples, tuple(train.classes)
+    place = Counter()  # of an image within its class
+    parts = ([], [])
+    for path, label in train.samples:
+        place[label] += 1
+        parts[place[label] % 5 == 0].append((path, label))
+    if len({label for _, label in parts[1]}) < len(train.classes):
+        raise DataError(f"{root} has a class of fewer than five images, of which none can be held out; add images, or make train/ and val/")
+    return *parts, tuple(train.classes)
 
 
 def _decode(paths: list[str], short: int | None, size: int) -> np.ndarray:

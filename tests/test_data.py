@@ -393,3 +393,19 @@ def test_held_out_images_are_served_in_order_and_normalized(batch_size):
     assert torch.equal(y, data.test_labels)
     expected = (data.test_images.float() / 255 - torch.tensor(data.mean)) / torch.tensor(data.std)
     assert torch.allclose(x, expected.permute(0, 3, 1, 2), atol=1e-5)
+
+
+def test_a_tree_without_splits_holds_every_fifth_image_out(tmp_path):
+    tree = tmp_path / "tree"
+    for label in ("a", "b"):
+        (tree / label).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (20, 30), (20 * i, 0, 0)).save(tree / label / f"{i:02d}.jpeg")
+    data = load_data(RunConfig(dataset="imagefolder", image_size=16), tree)
+    assert (len(data.train_labels), len(data.test_labels)) == (20, 4)
+    assert sorted(data.test_images[:, 0, 0, 0].tolist()) == pytest.approx([80, 80, 180, 180], abs=4)
+    shutil.rmtree(tree / "b")
+    (tree / "b").mkdir()
+    Image.new("RGB", (20, 30)).save(tree / "b" / "0.png")
+    with pytest.raises(DataError, match="fewer than five"):
+        load_data(RunConfig(dataset="imagefolder", image_size=16), tree)
