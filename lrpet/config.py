@@ -18,6 +18,7 @@ __all__ = ["DATASETS", "METHODS", "PROJECT", "RunConfig", "figures_root", "resul
 DATASETS = {"digits": 8, "cifar10": 32, "imagefolder": 224}  # name → image size in pixels
 METHODS = ("dense", "lrp", "lrpet")
 PROFILES = ("smoke", "short", "paper", "imagenet")
+SMALLEST = {"vgg16": 32, "vit": 32}  # pixels that a network needs
 RECIPES = ("sgd", "adamw")
 PRECISIONS = ("fp32", "tf32", "bf16")
 PROJECT = Path(__file__).resolve().parent.parent
@@ -96,6 +97,8 @@ class RunConfig:
         self._bound("validation_fraction", 0.0, 0.9)
         if self.dataset != "imagefolder" and self.image_size != DATASETS[self.dataset]:
             self._refuse("image_size", f"{DATASETS[self.dataset]} for {self.dataset}; another size needs dataset='imagefolder'")
+        if self.image_size < SMALLEST.get(self.model, 0):
+            self._refuse("image_size", f"{SMALLEST[self.model]} or more for {self.model}; take another model or dataset")
         if any(b <= a for a, b in zip((0, *self.milestones), self.milestones, strict=False)) or any(m >= self.epochs for m in self.milestones):
             self._refuse("milestones", f"rising epochs between 1 and {self.epochs - 1}; shorten them together with epochs")
         if self.method == "dense":

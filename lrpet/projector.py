@@ -68,6 +68,7 @@ class LowRankProjector:
     ):
         self.ranks = resolve_ranks(model, ranks)
         self.settings = {"energy_transfer": energy_transfer, "residual": residual, "row_eps": row_eps}
+        project_and_measure(torch.eye(2), 1, **self.settings)  # refuses bad settings here, not an epoch later
         modules = dict(model.named_modules())
         pairs = resolve_batchnorms(model, self.ranks, batchnorms) if bn_rectification else {}
         self._weights = {name: modules[name].weight for name in self.ranks}

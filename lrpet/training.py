@@ -109,7 +109,7 @@ def train(
         checkpoint: file that is read first, if it exists, and written every ``checkpoint_epochs`` epochs.
         deadline: moment of ``time.monotonic()`` after which a checkpoint is written and the run pauses.
         progress: "auto", "bar", "lines" or "off".
-        on_epoch: called with the row of each finished epoch; an exception it raises ends the run behind a checkpoint.
+        on_epoch: called with the row of each finished epoch; an exception that it raises ends the run.
 
     Returns:
         The last state: ``history`` (a row an epoch), ``layers`` (report of the last projection) and seconds spent.

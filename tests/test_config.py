@@ -227,4 +227,10 @@ def test_folders_follow_the_environment(monkeypatch, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_method_and_network_can_be_configured(method, model):
-    assert RunConfig(method=method, model=model).run_id.startswith(f"digits-{model}-{method}-")
+    assert RunConfig(dataset="cifar10", method=method, model=model).run_id.startswith(f"cifar10-{model}-{method}-")
+
+
+@pytest.mark.parametrize("model", ["vgg16", "vit"])
+def test_images_too_small_for_a_network_are_refused(model):
+    with pytest.raises(ValueError, match=f"image_size must be 32 or more for {model}; .*got 8"):
+        RunConfig(dataset="digits", model=model)
