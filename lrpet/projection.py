@@ -163,19 +163,18 @@ def project_and_measure(
         factor = torch.ones_like(E)
         if energy_transfer:
             factor = ((E - residual**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
-        C = (Q * (factor - residual)[..., None, None]) @ Q.mT  # (..., K, K): f on the kept directions …
-        if residual:
-            C.diagonal(dim1=-2, dim2=-1).add_(residual)  # … and q on the others
-        # What remains is one product with M. Its matrix is exact to float64, so float32 suffices from here on; but not
+        # What remains is M times two thin factors. They are exact to float64, so float32 suffices from here on; but not
         # on a GPU, which may be set to round float32 products to TF32.
         exact = torch.promote_types(matrix.dtype, torch.float64 if matrix.is_cuda else torch.float32)
-        M = matrix.to(exact)
+        M, scaled = matrix.to(exact), Q * (factor - residual)[..., None, None]  # (..., K, R)
         if N <= D:
-            C = C if row_scale is None else undo * C * a.mT
-            result = C.to(exact) @ M  # (..., N, D)
+            left, right = (scaled, Q) if row_scale is None else (undo * scaled, a * Q)
+            result = left.to(exact) @ (right.mT.to(exact) @ M)  # (..., N, D)
         else:
-            result = M @ C.to(exact)  # (..., N, D)
+            result = (M @ scaled.to(exact)) @ Q.mT.to(exact)  # (..., N, D)
             result = result if row_scale is None else (undo * a).to(exact) * result
+        if residual:  # f on the kept directions is f − q on them and q on all
+            result = result + residual * (M if row_scale is None else (undo * a).to(exact) * M)
         return result.to(matrix.dtype), torch.where(E > 0, kept / torch.where(E > 0, E, 1.0), 1.0)
 
 
