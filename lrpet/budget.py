@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from lrpet.cost import cost
 from lrpet.pairing import batchnorm_scale, resolve_batchnorms
 from lrpet.ranks import compressible_layers
 
-__all__ = ["ranks_for_budget"]
+__all__ = ["closest_share", "ranks_for_budget"]
 
 
 def ranks_for_budget(
@@ -72,6 +72,23 @@ def ranks_for_budget(
     else:
         ranks = _by_energy(_energy_shares(model, rows, batchnorms), price, ceiling, budget)
     return {name: ranks[name] for name in shapes if name in ranks}
+
+
+def closest_share(macs_of: Callable[[float], int], target: int) -> float:
+    """Return the share in (0, 1], to 1/2048, at which a cost that rises with it comes closest to a target.
+
+    Args:
+        macs_of: multiply-adds of a network of which that share of channels or filters is left.
+        target: multiply-adds to come close to.
+
+    >>> round(closest_share(lambda share: round(10_000 * share**2), 2500), 3)
+    0.5
+    """
+    low, high = 0.0, 1.0
+    while high - low > 1 / 2048:
+        middle = (low + high) / 2
+        low, high = (middle, high) if macs_of(middle) < target else (low, middle)
+    return min((high, low or high), key=lambda share: abs(macs_of(share) - target))
 
 
 def _uniform(rows, price, ceiling, budget) -> dict[str, int]:

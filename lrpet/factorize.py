@@ -21,7 +21,7 @@ from lrpet.projection import truncated_svd
 from lrpet.projector import LayerReport
 from lrpet.ranks import resolve_ranks
 
-__all__ = ["DEAD_AT_FACTORIZATION", "compact_header", "factorize", "fold_batchnorm", "load_compact", "save_compact"]
+__all__ = ["DEAD_AT_FACTORIZATION", "compact_header", "factorize", "fold_batchnorm", "load_compact", "rebuild", "save_compact"]
 
 DEAD_AT_FACTORIZATION = 1e-5  # largest singular value under which a layer computes nothing (authors' code)
 
@@ -76,6 +76,23 @@ def factorize(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) -> nn.
         if isinstance(new, nn.Sequential):
             new[0].weight.copy_((s.sqrt().unsqueeze(-1) * Vh).reshape(new[0].weight.shape))
             new[1].weight.copy_((U * s.sqrt()).reshape(new[1].weight.shape))
+    return compact
+
+
+def rebuild(model: nn.Module, layers: Mapping[str, Sequence]) -> nn.Module:
+    """Return a copy with the structure of a factorized network and weights that are yet to be loaded.
+
+    Args:
+        model: the dense architecture with any weights; it is not changed.
+        layers: layer name → (rank, action), as the reports of :func:`factorize` say.
+
+    >>> [tuple(p.shape) for p in rebuild(nn.Sequential(nn.Conv2d(8, 16, 3)), {"0": (2, "factorized")}).parameters()]
+    [(2, 8, 3, 3), (16, 2, 1, 1), (16,)]
+    """
+    compact = copy.deepcopy(model)
+    compact.factorization = [LayerReport(name, rank, math.nan, action) for name, (rank, action) in layers.items()]
+    for report in compact.factorization:
+        _replace(compact, report)
     return compact
 
 
@@ -230,15 +247,12 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
     """
     header, tensors = _read(path)
     try:
-        reports = [LayerReport(name, rank, math.nan, action) for name, (rank, action) in header["layers"].items()]
+        layers = {name: (rank, action) for name, (rank, action) in header["layers"].items()}
         folded = header["batchnorm_folded"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the header of {path} is damaged ({error!r}); save the compact network again") from error
-    compact = copy.deepcopy(model)
-    compact.factorization = reports
     try:
-        for report in reports:
-            _replace(compact, report)
+        compact = rebuild(model, layers)
         if folded:
             compact = fold_batchnorm(compact)
         compact.load_state_dict(tensors)

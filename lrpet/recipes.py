@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -21,35 +21,45 @@ def learning_rate(config: RunConfig, epoch: int) -> float:
     """Return the learning rate of an epoch (from 0).
 
     ``sgd``: a tenth after each milestone. ``adamw``: a linear warm-up over 5 % of the epochs, then half a cosine to 0.
+    With a ``finetune_learning_rate`` the same schedule runs twice, shortened to fit: over ``pretrain_epochs``, then from
+    that rate over the epochs that are left.
 
     Source: arXiv 2204.05566, experimental settings; arXiv 2012.12877 for AdamW.
 
     >>> [learning_rate(RunConfig(epochs=4, milestones=[2, 3]), epoch) for epoch in range(4)]
     [0.1, 0.1, 0.01, 0.001]
     """
+    peak, epochs = config.learning_rate, config.epochs
+    if config.finetune_learning_rate is not None:
+        if epoch < config.pretrain_epochs:
+            epochs = config.pretrain_epochs
+        else:
+            peak, epoch, epochs = config.finetune_learning_rate, epoch - config.pretrain_epochs, epochs - config.pretrain_epochs
     if config.recipe == "sgd":
-        return config.learning_rate / 10 ** sum(epoch >= milestone for milestone in config.milestones)
-    warmup = max(1, round(WARMUP_SHARE * config.epochs))
+        return peak / 10 ** sum(epoch * config.epochs >= milestone * epochs for milestone in config.milestones)
+    warmup = max(1, round(WARMUP_SHARE * epochs))
     if epoch < warmup:
-        return config.learning_rate * (epoch + 1) / warmup
-    return config.learning_rate * (1 + math.cos(math.pi * (epoch - warmup) / max(1, config.epochs - warmup))) / 2
+        return peak * (epoch + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (epoch - warmup) / max(1, epochs - warmup))) / 2
 
 
-def make_optimizer(config: RunConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(config: RunConfig, model: nn.Module, device: torch.device, undecayed: Collection[Tensor] = ()) -> torch.optim.Optimizer:
     """Return SGD with momentum over all parameters alike, or AdamW that spares vectors (biases, norms) the weight decay.
+
+    Parameters in ``undecayed`` are spared it too; their method has a decay of its own.
 
     >>> type(make_optimizer(RunConfig(), nn.Linear(2, 2), torch.device("cpu"))).__name__
     'SGD'
     """
     fused = device.type == "cuda"
-    if config.recipe == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
-        )
+    spared = {id(p) for p in undecayed} | ({id(p) for p in model.parameters() if p.ndim <= 1} if config.recipe == "adamw" else set())
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if id(p) not in spared], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) in spared], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if config.recipe == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -20,8 +21,10 @@ from lrpet.config import PROJECT, RunConfig, results_root
 from lrpet.cost import cost
 from lrpet.data import Batches, load_data
 from lrpet.factorize import compact_header, load_compact, save_compact
-from lrpet.methods import make_method
+from lrpet.filter_pruning import keep_filters
+from lrpet.methods import build_network, make_method
 from lrpet.models import build_model
+from lrpet.projector import LayerReport
 from lrpet.training import evaluate, train
 
 __all__ = ["Run", "environment", "is_complete", "load_network", "load_run", "load_runs", "run"]
@@ -89,7 +92,10 @@ def load_network(finished: Run) -> torch.nn.Module:
     if not file.is_file():
         raise ValueError(f"{file} is not there: weights are not kept in the repository; delete the run's folder and run it anew")
     header = compact_header(file)
-    return load_compact(file, build_model(header["model"], header["num_classes"]))
+    model = build_network(finished.config, header["num_classes"])
+    if finished.config.method == "filter_pruning":
+        model = keep_filters(model, header["filters"], (3, finished.config.image_size, finished.config.image_size))
+    return load_compact(file, model)
 
 
 def run(
@@ -167,39 +173,20 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
     _write_json(folder / "environment.json", origin)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     torch.manual_seed(config.seed)  # before the model exists
-    model = build_model(config.model, len(images.classes)).to(device, memory_format=torch.channels_last)
+    model = build_network(config, len(images.classes)).to(device, memory_format=torch.channels_last)
     method = make_method(model, config)
     batches = Batches(images, config.batch_size, device, config.seed)
     checkpoint = folder / "checkpoint.pt"
     verb = "resuming" if checkpoint.is_file() else "training"
     say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {origin['device']}", flush=True)
-    state = train(
-        config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress, on_epoch=on_epoch
-    )
+    state = train(config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress, on_epoch=on_epoch)
 
     compact = method.compact()
     shape = (3, config.image_size, config.image_size)
-    deployed, counted = cost(compact, shape), cost(model, shape, method.ranks)
+    full = build_model(config.model, len(images.classes))
+    deployed, counted = cost(compact, shape), cost(full, shape, method.ranks)
     history = pd.DataFrame(state["history"])
-    actions = {layer.name: layer for layer in getattr(compact, "factorization", [])}
-    last = {layer["name"]: layer for layer in state["layers"]}
-    rows = [
-        {
-            "name": layer.name,
-            "kind": layer.kind,
-            "N": layer.N,
-            "D": layer.D,
-            "rank": layer.rank,
-            "energy_kept": last.get(layer.name, {}).get("energy_kept"),
-            "action": actions[layer.name].action if layer.name in actions else "dense",
-            "reason": actions[layer.name].reason if layer.name in actions else "",
-            "macs": layer.macs,
-            "dense_macs": layer.dense_macs,
-            "params": layer.params,
-            "dense_params": layer.dense_params,
-        }
-        for layer in counted.layers
-    ]
+    rows = _layer_rows(counted, deployed, getattr(compact, "factorization", []), state["layers"])
     best = history["top1_pct"].idxmax()
     summary = {
         "run_id": config.run_id,
@@ -208,28 +195,59 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
         "best_top1_pct": float(history["top1_pct"][best]),
         "best_epoch": int(history["epoch"][best]),
         "compact_top1_pct": evaluate(compact, batches)[1],
-        "compact_max_relative_error": _difference(model, compact, batches),
+        "compact_max_relative_error": _difference(method.model, compact, batches),
         "train_loss": state["history"][-1]["train_loss"],
         "params": deployed.params,
         "macs": deployed.macs,
-        "macs_by_rank": counted.macs,
+        "macs_by_rank": counted.macs if method.ranks else deployed.macs,
         "dense_params": counted.dense_params,
         "dense_macs": counted.dense_macs,
-        "dead_layers": sum(layer.action == "constant" for layer in actions.values()),
+        "dead_layers": sum(row["action"] == "constant" for row in rows),
         "projections": state["projections"],
         "train_seconds": round(state["train"], 3),
         "projection_seconds": round(state["projection"], 3),
         "evaluation_seconds": round(state["evaluation"], 3),
+        "recording_seconds": round(state["recording"], 3),
     }
     compact.factorization = getattr(compact, "factorization", [])  # a dense network is one with nothing factorized
-    save_compact(compact, folder / "compact.safetensors", model=config.model, num_classes=len(images.classes))
+    filters = method.structure if config.method == "filter_pruning" else None
+    save_compact(compact, folder / "compact.safetensors", model=config.model, num_classes=len(images.classes), filters=filters)
     _write(folder / "history.csv", history.to_csv(index=False))
     _write(folder / "layers.csv", pd.DataFrame(rows).to_csv(index=False))
+    for name, content in state["recorder"].files().items():
+        _write(folder / name, content)
     _write_json(folder / "environment.json", origin | {"finished": _now()})
     _write_json(folder / "summary.json", summary)
     for name in ("checkpoint.pt", "checkpoint.previous"):
         (folder / name).unlink(missing_ok=True)
     return load_run(folder)
+
+
+def _layer_rows(full, deployed, factorization, projected) -> list[dict]:
+    """Return a row for each layer of the full network: what it cost there, and what its part of the compact one costs."""
+    actions = {layer.name: layer for layer in factorization}
+    last = {layer["name"]: layer["energy_kept"] for layer in projected}
+    rows = []
+    for layer in full.layers:
+        parts = [part for part in deployed.layers if part.name in (layer.name, f"{layer.name}.0", f"{layer.name}.1")]
+        action = actions.get(layer.name, LayerReport(layer.name, None, math.nan, "dense"))
+        rows.append(
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "N": layer.N,
+                "D": layer.D,
+                "rank": layer.rank,
+                "energy_kept": last.get(layer.name, action.energy_kept),
+                "action": action.action,
+                "reason": action.reason,
+                "macs": sum(part.macs for part in parts),
+                "dense_macs": layer.dense_macs,
+                "params": sum(part.params for part in parts),
+                "dense_params": layer.dense_params,
+            }
+        )
+    return rows
 
 
 @torch.no_grad()
@@ -281,11 +299,11 @@ def _write_json(path: Path, values: dict) -> None:
     _write(path, json.dumps(values, indent=1) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     part = path.with_name(f"{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(part, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

@@ -19,6 +19,7 @@ from lrpet.data import Batches
 from lrpet.methods import Dense
 from lrpet.progress import Progress
 from lrpet.recipes import learning_rate, make_mixer, make_optimizer, training_loss
+from lrpet.recording import Recorder
 
 __all__ = ["Paused", "evaluate", "load_checkpoint", "save_checkpoint", "train"]
 
@@ -112,7 +113,7 @@ def train(
         on_epoch: called with the row of each finished epoch; an exception that it raises ends the run.
 
     Returns:
-        The last state: ``history`` (a row an epoch), ``layers`` (report of the last projection) and seconds spent.
+        The last state: ``history`` (a row an epoch), ``layers`` (report of the last projection), ``recorder`` and seconds spent.
 
     Raises:
         Paused: the deadline passed.
@@ -120,17 +121,21 @@ def train(
 
     Source: arXiv 2204.05566, method and experimental settings.
     """
-    model, device, steps = method.model, batches.device, batches.steps
-    optimizer = make_optimizer(config, model, device)
+    device, steps = batches.device, batches.steps
     mix = make_mixer(config, len(batches.data.classes))
     state = load_checkpoint(checkpoint, device) or {"step": 0, "history": [], "layers": [], "sums": [0.0, 0.0, 0.0]}
+    recorder = Recorder(config.epochs, steps)
     if state["step"]:
-        model.load_state_dict(state["model"])
+        method.restore(state["structure"])
+        method.model.load_state_dict(state["model"])
+        recorder.state = state["records"]
+    model, optimizer = method.model, make_optimizer(config, method.model, device, method.undecayed)
+    if state["step"]:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
     step, history, layers = state["step"], state["history"], state["layers"]
     loss_sum, correct, seen = (torch.tensor(value, dtype=torch.float64, device=device) for value in state["sums"])
-    clock = state.get("clock", {"train": 0.0, "projection": 0.0, "evaluation": 0.0, "projections": 0})
+    clock = state.get("clock", {"train": 0.0, "projection": 0.0, "evaluation": 0.0, "recording": 0.0, "projections": 0})
     bar = Progress(config.run_id, config.epochs, steps, step, progress)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     look_every = 1 if device.type == "cpu" else 50  # reading a number off a GPU waits for it
@@ -141,23 +146,32 @@ def train(
             checkpoint,
             {
                 "step": step,
+                "structure": method.structure,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
                 "history": history,
                 "layers": layers,
+                "records": recorder.state,
                 "sums": sums,
                 "clock": clock,
             },
         )
 
+    def book(began: float, projecting: float, recording: float):
+        clock["train"] += time.perf_counter() - began - projecting - recording
+        clock["projection"] += projecting
+        clock["recording"] += recording
+
     model.train()
     try:
         while step < config.epochs * steps:
             epoch, in_epoch = divmod(step, steps)
+            if method.begin_epoch(epoch):
+                model, optimizer = method.model, make_optimizer(config, method.model, device, method.undecayed)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch)
-            began, projecting = time.perf_counter(), 0.0
+            began, projecting, recording = time.perf_counter(), 0.0, 0.0
             for x, y in batches.epoch(epoch, in_epoch):
                 x, target = mix(x, y)
                 with autocast:
@@ -174,23 +188,33 @@ def train(
                     if not math.isfinite(mean_loss):
                         raise FloatingPointError(_lost(config, model, epoch, step % steps))
                     bar.step(epoch, mean_loss, 100 * (correct / seen).item(), step + 1)
+                then = time.perf_counter()
+                recorder.record_gradients(model, epoch, step % steps, last_of_epoch)
+                recording += time.perf_counter() - then
+                method.regularize()
                 optimizer.step()
                 step += 1
+                then = time.perf_counter()
+                if last_of_epoch:
+                    recorder.record_spectra(model, epoch, "before")
+                    recording += time.perf_counter() - then
                 then = time.perf_counter()
                 reports = method.after_step(step, steps, step == config.epochs * steps)
                 if reports is not None:
                     layers = [vars(report) for report in reports]
                     projecting += time.perf_counter() - then
                     clock["projections"] += 1
+                    if last_of_epoch:
+                        then = time.perf_counter()
+                        recorder.record_spectra(model, epoch, "after")
+                        recording += time.perf_counter() - then
                 if deadline is not None and time.monotonic() > deadline and not last_of_epoch:
-                    clock["train"] += time.perf_counter() - began - projecting
-                    clock["projection"] += projecting
+                    book(began, projecting, recording)
                     keep()
                     raise Paused(f"{config.run_id} paused at step {step} of {config.epochs * steps}")
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            clock["train"] += time.perf_counter() - began - projecting
-            clock["projection"] += projecting
+            book(began, projecting, recording)
             then = time.perf_counter()
             test_loss, top1_pct = evaluate(model, batches)
             clock["evaluation"] += time.perf_counter() - then
@@ -221,7 +245,7 @@ def train(
                 raise Paused(f"{config.run_id} paused after epoch {epoch + 1} of {config.epochs}")
     finally:
         bar.close()
-    return {"history": history, "layers": layers, **clock}
+    return {"history": history, "layers": layers, "recorder": recorder, **clock}
 
 
 def _lost(config: RunConfig, model: nn.Module, epoch: int, step: int) -> str:

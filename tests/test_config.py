@@ -152,6 +152,14 @@ OTHER = {
     "row_eps": {"row_eps": 0.0},
     "projection_interval": {"projection_interval": 2},
     "projection_unit": {"projection_unit": "iteration"},
+    "pretrain_epochs": {"pretrain_epochs": 5},
+    "finetune_learning_rate": {"pretrain_epochs": 5, "finetune_learning_rate": 0.05},
+    "product_decay": {"method": "factorized", "product_decay": False},
+    "rank_rule": {"method": "warmup_switch", "prune_ratio": None, "rank_rule": "stable_rank"},
+    "energy_threshold": {"method": "trp", "energy_threshold": 0.1},
+    "nuclear_norm": {"method": "trp", "nuclear_norm": 0.0},
+    "orthogonality": {"method": "svd_training", "orthogonality": 0.1},
+    "sparsity": {"method": "svd_training", "sparsity": 0.1},
     "epochs": {"epochs": 21},
     "batch_size": {"batch_size": 65},
     "learning_rate": {"learning_rate": 0.2},
@@ -197,14 +205,52 @@ def test_dictionaries_go_there_and_back(change):
     assert again.run_id == config.run_id
 
 
-def test_dense_ignores_the_fields_of_compression():
+def test_how_compact_a_result_is_means_nothing_to_the_dense_network():
     dense = RunConfig(method="dense")
-    compression = {"prune_ratio": 0.7, "residual": 0.5, "row_eps": 0.1, "bn_rectification": False, "projection_interval": 3}
-    same = RunConfig(method="dense", projection_unit="iteration", layers="*", **compression)
+    defaults = {"residual": 0.0, "row_eps": 0.00001, "bn_rectification": True, "projection_interval": 1, "projection_unit": "epoch"}
+    same = RunConfig(method="dense", prune_ratio=0.7, layers="*", **defaults)
     assert same == dense
     assert same.run_id == dense.run_id == RunConfig(method="dense", ranks=[1, 2]).run_id
     assert dense.prune_ratio is dense.ranks is dense.residual is dense.projection_interval is None
     assert dense.run_id.startswith("digits-resnet8-dense-s1-")
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value", "readers"),
+    [
+        ("dense", "residual", 0.3, "lrp, lrpet"),
+        ("dense", "bn_rectification", False, "lrp, lrpet"),
+        ("dense", "pretrain_epochs", 5, "lrp, lrpet, svd_finetune, warmup_switch, svd_training, filter_pruning"),
+        ("narrow", "projection_interval", 5, "lrp, lrpet, trp"),
+        ("factorized", "pretrain_epochs", 5, "lrp, lrpet, svd_finetune, warmup_switch, svd_training, filter_pruning"),
+        ("lrpet", "energy_threshold", 0.1, "trp"),
+        ("lrpet", "product_decay", False, "factorized"),
+        ("svd_finetune", "rank_rule", "stable_rank", "warmup_switch"),
+        ("trp", "sparsity", 0.5, "svd_training"),
+    ],
+)
+def test_a_setting_of_another_method_is_refused(method, field, value, readers):
+    with pytest.raises(ValueError, match=rf"{field} must be left out with method='{method}', .*those that do: {readers}\); got {value!r}"):
+        RunConfig(method=method, **{field: value})
+
+
+def test_a_stable_rank_sets_its_own_ranks():
+    assert RunConfig(method="warmup_switch", rank_rule="stable_rank").prune_ratio is None
+    for given in ({"prune_ratio": 0.5}, {"ranks": [3]}):
+        with pytest.raises(ValueError, match="rank_rule must be 'given' when prune_ratio or ranks are"):
+            RunConfig(method="warmup_switch", rank_rule="stable_rank", **given)
+
+
+def test_epochs_before_the_compression_are_part_of_the_total():
+    assert RunConfig(method="svd_finetune").pretrain_epochs == 10
+    assert RunConfig(method="warmup_switch").pretrain_epochs == 5
+    assert RunConfig(method="svd_finetune").finetune_learning_rate == pytest.approx(0.01)
+    assert RunConfig(method="lrpet", pretrain_epochs=0).run_id == RunConfig(method="lrpet").run_id
+    assert RunConfig(method="lrpet", pretrain_epochs=4).finetune_learning_rate == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="pretrain_epochs must be between 1 and 19, one below epochs"):
+        RunConfig(method="svd_finetune", pretrain_epochs=20)
+    with pytest.raises(ValueError, match="finetune_learning_rate must be left out without pretrain_epochs"):
+        RunConfig(method="lrpet", finetune_learning_rate=0.1)
 
 
 def test_a_configuration_cannot_be_changed():

@@ -19,7 +19,7 @@ from lrpet.runs import is_complete, load_network, load_run
 from lrpet.training import Paused, evaluate
 
 CONFIG = RunConfig(**TINY)
-FILES = {"config.json", "environment.json", "history.csv", "layers.csv", "summary.json", "compact.safetensors"}
+FILES = {"config.json", "environment.json", "history.csv", "layers.csv", "summary.json", "compact.safetensors", "spectra.npz", "gradients.csv"}
 
 
 def outcome(folder):
@@ -27,7 +27,7 @@ def outcome(folder):
     summary = {name: value for name, value in json.loads((folder / "summary.json").read_text()).items() if not name.endswith("_seconds")}
     history = pd.read_csv(folder / "history.csv")
     history = history[[name for name in history.columns if not name.endswith("_seconds")]]
-    return summary, history.to_csv(), (folder / "layers.csv").read_text(), (folder / "compact.safetensors").read_bytes()
+    return summary, history.to_csv(), *[(folder / name).read_bytes() for name in sorted(FILES) if not name.endswith("json") and name != "history.csv"]
 
 
 def files(folder):

@@ -12,7 +12,7 @@ from lrpet.models.resnet_cifar import CifarResNet
 from lrpet.models.vgg_cifar import CifarVGG16
 from lrpet.models.vit import SmallViT
 
-__all__ = ["MODELS", "build_model"]
+__all__ = ["MODELS", "SCALABLE", "build_model"]
 
 TORCHVISION = ("resnet18", "resnet34", "resnet50")
 BUILDERS = {f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 20, 32, 44, 56, 110)} | {
@@ -21,30 +21,34 @@ BUILDERS = {f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 20, 3
     "ghost_resnet56": partial(GhostResNet, 56),
     "vit": SmallViT,
 }
+SCALABLE = tuple(name for name in BUILDERS if name not in ("ghost_resnet56", "vit"))  # those that build_model can make narrower
 MODELS = (*BUILDERS, *TORCHVISION)
 
 
-def build_model(name: str, num_classes: int = 10) -> nn.Module:
+def build_model(name: str, num_classes: int = 10, width: float = 1.0) -> nn.Module:
     """Build a network with fresh random weights.
 
     Args:
         name: ``resnet8`` … ``resnet110``, ``vgg16``, ``googlenet``, ``ghost_resnet56`` and ``vit`` for 32×32 images,
             ``resnet18``, ``resnet34``, ``resnet50`` (torchvision's) for larger ones.
         num_classes: width of the classifier.
+        width: factor on the number of channels of every layer, for the CIFAR ResNets, VGG-16 and GoogLeNet.
 
     Returns:
         A module that maps (B, 3, H, W) float images to (B, num_classes) logits.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a width that the network does not come in.
 
     Source: named in each file; torchvision.models for the larger ones.
 
     >>> build_model("resnet20").fc.out_features
     10
     """
+    if width != 1.0 and name not in SCALABLE:
+        raise ValueError(f"width must be 1 for {name!r}; only {', '.join(SCALABLE)} come narrower; got {width!r}")
     if name in BUILDERS:
-        return BUILDERS[name](num_classes=num_classes)
+        return BUILDERS[name](num_classes=num_classes, **({} if width == 1.0 else {"width": width}))
     if name in TORCHVISION:
         import torchvision  # 2 s to import, so only where it is asked for
 

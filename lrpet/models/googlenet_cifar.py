@@ -54,6 +54,7 @@ class CifarGoogLeNet(nn.Module):
 
     Args:
         num_classes: width of the classifier.
+        width: factor on the channels.
 
     Source: arXiv 1409.4842, table 1.
 
@@ -61,14 +62,16 @@ class CifarGoogLeNet(nn.Module):
     6166250
     """
 
-    def __init__(self, num_classes: int = 10):
+    def __init__(self, num_classes: int = 10, width: float = 1.0):
         super().__init__()
-        layers, inputs = [*_unit(3, 192, 3)], 192
+        scaled = lambda channels: max(1, round(width * channels))
+        inputs = scaled(192)
+        layers = _unit(3, inputs, 3)
         for stage, modules in enumerate(STAGES):
             if stage:
                 layers.append(nn.MaxPool2d(3, stride=2, padding=1))
             for channels in modules:
-                layers.append(Inception(inputs, *channels))
+                layers.append(Inception(inputs, *map(scaled, channels)))
                 inputs = layers[-1].outputs
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(inputs, num_classes)

@@ -26,7 +26,7 @@ class Block(nn.Module):
         """Map (B, C, H, W) to (B, N, H/stride, W/stride)."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        if self.missing:
+        if self.stride > 1 or self.missing:
             half = self.missing // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.missing - half))
         return F.relu(x + y)
@@ -39,6 +39,7 @@ class CifarResNet(nn.Module):
         depth: 20, 32, 44, 56, 110 in the literature; any 6n + 2.
         num_classes: width of the classifier.
         block: what a stage is made of; called with inputs, outputs and stride.
+        width: factor on the channels.
 
     Raises:
         ValueError: depth is not 6n + 2.
@@ -49,20 +50,20 @@ class CifarResNet(nn.Module):
     269722
     """
 
-    def __init__(self, depth: int, num_classes: int = 10, block: type[nn.Module] = Block):
+    def __init__(self, depth: int, num_classes: int = 10, block: type[nn.Module] = Block, width: float = 1.0):
         super().__init__()
         n, rest = divmod(depth - 2, 6)
         if rest or n < 1:
             raise ValueError(f"depth of a CIFAR ResNet is 6n + 2 (8, 20, 32, 44, 56, 110); got {depth}")
-        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
-        widths, blocks = (16, 32, 64), []
-        for stage, width in enumerate(widths):
+        widths, blocks = [max(1, round(width * channels)) for channels in (16, 32, 64)], []
+        self.conv = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(widths[0])
+        for stage, channels in enumerate(widths):
             for i in range(n):
                 first = i == 0 and stage > 0
-                blocks.append(block(widths[stage - 1] if first else width, width, 2 if first else 1))
+                blocks.append(block(widths[stage - 1] if first else channels, channels, 2 if first else 1))
         self.blocks = nn.Sequential(*blocks)
-        self.fc = nn.Linear(64, num_classes)
+        self.fc = nn.Linear(widths[2], num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)

@@ -17,6 +17,7 @@ class CifarVGG16(nn.Module):
 
     Args:
         num_classes: width of the classifier.
+        width: factor on the channels.
 
     Source: arXiv 1409.1556, table 1, column D.
 
@@ -24,17 +25,18 @@ class CifarVGG16(nn.Module):
     13
     """
 
-    def __init__(self, num_classes: int = 10):
+    def __init__(self, num_classes: int = 10, width: float = 1.0):
         super().__init__()
         layers, inputs = [], 3
-        for width in WIDTHS:
-            if width == "pool":
+        for channels in WIDTHS:
+            if channels == "pool":
                 layers.append(nn.MaxPool2d(2))
             else:
-                layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-                inputs = width
+                outputs = max(1, round(width * channels))
+                layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+                inputs = outputs
         self.features = nn.Sequential(*layers)
-        self.fc = nn.Linear(512, num_classes)
+        self.fc = nn.Linear(inputs, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
