@@ -82,8 +82,7 @@ class Recorder:
     def __init__(self, epochs: int, steps: int):
         self.at = recorded_epochs(epochs)
         self.every = max(1, steps // SAMPLES)
-        self.state: dict = {"spectra": {}, "gradients": []}  # tensors and numbers only: it goes into the checkpoint
-        self._sums: dict[str, list] = {}
+        self.state: dict = {"spectra": {}, "gradients": [], "sums": {}}  # tensors, numbers and names only: it goes into the checkpoint
 
     def record_spectra(self, model: nn.Module, epoch: int, when: str) -> None:
         """Keep the singular values of all layers; ``when`` is "before" or "after" the projection that ends the epoch (from 0)."""
@@ -101,17 +100,17 @@ class Recorder:
         if not weights:
             return
         norms = torch.stack(torch._foreach_norm([w.grad for w in weights.values()] + list(weights.values())))  # (2 · layers,)
-        if list(weights) != self._sums.get("names"):
-            self._sums = {"names": list(weights), "norms": torch.zeros_like(norms), "count": 0}
-        self._sums["norms"] += norms
-        self._sums["count"] += 1
+        sums = self.state["sums"]
+        if list(weights) != sums.get("names"):
+            sums |= {"names": list(weights), "norms": torch.zeros_like(norms), "count": 0}
+        sums["norms"] += norms
+        sums["count"] += 1
         if last:
-            gradients, sizes = (self._sums["norms"] / self._sums["count"]).view(2, -1).tolist()
-            rows = zip(self._sums["names"], gradients, sizes, strict=True)
+            rows = zip(sums["names"], *(sums["norms"] / sums["count"]).view(2, -1).tolist(), strict=True)
             self.state["gradients"] += [
                 {"epoch": epoch + 1, "layer": name, "gradient_norm": gradient, "weight_norm": size} for name, gradient, size in rows
             ]
-            self._sums = {}
+            sums.clear()
 
     def files(self) -> dict[str, bytes]:
         """Return the files of a run folder that hold the records, by name."""
