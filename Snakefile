@@ -18,6 +18,7 @@ PROFILE = load_profile(config.get("profile", "smoke"))
 EXECUTED = results_root() / PROFILE.name / "notebooks"
 RUNS = {experiment.config.run_id: experiment for experiment in reversed(PROFILE.experiments)}  # once, if two names mean one run
 ALONE = ["00_method"] + ["06_rank_search"] * (PROFILE.name == "smoke")  # with no run of the grid behind them; the search costs hours elsewhere
+STORE = ["03_ablations", "08_tables"]
 SUMMARIES = [experiment.config.folder() / "summary.json" for experiment in RUNS.values()]
 
 
@@ -28,7 +29,7 @@ rule all:
     input:
         SUMMARIES,  # asked for by name: tables that are there do not make up for a run that is missing
         expand(EXECUTED / "{notebook}.done", notebook=ALONE),
-        EXECUTED / "08_tables.done",
+        expand(EXECUTED / "{notebook}.done", notebook=STORE),
 
 
 # The executed notebook is a log, which Snakemake keeps when a job fails: it shows where and why.
@@ -45,17 +46,19 @@ rule alone:
         "scripts/execute.sh {input:q} {log:q}"
 
 
-rule tables:
+rule store:  # notebooks that read what the runs left
     input:
-        "notebooks/08_tables.ipynb",
+        "notebooks/{notebook}.ipynb",
         "lrpet/tables.py",
         "lrpet/figures.py",
         "paper/reported.csv",
         SUMMARIES,
     output:
-        touch(EXECUTED / "08_tables.done"),
+        touch(EXECUTED / "{notebook}.done"),
     log:
-        EXECUTED / "08_tables.ipynb",
+        EXECUTED / "{notebook}.ipynb",
+    wildcard_constraints:
+        notebook="|".join(STORE),
     params:
         profile=PROFILE.name,
     shell:

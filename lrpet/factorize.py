@@ -79,19 +79,20 @@ def factorize(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) -> nn.
     return compact
 
 
-def rebuild(model: nn.Module, layers: Mapping[str, Sequence]) -> nn.Module:
+def rebuild(model: nn.Module, reports: Sequence[LayerReport]) -> nn.Module:
     """Return a copy with the structure of a factorized network and weights that are yet to be loaded.
 
     Args:
         model: the dense architecture with any weights; it is not changed.
-        layers: layer name → (rank, action), as the reports of :func:`factorize` say.
+        reports: those of the factorized network, its ``factorization``.
 
-    >>> [tuple(p.shape) for p in rebuild(nn.Sequential(nn.Conv2d(8, 16, 3)), {"0": (2, "factorized")}).parameters()]
+    >>> reports = [LayerReport("0", 2, 0.9, "factorized")]
+    >>> [tuple(p.shape) for p in rebuild(nn.Sequential(nn.Conv2d(8, 16, 3)), reports).parameters()]
     [(2, 8, 3, 3), (16, 2, 1, 1), (16,)]
     """
     compact = copy.deepcopy(model)
-    compact.factorization = [LayerReport(name, rank, math.nan, action) for name, (rank, action) in layers.items()]
-    for report in compact.factorization:
+    compact.factorization = list(reports)
+    for report in reports:
         _replace(compact, report)
     return compact
 
@@ -247,12 +248,12 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
     """
     header, tensors = _read(path)
     try:
-        layers = {name: (rank, action) for name, (rank, action) in header["layers"].items()}
+        reports = [LayerReport(name, rank, math.nan, action) for name, (rank, action) in header["layers"].items()]
         folded = header["batchnorm_folded"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the header of {path} is damaged ({error!r}); save the compact network again") from error
     try:
-        compact = rebuild(model, layers)
+        compact = rebuild(model, reports)
         if folded:
             compact = fold_batchnorm(compact)
         compact.load_state_dict(tensors)

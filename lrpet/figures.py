@@ -34,6 +34,7 @@ __all__ = [
     "MethodStyle",
     "ProjectFigure",
     "method_style",
+    "plot_ablations",
     "plot_accuracy_against_macs",
     "plot_by_depth",
     "plot_channel_errors",
@@ -585,7 +586,7 @@ def _dodges(everything: list[_Series]) -> list[float]:
     shifts = []
     for k in range(len(costs)):
         alike = [j for j, other in enumerate(costs) if other & costs[k]]
-        shifts.append(9.0 * (alike.index(k) - (len(alike) - 1) / 2))
+        shifts.append(6.0 * (alike.index(k) - (len(alike) - 1) / 2))
     return shifts
 
 
@@ -635,6 +636,47 @@ def _series_of_published(published: pd.DataFrame, runs: pd.DataFrame) -> list[_S
         _Series(f"{name}, published", model, method_style(name), "full", frozenset(), points.sort_values("macs"), hollow=True)
         for (name, model), points in table.groupby(["method", "model"], sort=False)
     ]
+
+
+@_in_style()
+def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
+    """Draw the accuracy of each setting of each ablation: the seeds as dots, their mean as a bar across.
+
+    Args:
+        table: of :func:`lrpet.tables.ablation_table`.
+        runs: of :func:`lrpet.tables.profile_runs`, from which it was made.
+
+    Returns:
+        A panel a question, a line a setting; LRPET as it is has the filled marker, and a dotted line stands at its mean.
+        A setting that was not run says so.
+
+    >>> columns = ["question", "setting", "experiment", "verdict"]
+    >>> rows = pd.DataFrame([["residual factor", "0", "a", "LRPET as it is"]], columns=columns)
+    >>> plot_ablations(rows, pd.DataFrame({"experiment": ["a"], "top1_pct": [90.0]})).axes[0].get_title()
+    'residual factor'
+    """
+    questions = list(dict.fromkeys(table.question))
+    sizes = [(table.question == question).sum() + 0.7 for question in questions]
+    figure = ProjectFigure(0.5 + 0.22 * sum(sizes) + 0.25 * len(sizes))
+    panels = figure.subplots(len(sizes), 1, height_ratios=sizes, squeeze=False, sharex="all").flatten()
+    style = METHOD_STYLES["lrpet"]
+    for ax, question in zip(panels, questions, strict=False):
+        part = table[table.question == question].reset_index(drop=True)
+        for y, row in part.iterrows():
+            values = runs[runs.experiment == row.experiment].top1_pct.dropna().astype(float)
+            base = row.verdict == "LRPET as it is"
+            if values.empty:
+                ax.text(0.5, y, "not run", transform=ax.get_yaxis_transform(), ha="center", va="center", color="#666666", fontsize=8.5)
+                continue
+            ax.plot(values, [y] * len(values), style.marker, color=style.color, markerfacecolor=style.color if base else PAPER)
+            ax.plot([values.mean()] * 2, [y - 0.32, y + 0.32], color=style.color)
+            if base:
+                ax.axvline(values.mean(), color="#999999", linewidth=0.8, linestyle=":", zorder=0)
+        ax.set(title=question, yticks=range(len(part)), yticklabels=part.setting, ylim=(len(part) - 0.4, -0.6))
+        ax.grid(True, axis="x")
+        ax.grid(False, axis="y")
+    panels[-1].set_xlabel("top-1 accuracy, %")
+    return figure
 
 
 def save_figure(figure: ProjectFigure, name: str, profile: str) -> tuple[Path, Path]:

@@ -62,7 +62,7 @@ def build_network(config: RunConfig, num_classes: int = 10) -> nn.Module:
     The width is the one whose multiply-adds come closest to those of the low-rank network.
 
     >>> build_network(RunConfig(method="narrow", prune_ratio=0.57)).conv.out_channels
-    10
+    11
     """
     if config.method != "narrow":
         return build_model(config.model, num_classes)
@@ -88,7 +88,7 @@ class Dense:
 
     ranks: dict[str, int] = {}
     undecayed: tuple[Tensor, ...] = ()  # parameters that the optimizer's weight decay leaves alone
-    structure: dict | None = None  # what a network that was replaced in training is rebuilt from, in JSON's types
+    structure: dict | list | None = None  # what a checkpoint keeps besides weights: names, numbers, tensors; None: nothing yet
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -108,8 +108,8 @@ class Dense:
         """Return the network that is deployed."""
         return self.model
 
-    def restore(self, structure: dict | None) -> None:
-        """Bring the network into the structure that it had at a checkpoint; its weights are loaded afterwards."""
+    def restore(self, structure: dict | list | None) -> None:
+        """Bring the method and the structure of its network to where a checkpoint was written; weights are loaded afterwards."""
 
 
 class LowRankProjection(Dense):
@@ -176,6 +176,15 @@ class TrainedRankPruning(Dense):
         self.weights = {name: model.get_submodule(name).weight for name in compressible_layers(model, config.layers)}
         self.subgradients: dict[str, Tensor] = {}
 
+    @property
+    def structure(self) -> dict:
+        """The ranks of the last cut and the subgradients that hold until the next."""
+        return {"ranks": self.ranks, "subgradients": self.subgradients}
+
+    def restore(self, structure: dict) -> None:
+        """See :class:`Dense`."""
+        self.ranks, self.subgradients = structure["ranks"], structure["subgradients"]
+
     @torch.no_grad()
     def regularize(self) -> None:
         """Add λ·U·Vᵀ to the gradient of each layer; see :class:`Dense`."""
@@ -241,23 +250,22 @@ class Factorized(Dense):
             return False
         if self.config.rank_rule == "stable_rank":
             self.ranks = self._stable_ranks()
-        compact = factorize(self.model, self.ranks)
-        self._become(compact, {report.name: [report.rank, report.action] for report in compact.factorization})
+        self._become(factorize(self.model, self.ranks))
         return True
 
-    def restore(self, structure: dict | None) -> None:
+    def restore(self, structure: list | None) -> None:
         """See :class:`Dense`."""
         if structure is not None:
-            self.ranks = {name: rank for name, (rank, _) in structure.items()}
-            self._become(rebuild(self.model, structure), structure)
+            self._become(rebuild(self.model, [LayerReport(**report) for report in structure]))
 
-    def _become(self, compact: nn.Module, structure: dict) -> None:
-        self.model, self.structure = compact.to(memory_format=torch.channels_last), structure
+    def _become(self, compact: nn.Module) -> None:
+        self.model, self.structure = compact.to(memory_format=torch.channels_last), [vars(report) for report in compact.factorization]
+        self.ranks = {report.name: max(1, report.rank) for report in compact.factorization}  # a dead layer has none, and counts as one
         if self.config.product_decay:
             self.undecayed = tuple(factor.weight for pair in self._pairs() for factor in pair)
 
     def _pairs(self) -> list[nn.Sequential]:
-        return [self.model.get_submodule(name) for name, (_, action) in self.structure.items() if action == "factorized"]
+        return [self.model.get_submodule(report.name) for report in self.model.factorization if report.action == "factorized"]
 
     @torch.no_grad()
     def regularize(self) -> None:
@@ -338,7 +346,7 @@ class SVDTraining(Factorized):
             self._merge()
         return super().begin_epoch(epoch)
 
-    def restore(self, structure: dict | None) -> None:
+    def restore(self, structure: list | None) -> None:
         """See :class:`Dense`."""
         if structure is not None:
             self._merge()

@@ -12,22 +12,27 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from lrpet.config import PROJECT, RunConfig, results_root
+from lrpet.config import METHODS, PROJECT, RunConfig, results_root
 from lrpet.cost import cost
 from lrpet.experiments import load_profile
-from lrpet.methods import ranks_of
+from lrpet.methods import build_network, ranks_of, target_macs
 from lrpet.models import MODELS, build_model
 from lrpet.ranks import compressible_layers, ranks_from_ratio
+from lrpet.recording import load_gradients
 from lrpet.runs import load_runs
 
 __all__ = [
+    "ablation_table",
     "accuracy_table",
+    "claims_table",
     "comparison",
     "cost_table",
     "differences",
     "profile_runs",
+    "projection_share",
     "published",
     "summary_of",
+    "summary_of_ablations",
     "verdict",
     "write_readme",
     "write_tables",
@@ -37,7 +42,20 @@ NOT_RUN = "not run"
 NOT_HERE, NO_RANKS = "not here", "ranks not published"  # a network or method of others; a network whose ranks nobody can know
 COST_COLUMNS = ("network", "dataset", "method", "prune_ratio", "macs_m", "paper_macs_m", "params_m", "params_without_bn_m", "paper_params_m")
 COST_COLUMNS += ("macs_reduction_pct", "paper_macs_reduction_pct", "paper_source")
-METHOD_NAMES = {"dense": "dense", "lrp": "LRP", "lrpet": "LRPET"}
+METHOD_NAMES = {
+    "dense": "dense",
+    "lrp": "LRP",
+    "lrpet": "LRPET",
+    "svd_finetune": "SVD, then fine-tuned",
+    "factorized": "trained as factors",
+    "trp": "TRP",
+    "warmup_switch": "dense, then factors",
+    "svd_training": "SVD training",
+    "filter_pruning": "filter pruning",
+    "narrow": "narrow network",
+}
+MAIN, COMPETITORS, ABLATIONS = "cifar10", "competitors", "ablations"  # which table an experiment feeds, where one differs
+MACS_TOLERANCE = 0.02  # two networks whose multiply-adds differ by less are compared as equal
 PUBLISHED_NAMES = {"dense": "baseline"}  # where the published tables use another word
 
 
@@ -51,8 +69,31 @@ def published() -> pd.DataFrame:
 
 
 def _label(config: RunConfig) -> str:
-    """Return the method as tables name it."""
-    return METHOD_NAMES[config.method] + (" without BN rectification" if config.bn_rectification is False else "")
+    """Return the method as tables name it, with every setting of it that is not the default."""
+    return ", ".join([METHOD_NAMES[config.method], *_variant(config)]).replace(", without BN", " without BN")
+
+
+def _variant(config: RunConfig) -> list[str]:
+    defaults = METHODS[config.method]
+    differs = lambda name: name in defaults and getattr(config, name) != defaults[name]
+    words = []
+    if config.bn_rectification is False:
+        words.append("without BN rectification")
+    if config.method in ("lrp", "lrpet") and config.pretrain_epochs:
+        words.append("from a trained network")
+    if differs("projection_interval") or differs("projection_unit"):
+        words.append(f"every {config.projection_interval} {config.projection_unit}s".replace("every 1 epochs", "every epoch"))
+    if differs("residual"):
+        words.append(f"residual {config.residual:g}")
+    if differs("row_eps"):
+        words.append(f"row_eps {config.row_eps:g}" if config.row_eps else "exact inverse of the scale")
+    if config.product_decay is False:
+        words.append("decay on each factor")
+    if config.rank_rule == "stable_rank":
+        words.append("stable rank")
+    if differs("nuclear_norm"):
+        words.append(f"nuclear norm {config.nuclear_norm:g}" if config.nuclear_norm else "no nuclear norm")
+    return words
 
 
 def profile_runs(profile: str, results: Path | None = None) -> pd.DataFrame:
@@ -105,9 +146,11 @@ def accuracy_table(runs: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
         run says so. The difference to the paper is given for the paper's own schedule only.
     """
     rows = []
-    for _, seeds in runs.groupby("experiment", sort=False):
+    target = _targets(runs)
+    for _, seeds in runs[runs.feeds != ABLATIONS].groupby("experiment", sort=False):
         first, done = seeds.iloc[0], seeds["top1_pct"].dropna()
-        macs, params, dense = _counted(first)
+        macs, params, dense = _counted(seeds.loc[seeds.top1_pct.first_valid_index()] if len(done) else first)
+        config = first.config
         paper = _published_row(reported, first.config.dataset, first.network, first.label, macs).top1_pct.dropna()
         comparable = len(paper) and len(done) and (seeds.epochs.dropna() == 400).all()
         rows.append(
@@ -115,9 +158,11 @@ def accuracy_table(runs: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
                 "network": first.network,
                 "method": first.label,
                 "prune_ratio": "" if pd.isna(first.ratio) else f"{first.ratio:g}",
-                "macs_m": f"{macs / 1e6:.2f}",
-                "params_m": f"{params / 1e6:.3f}",
-                "macs_reduction_pct": f"{100 * (1 - macs / dense):.1f}",
+                "epochs": f"{config.epochs}" + (f" ({config.pretrain_epochs} dense first)" if config.pretrain_epochs else ""),
+                "macs_m": f"{macs / 1e6:.2f}" if macs else NOT_RUN,
+                "params_m": f"{params / 1e6:.3f}" if macs else NOT_RUN,
+                "macs_reduction_pct": f"{100 * (1 - macs / dense):.1f}" if macs else NOT_RUN,
+                "macs_against_lrpet": _off_target(first.feeds, macs, target.get(first.network)),
                 "top1_pct": _spread(seeds.top1_pct),
                 "best_epoch_top1_pct": _spread(seeds.best_top1_pct),
                 "seeds": f"{len(done)} of {len(seeds)}",
@@ -129,19 +174,57 @@ def accuracy_table(runs: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _counted(row: pd.Series) -> tuple[int, int, int]:
-    """Return MACs, parameters and dense MACs: measured on the finished network, else by rank."""
+def _counted(row: pd.Series) -> tuple[int | None, int | None, int]:
+    """Return MACs, parameters and dense MACs: measured on the finished network, else by rank; None where only training tells."""
     if not pd.isna(row.macs):
         return row.macs, row.params, row.dense_macs
-    model = build_model(row.network)
-    counted = cost(model, (3, row.config.image_size, row.config.image_size), ranks_of(model, row.config))
-    return counted.macs, counted.params, counted.dense_macs
+    config, shape = row.config, (3, row.config.image_size, row.config.image_size)
+    counted = cost(build_network(config), shape, ranks_of(build_model(row.network), config) if config.method != "narrow" else None)
+    dense = cost(build_model(row.network), shape).macs
+    known = config.method in ("dense", "narrow") or config.ranks is not None or (config.prune_ratio is not None and config.method != "filter_pruning")
+    return (counted.macs, counted.params, dense) if known else (None, None, dense)
+
+
+def _targets(runs: pd.DataFrame) -> dict[str, int]:
+    """Return the multiply-adds of each network's LRPET at the ratio of the main table, which competitors aim at."""
+    mains = runs[(runs.feeds == MAIN) & (runs.label == "LRPET")].drop_duplicates("network")
+    return {row.network: target_macs(build_model(row.network), row.config) for row in mains.itertuples()}
+
+
+def _off_target(feeds: str, macs: int | None, target: int | None) -> str:
+    if feeds != COMPETITORS or not target or not macs:
+        return ""
+    return "equal" if abs(macs / target - 1) <= MACS_TOLERANCE else f"{100 * (macs / target - 1):+.0f} %"
 
 
 def _published_row(reported: pd.DataFrame, dataset: str, network: str, label: str, macs: float) -> pd.DataFrame:
     """Return the published rows of the same data, network and method whose multiply-adds are within 1 % of ours."""
+    if not macs:
+        return reported.iloc[:0]
     same = reported[(reported.dataset == dataset) & (reported.model == network) & (reported.method == PUBLISHED_NAMES.get(label, label))]
     return same[(same.macs_m * 1e6 / macs - 1).abs() < 0.01]
+
+
+def _paired(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
+    """Return the differences in last-epoch accuracy of two experiments, one for each seed that both have finished."""
+    by_seed = lambda side: pd.Series(side.top1_pct.values, index=[config.seed for config in side.config], dtype=float)
+    return (by_seed(left) - by_seed(right)).dropna()
+
+
+def _decide(d: pd.Series, words: tuple[str, str, str, str]) -> dict:
+    """Apply the rule of all tables to differences over seeds: decided where the mean exceeds twice its standard error, n ≥ 3.
+
+    ``words`` are the verdicts for: above zero, below zero, undecided, nothing to decide on.
+    """
+    error = d.std(ddof=1) / np.sqrt(len(d)) if len(d) > 1 else np.nan
+    decided = len(d) >= 3 and abs(d.mean()) > 2 * error
+    verdict = words[3] if d.empty else words[2] if not decided else words[0] if d.mean() > 0 else words[1]
+    return {
+        "difference": NOT_RUN if d.empty else f"{d.mean():+.2f}",
+        "standard_error": f"{error:.2f}" if len(d) > 1 else "",
+        "n": len(d),
+        "verdict": verdict,
+    }
 
 
 def differences(runs: pd.DataFrame) -> pd.DataFrame:
@@ -154,30 +237,193 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
         A row for each pair that shares a network and, between low-rank methods, a ratio. The verdict is "higher" or
         "lower" where the difference exceeds twice its standard error over at least three common seeds, "undecided" otherwise.
     """
-    pairs = [("LRPET", "LRP"), ("LRPET", "LRPET without BN rectification"), ("LRPET", "dense"), ("LRP", "dense")]
     rows = []
     for network, group in runs.groupby("network", sort=False):
+        names = list(dict.fromkeys(group[group.feeds != ABLATIONS].label))
+        main = group[(group.label == "LRPET") & (group.feeds == MAIN)].ratio.dropna()
+        pairs = [("LRPET", name) for name in names if name != "LRPET"] + [("LRP", "dense")]
         for a, b in pairs:
             for ratio, left in group[group.label == a].groupby("ratio"):
-                right = group[(group.label == b) & ((group.ratio == ratio) | (b == "dense"))]
+                alone = (b == "dense") | (group.ratio.isna() & main.eq(ratio).any())  # what has no ratio stands beside the main one
+                right = group[(group.label == b) & ((group.ratio == ratio) | alone)]
                 if right.empty:
                     continue
-                both = left.merge(right, on="seed", suffixes=("_a", "_b")) if "seed" in group else left.iloc[:0]
-                d = (both.top1_pct_a - both.top1_pct_b).dropna() if len(both) else pd.Series(dtype=float)
-                error = d.std(ddof=1) / np.sqrt(len(d)) if len(d) > 1 else np.nan
-                decided = len(d) >= 3 and abs(d.mean()) > 2 * error
+                result = _decide(_paired(left, right), ("higher", "lower", "undecided", "not tested"))
                 rows.append(
                     {
                         "network": network,
                         "difference": f"{a} − {b}",
                         "prune_ratio": f"{ratio:g}",
-                        "top1_difference_pct": NOT_RUN if d.empty else f"{d.mean():+.2f}",
-                        "standard_error_pct": f"{error:.2f}" if len(d) > 1 else "",
-                        "n": len(d),
-                        "verdict": "not tested" if d.empty else ("higher" if d.mean() > 0 else "lower") if decided else "undecided",
+                        "top1_difference_pct": result["difference"],
+                        "standard_error_pct": result["standard_error"],
+                        "n": result["n"],
+                        "verdict": result["verdict"],
                     }
                 )
     return pd.DataFrame(rows)
+
+
+# What each ablation varies, as fields of RunConfig; all other settings are those of LRPET at the ratio of the main table.
+ABLATED = {
+    "energy transfer × BN rectification": ("method", "bn_rectification"),
+    "projection interval": ("projection_interval", "projection_unit"),
+    "prune ratio": ("prune_ratio",),
+    "from scratch or from a trained network": ("pretrain_epochs", "finetune_learning_rate"),
+    "constant in undoing the BN scale": ("row_eps",),
+    "residual factor": ("residual",),
+}
+
+
+def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return each ablation: LRPET as it is beside LRPET with one thing changed, on the network that has ablations.
+
+    Args:
+        runs: of :func:`profile_runs`, for one profile.
+
+    Returns:
+        A row a setting, grouped by question: ``setting``, cost, accuracy as mean ± sample standard deviation (n), and the
+        difference to LRPET as it is, over common seeds, with its standard error.
+    """
+    columns = ["question", "experiment", "setting", "prune_ratio", "macs_m", "top1_pct", "difference_pct", "standard_error_pct", "n", "verdict"]
+    rows = []
+    for network in dict.fromkeys(runs[runs.feeds == ABLATIONS].network):
+        group = runs[runs.network == network]
+        base = group[(group.label == "LRPET") & (group.feeds == MAIN)]
+        if base.empty:
+            continue
+        for question, free in ABLATED.items():
+            fits = [config.method in ("lrp", "lrpet") and _same_but(free, config, base.iloc[0].config) for config in group.config]
+            by_value = lambda seeds, free=free: [getattr(seeds.iloc[0].config, name) or 0 for name in reversed(free)]
+            for seeds in sorted((seeds for _, seeds in group[fits].groupby("experiment", sort=False)), key=by_value):
+                config = seeds.iloc[0].config
+                macs = _counted(seeds.iloc[0])[0]
+                is_base = seeds.iloc[0].label == "LRPET" and config.prune_ratio == base.iloc[0].config.prune_ratio
+                result = _decide(_paired(seeds, base), ("higher", "lower", "undecided", "not tested"))
+                rows.append(
+                    {
+                        "question": question,
+                        "experiment": seeds.iloc[0].experiment,
+                        "setting": _setting(config, free),
+                        "prune_ratio": f"{config.prune_ratio:g}",
+                        "macs_m": f"{macs / 1e6:.2f}",
+                        "top1_pct": _spread(seeds.top1_pct),
+                        "difference_pct": "" if is_base else result["difference"],
+                        "standard_error_pct": "" if is_base else result["standard_error"],
+                        "n": seeds.top1_pct.notna().sum() if is_base else result["n"],
+                        "verdict": "LRPET as it is" if is_base else result["verdict"],
+                    }
+                )
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _same_but(free: tuple[str, ...], a: RunConfig, b: RunConfig) -> bool:
+    """Tell whether two configurations agree in all but some fields and the seed."""
+    a, b = a.to_dict(), b.to_dict()
+    return all(a[name] == b[name] for name in a if name not in (*free, "seed"))
+
+
+def _setting(config: RunConfig, free: tuple[str, ...]) -> str:
+    """Write the value that an ablation varies."""
+    if "method" in free:
+        words = {True: "with", False: "without"}
+        return f"{words[config.method == 'lrpet']} energy transfer, {words[config.bn_rectification]} BN rectification"
+    if "projection_unit" in free:
+        every = f"every {config.projection_interval} {config.projection_unit}s"
+        return every.replace("every 1 epochs", "every epoch")
+    if "pretrain_epochs" in free:
+        if not config.pretrain_epochs:
+            return "from scratch"
+        return f"after {config.pretrain_epochs} dense epochs, learning rate {config.finetune_learning_rate:g} again"
+    if "row_eps" in free:
+        return f"{config.row_eps:g}" if config.row_eps else "0, the exact inverse"
+    return f"{getattr(config, free[0]):g}"
+
+
+def projection_share(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the seconds of each finished run that went into projections, and their share of training and projecting, in percent."""
+    done = runs.dropna(subset=["top1_pct"])
+    done = done[done.projections > 0] if len(done) else done
+    if done.empty:
+        return pd.DataFrame(columns=["network", "method", "projections", "projection_seconds", "share_pct"])
+    share = 100 * done.projection_seconds / (done.projection_seconds + done.train_seconds)
+    table = pd.DataFrame({"network": done.network, "method": done.label, "projections": done.projections.astype(int)})
+    table = table.assign(projection_seconds=done.projection_seconds.round(2), share_pct=share.round(2), name=done.experiment)
+    return table.drop_duplicates("name").drop(columns="name").reset_index(drop=True)
+
+
+def summary_of_ablations(table: pd.DataFrame) -> str:
+    """Return in words what the ablations of a profile decide, computed from :func:`ablation_table`."""
+    changed = table[table.verdict != "LRPET as it is"]
+    lines = []
+    for row in changed.itertuples():
+        if row.verdict in ("higher", "lower"):
+            how = f"{row.difference_pct} points, standard error {row.standard_error_pct}, n={row.n}"
+            lines.append(f"- {row.question}, {row.setting}: {row.verdict} than LRPET as it is ({how}).")
+    tested = (changed.verdict != "not tested").sum()
+    lines.append(f"- {len(lines)} of {len(changed)} changed settings differ from LRPET by more than chance; {tested} of them were run.")
+    if len(lines) == 1:
+        lines.append("- The paper reports that energy transfer and BN rectification help: neither shown nor refuted by these runs.")
+    return "\n".join(lines)
+
+
+# The paper's claims about accuracy: LRPET is better than the experiments of this label, at the same network, ratio and epochs.
+CLAIMS = {
+    "energy transfer helps": "LRP",
+    "BN rectification helps": "LRPET without BN rectification",
+    "from scratch beats from a trained network": "LRPET, from a trained network",
+    "beats SVD and re-training": "SVD, then fine-tuned",
+    "beats pruning": "filter pruning",
+}
+
+
+def claims_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the claims of the paper with evidence and verdict, computed from the store by one rule.
+
+    A claim holds where the mean difference over at least three seeds is above twice its standard error, it does not hold here where
+    it is below minus that, is undecided between or with fewer seeds, and not tested without a run. Accuracy is compared
+    in points of the last epoch, gradients in the decimal logarithm of the ratio LRPET to LRP of the first layer's
+    ‖∂L/∂M‖, averaged over the recorded epochs.
+
+    Args:
+        runs: of :func:`profile_runs`, for one profile.
+
+    Source: arXiv 2204.05566, the claims; the rule is ours.
+    """
+    words = ("holds", "does not hold here", "undecided", "not tested")
+    rows = []
+    for network in dict.fromkeys(runs[runs.feeds == MAIN].network):
+        group = runs[runs.network == network]
+        base = group[(group.label == "LRPET") & (group.feeds == MAIN) & group.ratio.notna()]
+        if base.empty:
+            continue
+        base = base[base.ratio == base.iloc[0].ratio]
+        for claim, label in CLAIMS.items():
+            other = group[(group.label == label) & (group.ratio == base.iloc[0].ratio)]
+            if len(other) or network == runs.iloc[0].network:
+                result = _decide(_paired(base, other) if len(other) else pd.Series(dtype=float), words)
+                rows.append({"claim": claim, "network": network, "evidence": f"top-1, points: LRPET − {label}", **result})
+    for network in dict.fromkeys(runs.network):
+        both = [runs[(runs.network == network) & (runs.label == label)] for label in ("LRPET", "LRP")]
+        if all(map(len, both)) and both[0].iloc[0].feeds in (MAIN, "gradients"):
+            result = _decide(_gradient_ratios(*both), words)
+            rows.append({"claim": "gradients fade less", "network": network, "evidence": "log10 of ‖∂L/∂M‖, first layer: LRPET − LRP", **result})
+    return pd.DataFrame(rows, columns=["claim", "network", "evidence", "difference", "standard_error", "n", "verdict"])
+
+
+def _gradient_ratios(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
+    """Return the mean difference of the logarithm of the first layer's gradient norm, for each seed that recorded it on both sides."""
+
+    def logarithms(side: pd.DataFrame) -> dict[int, float]:
+        values = {}
+        for row in side.dropna(subset="top1_pct").itertuples():
+            if (Path(row.folder) / "gradients.csv").is_file():
+                table = load_gradients(row.folder)
+                norms = table[table.layer == table.layer.iloc[0]].gradient_norm
+                values[row.config.seed] = float(np.log10(norms.clip(lower=1e-30)).mean())
+        return values
+
+    left, right = logarithms(left), logarithms(right)
+    return pd.Series({seed: left[seed] - right[seed] for seed in left if seed in right}, dtype=float)
 
 
 def cost_table() -> pd.DataFrame:
@@ -318,7 +564,13 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
 def write_tables(profile: str, results: Path | None = None) -> dict[str, pd.DataFrame]:
     """Write every table of a profile as Markdown and CSV to ``results/<profile>/tables`` and return them by name."""
     runs, reported = profile_runs(profile, results), published()
-    tables = {"accuracy": accuracy_table(runs, reported), "differences": differences(runs), "cost": cost_table()}
+    tables = {
+        "accuracy": accuracy_table(runs, reported),
+        "claims": claims_table(runs),
+        "differences": differences(runs),
+        "ablations": ablation_table(runs),
+        "cost": cost_table(),
+    }
     if profile == "short":
         tables["related"] = related_table()
     folder = (results or results_root()) / profile / "tables"

@@ -1,10 +1,16 @@
+import json
+
 import pytest
 import torch
 from helpers import Zoo, randomize_batchnorms
 
-from lrpet import RunConfig, build_model, factorize, project
-from lrpet.methods import make_method
+from lrpet import RunConfig, build_model, cost, factorize, project, ranks_from_ratio
+from lrpet.config import METHODS
+from lrpet.filter_pruning import keep_filters, weakest_last
+from lrpet.methods import build_network, make_method, target_macs
 from lrpet.pairing import batchnorm_scale
+from lrpet.recipes import make_optimizer
+from lrpet.recording import weight_matrices
 
 
 def projected_at(steps, last, **fields):
@@ -65,3 +71,198 @@ def test_the_compact_network_is_the_factorized_one():
     method.after_step(1, 1, True)
     compact = method.compact()
     assert [tuple(p.shape) for p in compact.parameters()] == [tuple(p.shape) for p in factorize(model, method.ranks).parameters()]
+
+
+# ---------------------------------------------------------------- what LRPET is compared with
+
+COMPETITORS = [name for name in METHODS if name not in ("dense", "lrp", "lrpet")]
+SHAPE = (3, 8, 8)
+
+
+def logits(model, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model.eval()(torch.randn(4, *SHAPE))
+
+
+@pytest.mark.parametrize("method", [name for name in COMPETITORS if name != "trp"])
+@pytest.mark.parametrize("model", ["resnet20", "vgg16"])
+def test_multiply_adds_are_those_of_the_low_rank_network_within_two_percent(method, model):
+    config = RunConfig(dataset="cifar10", model=model, method=method, prune_ratio=0.57)
+    target = target_macs(build_model(model), config)
+    trained = make_method(build_network(config), config)
+    trained.begin_epoch(config.pretrain_epochs or 0)
+    assert abs(cost(trained.compact(), (3, 32, 32)).macs / target - 1) < 0.02
+
+
+@pytest.mark.parametrize("method", ["svd_finetune", "factorized", "warmup_switch", "svd_training"])
+def test_the_network_becomes_its_truncated_self_when_the_dense_epochs_are_over(method):
+    config = RunConfig(method=method, prune_ratio=0.57)
+    model = randomize_batchnorms(build_model("resnet8"))
+    expected = logits(factorize(model, {name: 6 if K == 16 else 13 if K == 32 else 27 for name, K in ranks_from_ratio(model, 0.0).items()}))
+    trained = make_method(model, config)
+    first = config.pretrain_epochs or 0
+    assert not any(trained.begin_epoch(epoch) for epoch in range(first))
+    assert trained.begin_epoch(first)
+    assert not trained.begin_epoch(first + 1)
+    assert torch.allclose(logits(trained.model), expected, atol=1e-4)
+    assert trained.compact() is trained.model
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "trp"])  # whose tensors are no JSON
+def test_a_structure_is_rebuilt_from_what_json_keeps(method):
+    config = RunConfig(method=method, prune_ratio=0.57)
+    trained = make_method(build_network(config), config)
+    trained.begin_epoch(config.pretrain_epochs or 0)
+    again = make_method(build_network(config), config)
+    again.restore(json.loads(json.dumps(trained.structure)))
+    again.model.load_state_dict(trained.model.state_dict())
+    assert torch.equal(logits(again.model), logits(trained.model))
+    assert again.structure == trained.structure
+    assert not again.begin_epoch(config.pretrain_epochs or 0) or trained.structure is None
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def zero_gradients(model):
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+
+def test_decay_on_the_product_is_the_gradient_of_its_norm():
+    config = RunConfig(method="factorized", prune_ratio=0.57, weight_decay=0.01)
+    trained = make_method(build_model("resnet8"), config)
+    trained.begin_epoch(0)
+    zero_gradients(trained.model)
+    trained.regularize()
+    added = gradients(trained.model)
+    zero_gradients(trained.model)
+    pairs = {name: trained.model.get_submodule(name) for name in trained.ranks}
+    sum(0.005 * (pair[1].weight.flatten(1) @ pair[0].weight.flatten(1)).square().sum() for pair in pairs.values()).backward()
+    expected = gradients(trained.model)
+    assert max(v.abs().max() for v in expected.values()) > 1e-3
+    assert all(torch.allclose(added[name], expected[name], atol=1e-7) for name in expected)
+    optimizer = make_optimizer(config, trained.model, torch.device("cpu"), trained.undecayed)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {decay[id(factor.weight)] for pair in pairs.values() for factor in pair} == {0.0}
+    assert decay[id(trained.model.fc.weight)] == 0.01
+
+
+def test_decay_on_each_factor_leaves_the_optimizer_as_it_is():
+    trained = make_method(build_model("resnet8"), RunConfig(method="factorized", prune_ratio=0.57, product_decay=False))
+    trained.begin_epoch(0)
+    zero_gradients(trained.model)
+    trained.regularize()
+    assert trained.undecayed == ()
+    assert not any(g.any() for g in gradients(trained.model).values())
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.3, 0.9])
+def test_trp_cuts_to_the_smallest_rank_that_keeps_the_energy(threshold):
+    model = build_model("resnet8")
+    before = {name: torch.linalg.svdvals(M.detach().double()) for name, M in weight_matrices(model).items()}
+    trained = make_method(model, RunConfig(method="trp", energy_threshold=threshold))
+    assert trained.after_step(19, 100, False) is None
+    reports = trained.after_step(20, 100, False)
+    for report in reports:
+        s = before[report.name]
+        share = s.square().cumsum(0) / s.square().sum()
+        assert share[report.rank - 1] >= 1 - threshold - 1e-9
+        assert report.rank == 1 or share[report.rank - 2] < 1 - threshold + 1e-9
+        assert report.energy_kept == pytest.approx(float(share[report.rank - 1]), abs=1e-6)
+        after = torch.linalg.svdvals(model.get_submodule(report.name).weight.detach().flatten(1).double())
+        assert torch.allclose(after[: report.rank], s[: report.rank], atol=1e-4)
+        assert report.rank == len(s) or after[report.rank] < 1e-5
+    compact = trained.compact()
+    assert torch.allclose(logits(compact), logits(model), atol=1e-4)
+    assert all(layer.note == "" for layer in cost(model, SHAPE, trained.ranks).layers)  # no factors that cost more than the layer
+
+
+def test_trp_adds_the_subgradient_of_the_nuclear_norm():
+    model = build_model("resnet8")
+    trained = make_method(model, RunConfig(method="trp", nuclear_norm=0.5))
+    zero_gradients(model)
+    trained.regularize()
+    assert not model.conv.weight.grad.any()  # before the first cut there is none
+    trained.after_step(20, 100, False)
+    trained.regularize()
+    M = model.conv.weight.detach().flatten(1).double().requires_grad_()
+    R = int(torch.linalg.matrix_rank(M, rtol=1e-5))
+    U, _, Vh = torch.linalg.svd(M.detach(), full_matrices=False)
+    assert torch.allclose(model.conv.weight.grad.flatten(1).double(), 0.5 * U[:, :R] @ Vh[:R], atol=1e-5)
+    plain = make_method(build_model("resnet8"), RunConfig(method="trp", nuclear_norm=0.0))
+    plain.after_step(20, 100, False)
+    assert plain.subgradients == {}
+
+
+def test_the_stable_rank_decides_against_its_value_at_the_start():
+    model = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3, padding=1, bias=False))
+    config = RunConfig(method="warmup_switch", rank_rule="stable_rank", pretrain_epochs=1)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(16, 144).view(16, 16, 3, 3))  # stable rank 16 of 16
+    trained = make_method(model, config)
+    with torch.no_grad():
+        model[0].weight.mul_(torch.tensor([2.0] + [1.0] * 15).view(16, 1, 1, 1))  # (4 + 15) / 4 = 4.75
+    trained.begin_epoch(1)
+    assert trained.ranks == {"0": 5}
+
+
+def test_svd_training_starts_as_the_network_it_replaces_and_its_penalties_are_the_stated_ones():
+    model = randomize_batchnorms(build_model("resnet8"))
+    expected = logits(model)
+    config = RunConfig(method="svd_training", prune_ratio=0.57, orthogonality=2.0, sparsity=0.5)
+    trained = make_method(model, config)
+    assert torch.allclose(logits(trained.model), expected, atol=1e-4)
+    assert trained.model.conv.parametrizations.weight.original1.requires_grad
+    triplet = trained.model.conv.parametrizations.weight
+    with torch.no_grad():
+        triplet.original0.mul_(1.1)  # no longer orthogonal
+    zero_gradients(trained.model)
+    trained.regularize()
+    U, s = (p.detach().clone().requires_grad_() for p in (triplet.original0, triplet.original1))
+    (2.0 * (U.mT @ U - torch.eye(16)).square().sum() / 256 + 0.5 * s.abs().sum() ** 2 / s.square().sum()).backward()
+    assert torch.allclose(triplet.original0.grad, U.grad, atol=1e-6)
+    assert torch.allclose(triplet.original1.grad, s.grad, atol=1e-6)
+    assert U.grad.abs().max() > 1e-3
+    trained.begin_epoch(config.pretrain_epochs)
+    trained.regularize()  # nothing is left to penalize
+
+
+def test_the_filters_of_smallest_norm_go_and_only_where_no_shortcut_shares_them():
+    model = build_model("resnet8")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.conv1.weight[::2] *= 1e-3
+    norms = {name: model.get_submodule(name).weight.detach().abs().sum(dim=(1, 2, 3)) for name in weakest_last(model, SHAPE)}
+    assert set(norms) == {f"blocks.{i}.conv1" for i in range(3)}
+    config = RunConfig(method="filter_pruning", prune_ratio=0.57)
+    trained = make_method(model, config)
+    weights = model.blocks[0].conv1.weight.detach().clone()
+    assert trained.begin_epoch(config.pretrain_epochs)
+    for name, kept in trained.structure.items():
+        gone = sorted(set(range(len(norms[name]))) - set(kept))
+        assert norms[name][kept].min() >= norms[name][gone].max()
+    assert torch.equal(trained.model.blocks[0].conv1.weight, weights[trained.structure["blocks.0.conv1"]])
+    assert trained.model.blocks[0].conv2.in_channels == len(trained.structure["blocks.0.conv1"])
+    assert trained.model.blocks[0].conv2.out_channels == 16
+
+
+def test_pruned_filters_that_did_nothing_are_not_missed():
+    model = randomize_batchnorms(build_model("resnet8"))
+    with torch.no_grad():
+        model.blocks[1].conv1.weight[5:9] = 0
+        model.blocks[1].bn1.weight[5:9] = 0
+        model.blocks[1].bn1.bias[5:9] = 0
+    kept = {"blocks.1.conv1": [i for i in range(32) if not 5 <= i < 9]}
+    assert torch.allclose(logits(keep_filters(model, kept, SHAPE)), logits(model), atol=1e-5)
+
+
+def test_a_network_without_filters_to_prune_is_refused():
+    with pytest.raises(ValueError, match="no convolution whose filters can go alone"):
+        weakest_last(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.AdaptiveAvgPool2d(1)), SHAPE)
+
+
+def test_projections_of_a_trained_network_begin_after_its_dense_epochs():
+    assert projected_at(steps=1, last=20, pretrain_epochs=15) == [15, 16, 17, 18, 19, 20]

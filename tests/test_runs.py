@@ -14,6 +14,7 @@ from helpers import TINY, run_and_report
 
 import lrpet.runs
 from lrpet import RunConfig, build_model, cost, load_runs, ranks_from_ratio, run
+from lrpet.config import METHODS
 from lrpet.data import Batches, load_data
 from lrpet.runs import is_complete, load_network, load_run
 from lrpet.training import Paused, evaluate
@@ -140,7 +141,12 @@ def test_a_damaged_file_is_an_error_that_names_the_folder(undisturbed, tmp_path,
 # ---------------------------------------------------------------- pausing, resuming, failing
 
 
-@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, recipe="adamw", learning_rate=0.001)], ids=["sgd", "adamw"])
+OTHERS = {name: dataclasses.replace(CONFIG, method=name) for name in METHODS}
+OTHERS["trp"] = RunConfig(**TINY, method="trp", projection_interval=2)
+OTHERS["adamw"] = dataclasses.replace(CONFIG, recipe="adamw", learning_rate=0.001)
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
 def test_a_time_budget_pauses_and_the_next_calls_go_on_to_the_same_result(tmp_path, capsys, config):
     expected = outcome(run(config, results=tmp_path / "undisturbed", device="cpu", progress="off").folder)
     pauses = []
