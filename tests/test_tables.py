@@ -91,6 +91,103 @@ def test_parameters_agree_when_batchnorm_is_left_out():
             assert abs(float(row.params_without_bn_m) - float(row.paper_params_m)) <= 0.0051
 
 
+# ---------------------------------------------------------------- competitors, ablations, claims
+
+
+def test_total_epochs_and_multiply_adds_stand_beside_every_competitor(tmp_path):
+    put(tmp_path, experiment("short", "resnet20-svd-finetune-s1"), 80.0, macs=18_211_456 * 1.019)
+    put(tmp_path, experiment("short", "resnet20-narrow-s1"), 80.0, macs=18_211_456 * 0.9)
+    table = tables.accuracy_table(tables.profile_runs("short", tmp_path), tables.published()).set_index("method")
+    assert table.epochs["dense"] == "16" and table.epochs["SVD, then fine-tuned"] == "16 (8 dense first)"
+    assert table.macs_against_lrpet["SVD, then fine-tuned"] == "equal"  # within 2 %
+    assert table.macs_against_lrpet["narrow network"] == "-10 %"
+    assert table.macs_m["filter pruning"] == "not run"  # which filters go, only training tells
+
+
+def test_every_experiment_of_a_profile_has_a_name_of_its_own_in_the_tables():
+    for profile in ("smoke", "short", "paper"):
+        names = [(e.config.model, tables._label(e.config), e.config.prune_ratio, e.config.ranks) for e in load_profile(profile).experiments]
+        names = [name for name, e in zip(map(str, names), load_profile(profile).experiments, strict=True) if e.config.seed == 1]
+        assert len(names) == len(set(names))
+
+
+def test_figures_and_tables_call_the_methods_alike():
+    from lrpet.figures import METHOD_STYLES
+
+    assert {name: style.label for name, style in METHOD_STYLES.items()} == tables.METHOD_NAMES
+
+
+CLAIM = {"energy transfer helps": "lrp", "BN rectification helps": "lrpet-no-bn", "beats pruning": "filter-pruning"}
+CLAIM |= {"from scratch beats from a trained network": "lrpet-from-trained", "beats SVD and re-training": "svd-finetune"}
+
+
+@pytest.mark.parametrize(("claim", "other"), CLAIM.items())
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ((87.0, 87.1, 87.2), "holds"),
+        ((89.0, 89.1, 89.2), "does not hold here"),
+        ((88.0, 87.0, 89.2), "undecided"),
+        ((87.0, 87.1), "undecided"),
+        ((), "not tested"),
+    ],
+)
+def test_claims_are_decided_by_the_stated_rule(tmp_path, claim, other, values, verdict):
+    for seed in (1, 2, 3):
+        put(tmp_path, experiment("short", f"resnet20-lrpet-s{seed}"), 88.0 + 0.1 * seed)
+    for seed, value in enumerate(values, start=1):
+        config = dataclasses.replace(experiment("short", f"resnet20-{other}-s1"), seed=seed)
+        put(tmp_path, config, value)
+    table = tables.claims_table(tables.profile_runs("short", tmp_path)).set_index("claim")
+    wanted = sum(e.name.startswith(f"resnet20-{other}-s") for e in load_profile("short").experiments)
+    if wanted < 3 and len(values) == 3:
+        assert (table.verdict[claim], table.n[claim]) == ("undecided", wanted)  # seeds that the profile does not ask for do not count
+    else:
+        assert (table.verdict[claim], table.n[claim]) == (verdict, len(values))
+    assert table.verdict.drop([claim]).isin(["not tested"]).all()
+
+
+def test_gradients_are_compared_in_the_first_layer_over_recorded_epochs(tmp_path):
+    for name, norms in (("lrpet", (1.0, 100.0)), ("lrp", (0.1, 1.0))):
+        for seed in (1, 2, 3):
+            config = experiment("short", f"resnet20-{name}-s{seed}")
+            put(tmp_path, config, 88.0)
+            rows = [f"{epoch},{layer},{norm * seed * scale},1" for epoch, norm in enumerate(norms, 1) for layer, scale in (("conv", 1), ("deep", 7))]
+            (config.folder(tmp_path) / "gradients.csv").write_text("epoch,layer,gradient_norm,weight_norm\n" + "\n".join(rows))
+    row = tables.claims_table(tables.profile_runs("short", tmp_path)).set_index("claim").loc["gradients fade less"]
+    assert (row.difference, row.n) == ("+1.50", 3)  # (log 10 + log 100) / 2
+    assert row.verdict == "holds"
+
+
+def test_ablations_differ_from_lrpet_in_what_their_question_names_and_nothing_else(tmp_path):
+    put(tmp_path, experiment("smoke", "resnet8-lrpet-s1"), 90.0)
+    put(tmp_path, experiment("smoke", "resnet8-lrpet-5-epochs-s1"), 88.5)
+    table = tables.ablation_table(tables.profile_runs("smoke", tmp_path))
+    assert set(table.question) == set(tables.ABLATED)
+    assert (table.groupby("question").verdict.agg(lambda v: (v == "LRPET as it is").sum()) == 1).all()
+    assert table.groupby("question").size().to_dict() == {
+        "energy transfer × BN rectification": 4,
+        "projection interval": 6,
+        "prune ratio": 4,
+        "from scratch or from a trained network": 2,
+        "constant in undoing the BN scale": 3,
+        "residual factor": 3,
+    }
+    row = table.set_index("setting").loc["every 5 epochs"]
+    assert (row.top1_pct, row.difference_pct, row.n, row.verdict) == ("88.50 (n=1)", "-1.50", 1, "undecided")
+    assert list(table[table.question == "prune ratio"].setting) == ["0.3", "0.57", "0.7", "0.8"]
+    assert "1 of 16 changed settings" not in tables.summary_of_ablations(table)
+    assert "0 of 16 changed settings differ" in tables.summary_of_ablations(table)
+
+
+def test_share_of_projections(tmp_path):
+    assert tables.projection_share(tables.profile_runs("smoke", tmp_path)).empty
+    put(tmp_path, experiment("smoke", "resnet8-lrpet-s1"), 90.0, projections=20, projection_seconds=20.0)
+    put(tmp_path, experiment("smoke", "resnet8-dense-s1"), 90.0, projections=0, projection_seconds=0.0)
+    table = tables.projection_share(tables.profile_runs("smoke", tmp_path))
+    assert (table.method.tolist(), table.share_pct.tolist()) == (["LRPET"], [25.0])
+
+
 def test_tables_are_written_as_markdown_and_csv(tmp_path):
     made = tables.write_tables("smoke", tmp_path)
     for name, table in made.items():
