@@ -78,6 +78,17 @@ for name in 00_method $([ "$profile" != smoke ] || echo 06_rank_search) 03_ablat
     [ -f "$results/notebooks/$name.done" ] || missing "$name"
 done
 [ "$status" = 0 ] || echo "not everything was done; lines above with 'failed' tell why and where"
+
+# One page with all tables, pictures and origins, also of what is incomplete: there it says "not run".
+report=$results/report.html
+export PYTHON
+if scripts/execute.sh notebooks/09_report.ipynb "$results/notebooks/09_report.ipynb" -p profile "$profile" &&
+    "$PYTHON" -m nbconvert --to html --no-input --embed-images --log-level ERROR --output "$report" "$results/notebooks/09_report.ipynb"; then
+    "$PYTHON" -m lrpet headline --profile "$profile"
+    echo "report: $report"
+else
+    status=1
+fi
 echo "took $((SECONDS / 60)) min $((SECONDS % 60)) s"
 echo "tables: $results/tables"
 echo "figures: $figures"

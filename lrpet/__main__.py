@@ -1,4 +1,4 @@
-"""The command line: ``python -m lrpet list | check | run NAME… | train FIELD=VALUE… | tables``, the same runs without Jupyter."""
+"""The command line: ``python -m lrpet list | check | headline | run NAME… | train FIELD=VALUE… | tables``, the same runs without Jupyter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; return its exit status: 0 all complete, 1 an error, 75 paused by the time budget."""
     parser = argparse.ArgumentParser(prog="python -m lrpet", description="Train, resume and list the runs of experiments.yaml.")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, text in (("list", "list the runs of a profile and their state"), ("check", "the same; exit status 1 unless all are complete")):
+    for verb, text in (
+        ("list", "list the runs of a profile and their state"),
+        ("check", "the same; exit status 1 unless all are complete"),
+        ("headline", "print the numbers of a profile that matter most"),
+    ):
         sub = verbs.add_parser(verb, help=text)
         sub.add_argument("--profile", default="smoke", choices=PROFILES)
     sub = verbs.add_parser("tables", help="write the tables of every profile and of README.md from the store")
@@ -41,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("--checkpoint-epochs", type=int, default=1, metavar="N", help="epochs between checkpoints")
     args = parser.parse_args(arguments)
     try:
-        return {"list": _list, "check": _list, "run": _run, "train": _train, "tables": _tables}[args.verb](args)
+        return {"list": _list, "check": _list, "headline": _headline, "run": _run, "train": _train, "tables": _tables}[args.verb](args)
     except Paused as pause:
         print(pause)
         return PAUSED
@@ -65,6 +69,13 @@ def _list(args) -> int:
         print(f"  {experiment.name:28s} {experiment.config.run_id:44s} {state}")
     print(f"{len(profile.experiments) - missing} of {len(profile.experiments)} complete")
     return 1 if missing and args.verb == "check" else 0
+
+
+def _headline(args) -> int:
+    from lrpet.tables import headline
+
+    print(headline(args.profile))
+    return 0
 
 
 def _tables(_args) -> int:

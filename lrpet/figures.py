@@ -25,7 +25,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
-from lrpet.config import PROFILES, RunConfig, figures_root
+from lrpet.config import PROFILES, PROJECT, RunConfig, figures_root
 from lrpet.projection import project
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "plot_rank_sweep",
     "plot_spectrum",
     "save_figure",
+    "saved_figures",
 ]
 
 
@@ -677,6 +678,16 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
         ax.grid(False, axis="y")
     panels[-1].set_xlabel("top-1 accuracy, %")
     return figure
+
+
+def saved_figures(profile: str) -> list[tuple[str, Path]]:
+    """Return the PNG files of a profile with a caption each: by which notebook and from which runs, as ``figures/README.md`` says."""
+    rows = re.findall(r"\| `<profile>/([^`]+)` \| `([^`]+)` \| (.+) \|", (PROJECT / "figures" / "README.md").read_text(encoding="utf-8"))
+    found = []
+    for path in sorted((figures_root() / profile).glob("*.png")):
+        origin = next((f"made by `{notebook}` from {source}" for name, notebook, source in rows if path.match(f"{name}.png") or path.match(name)), "")
+        found.append((f"**{path.stem}**, {origin}", path))
+    return found
 
 
 def save_figure(figure: ProjectFigure, name: str, profile: str) -> tuple[Path, Path]:

@@ -28,9 +28,12 @@ __all__ = [
     "comparison",
     "cost_table",
     "differences",
+    "headline",
     "profile_runs",
     "projection_share",
+    "provenance",
     "published",
+    "replication_cost",
     "summary_of",
     "summary_of_ablations",
     "verdict",
@@ -426,6 +429,50 @@ def _gradient_ratios(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
     return pd.Series({seed: left[seed] - right[seed] for seed in left if seed in right}, dtype=float)
 
 
+def replication_cost(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return what each experiment cost on the machine that ran it: device hours of all its seeds, and what one run spent them on.
+
+    Args:
+        runs: of :func:`profile_runs`, for one profile.
+
+    Returns:
+        A row an experiment with ``device_hours`` (training, projections, evaluation, recording; all finished seeds) and the
+        mean seconds of one run's parts; "not run" where nothing has finished.
+    """
+    rows = []
+    parts = ["train_seconds", "projection_seconds", "evaluation_seconds", "recording_seconds"]
+    for name, seeds in runs.groupby("experiment", sort=False):
+        done = seeds.dropna(subset=["top1_pct"]).reindex(columns=[*seeds.columns, *(p for p in parts if p not in seeds)])
+        hours = done[parts].fillna(0).to_numpy(float).sum() / 3600
+        rows.append(
+            {
+                "experiment": name,
+                "runs": f"{len(done)} of {len(seeds)}",
+                "device_hours": f"{hours:.2f}" if len(done) else NOT_RUN,
+                **{part: f"{done[part].astype(float).mean():.1f}".replace("nan", "") if len(done) else "" for part in parts},
+                "device": ", ".join(dict.fromkeys(done.device)) if len(done) else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def provenance(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return where each finished run came from: its name, the commit of the code, the device, when it ended, the images it saw."""
+    done = runs.dropna(subset=["top1_pct"])
+    columns = ["run_id", "commit", "device", "finished", "data_train_sha256"]
+    return done.reindex(columns=columns).assign(**{c: done[c].str[:12] for c in ("commit", "data_train_sha256") if c in done}).reset_index(drop=True)
+
+
+def headline(profile: str) -> str:
+    """Return the numbers of a profile that matter most, for a terminal: accuracy and cost of each main row, and the claims' verdicts."""
+    runs = profile_runs(profile)
+    table = accuracy_table(runs[runs.feeds == MAIN], published())
+    lines = [f"  {r.network:10s} {r.method:32s} {r.macs_m:>8s} M MACs  {r.top1_pct}" for r in table.itertuples()]
+    claims = claims_table(runs)
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in claims.verdict.value_counts().items())
+    return "\n".join([f"top-1 accuracy of profile {profile}, last epoch, %:", *lines, f"claims of the paper: {counts}"])
+
+
 def cost_table() -> pd.DataFrame:
     """Return our multiply-adds and parameters beside the published ones, for every published network that we have.
 
@@ -569,6 +616,7 @@ def write_tables(profile: str, results: Path | None = None) -> dict[str, pd.Data
         "claims": claims_table(runs),
         "differences": differences(runs),
         "ablations": ablation_table(runs),
+        "replication": replication_cost(runs),
         "cost": cost_table(),
     }
     if profile == "short":

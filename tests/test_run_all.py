@@ -14,6 +14,7 @@ import yaml
 from lrpet.config import PROJECT
 from lrpet.experiments import load_profile
 
+AFTER_RUNS = ("03_ablations", "08_tables", "09_report")  # notebooks that read the store
 PROFILES = list(yaml.safe_load((PROJECT / "experiments.yaml").read_text()))
 
 
@@ -32,9 +33,9 @@ def run_all(*arguments, root=PROJECT, **environment):
 def test_dry_run_plans_every_run(profile):
     planned = run_all("--profile", profile, "--dry-run")
     assert planned.returncode == 0, planned.stderr
-    jobs = {line.split()[0] for line in planned.stdout.splitlines() if line.split()[1:] == ["1"] or line.startswith("alone ")}
+    jobs = {line.split()[0] for line in planned.stdout.splitlines() if line.split()[1:] == ["1"] or line.startswith(("alone ", "store "))}
     runs = {experiment.config.run_id: experiment.name for experiment in reversed(load_profile(profile).experiments)}
-    assert jobs - {"alone"} == {*runs.values(), "tables", "all"}
+    assert jobs - {"alone", "store"} == {*runs.values(), "all"}
     assert load_profile(profile).cost in planned.stdout
     assert not os.path.exists(os.environ["LRPET_RESULTS"])
 
@@ -70,7 +71,7 @@ def started(tmp_path_factory):
         shutil.copy(PROJECT / name, root)
     (root / "notebooks").mkdir()
     shutil.copy(PROJECT / "notebooks" / "01_cifar10.ipynb", root / "notebooks")
-    for name, source in (("00_method", "1 + 1"), ("06_rank_search", "1 + 1"), ("08_tables", "profile = ''")):
+    for name, source in (("00_method", "1 + 1"), ("06_rank_search", "1 + 1"), *((name, "profile = ''") for name in AFTER_RUNS)):
         cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
         notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
         nbformat.write(notebook, root / "notebooks" / f"{name}.ipynb")
@@ -92,7 +93,8 @@ def test_missing_run_is_named_and_fails(started):
     assert "1 of 2 complete" in done.stdout
     notebook = project / "results" / "smoke" / "notebooks" / "bad-s1.ipynb"
     assert f"missing: bad-s1; how far it came: {notebook}" in done.stdout and notebook.is_file()
-    assert "missing: 08_tables, not begun" in done.stdout
+    assert "missing: 08_tables, not begun" in done.stdout and "missing: 03_ablations, not begun" in done.stdout
+    assert f"report: {project / 'results' / 'smoke' / 'report.html'}" in done.stdout  # of what is there
     assert (project / "results" / "smoke" / "notebooks" / "00_method.done").is_file()
 
 
@@ -123,5 +125,7 @@ def test_complete_run_is_kept_whatever_fails_or_changes(started):
     assert "08_tables: done" in done.stdout and "good-s1: begins" not in done.stdout
     again = start(project)
     assert again.returncode == 0
-    assert "begins" not in again.stdout
+    assert [line.split()[1] for line in again.stdout.splitlines() if "begins" in line] == ["09_report:"]
+    page = (project / "results" / "smoke" / "report.html").read_text()
+    assert page.count("</html>") == 1 and 'src="http' not in page.split("</head>")[1]
     assert finished(project) == before and len(before) == 1
