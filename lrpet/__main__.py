@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         sub = verbs.add_parser(verb, help=text)
         sub.add_argument("--profile", default="smoke", choices=PROFILES)
-    sub = verbs.add_parser("tables", help="write the tables of every profile and of README.md from the store")
+    sub = verbs.add_parser("tables", help="write the tables of results/, README.md and REPRODUCING.md from the store")
     for verb, text in (("run", "do the named runs of a profile; * and ? match"), ("train", "do one run of your own")):
         sub = verbs.add_parser(verb, help=text)
         if verb == "run":
@@ -79,10 +79,10 @@ def _headline(args) -> int:
 
 
 def _tables(_args) -> int:
-    from lrpet.tables import write_readme
+    from lrpet.tables import write_pages
 
-    write_readme()
-    print("tables written to results/*/tables and README.md")
+    write_pages()
+    print("tables written to results/*/tables, README.md and REPRODUCING.md")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ __all__ = [
     "summary_of",
     "summary_of_ablations",
     "verdict",
-    "write_readme",
+    "write_pages",
     "write_tables",
 ]
 
@@ -633,8 +634,11 @@ def _markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(index=False, disable_numparse=True) + "\n"
 
 
-def write_readme(path: Path = PROJECT / "README.md") -> str:
-    """Put the tables of the store where the README has a marker for them; return the new text.
+PAGES = (PROJECT / "README.md", PROJECT / "REPRODUCING.md")  # whose tables come from the store
+
+
+def write_pages(pages: Sequence[Path] = PAGES) -> list[str]:
+    """Put the tables of the store where README.md and REPRODUCING.md have a marker for them; return the new texts.
 
     A marker is ``<!-- table: short accuracy -->``, closed by ``<!-- end -->``.
     """
@@ -645,6 +649,8 @@ def write_readme(path: Path = PROJECT / "README.md") -> str:
         tables.setdefault(profile, write_tables(profile))
         return f"<!-- table: {profile} {name} -->\n{_markdown(tables[profile][name])}<!-- end -->"
 
-    text = re.sub(r"<!-- table: (\w+) (\w+) -->.*?<!-- end -->", fill, path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    path.write_text(text, encoding="utf-8")
-    return text
+    texts = [re.sub(r"<!-- table: (\w+) (\w+) -->.*?<!-- end -->", fill, path.read_text(encoding="utf-8"), flags=re.DOTALL) for path in pages]
+    for path, text in zip(pages, texts, strict=True):
+        path.write_text(text, encoding="utf-8")
+    write_tables("paper")
+    return texts

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from lrpet import tables
+from lrpet.config import PROJECT
 from lrpet.experiments import load_profile
 
 
@@ -199,19 +200,21 @@ def test_tables_are_written_as_markdown_and_csv(tmp_path):
 def test_readme_gets_the_tables_it_asks_for(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- table: smoke accuracy -->\nold\n<!-- end -->\nafter\n")
-    text = tables.write_readme(readme)
+    (text,) = tables.write_pages([readme])
     assert "old" not in text and "| resnet8" in text and text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
-    assert tables.write_readme(readme) == text
+    assert tables.write_pages([readme]) == [text]
 
 
-def test_committed_readme_is_up_to_date(tmp_path, monkeypatch):
-    from lrpet.config import PROJECT
-
+def test_committed_tables_are_up_to_date(tmp_path, monkeypatch):
     monkeypatch.delenv("LRPET_RESULTS")
-    copy = tmp_path / "README.md"
-    copy.write_text((PROJECT / "README.md").read_text())
+    copies = [tmp_path / page.name for page in tables.PAGES]
+    for copy, page in zip(copies, tables.PAGES, strict=True):
+        copy.write_text(page.read_text())
     before = {p: p.read_bytes() for p in (PROJECT / "results").glob("*/tables/*")}
-    fresh = tables.write_readme(copy)
+    fresh = tables.write_pages(copies)
+    changed = [str(path) for path, content in before.items() if path.read_bytes() != content]
     for path, content in before.items():
         path.write_bytes(content)
-    assert fresh == (PROJECT / "README.md").read_text(), "stale tables: run python -m lrpet tables"
+    advice = "stale tables: run python -m lrpet tables"
+    assert fresh == [page.read_text() for page in tables.PAGES], advice
+    assert not changed, advice
