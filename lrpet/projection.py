@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Basis", "follow_basis", "leading_basis", "project", "project_and_measure", "project_on_basis", "truncated_svd"]
+__all__ = ["Basis", "energy_in", "follow_basis", "leading_basis", "project", "project_and_measure", "project_on_basis", "truncated_svd"]
 
 logger = logging.getLogger("lrpet")
 
@@ -228,10 +228,20 @@ def follow_basis(matrix: Tensor, start: Tensor, row_scale: Tensor | None = None)
         shifted = T - (2 * c + floor)[..., None, None] * torch.eye(T.shape[-1], dtype=T.dtype, device=T.device)
         leading = torch.linalg.cholesky_ex(shifted).info == 0
         allowed = torch.minimum(2 * RESIDUAL_TOLERANCE * (energy - kept), 0.2 * RESULT_TOLERANCE**2 * energy) + 1e-12 * energy
-        certain = leading & (W <= allowed * (c + floor))
+        certain = leading & (allowed * (c + floor) >= W)
         if not leading.any() or certain.all():  # without a gap more rounds would not help
             break
     return Basis(Q, kept, energy), certain
+
+
+@torch.no_grad()
+def energy_in(matrix: Tensor, vectors: Tensor, row_scale: Tensor | None = None) -> Tensor:
+    """Return the energy of A = diag(a)·M in given directions, tr(QᵀGQ) with Q and G as in :func:`follow_basis`, (...,), float64.
+
+    >>> energy_in(torch.diag(torch.tensor([4.0, 3.0])), torch.eye(2, dtype=torch.float64)[:, :1])
+    tensor(16., dtype=torch.float64)
+    """
+    return ((_gram(matrix, row_scale, torch.float64) @ vectors) * vectors).sum(dim=(-2, -1))
 
 
 @torch.no_grad()

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrpet.pairing import batchnorm_scale, resolve_batchnorms
-from lrpet.projection import project_and_measure
+from lrpet.projection import RESIDUAL_TOLERANCE, Basis, energy_in, follow_basis, leading_basis, project_and_measure, project_on_basis
 from lrpet.ranks import resolve_ranks
 
 __all__ = ["DEAD_IN_TRAINING", "LayerReport", "LowRankProjector"]
 
+logger = logging.getLogger("lrpet")
+
 DEAD_IN_TRAINING = 1e-4  # largest singular value under which a projection leaves a layer alone (authors' code)
+EXACT_EVERY = 10  # with fast=True, every so many projections take the exact path, and the fast one is compared with it
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class LowRankProjector:
         residual: q in [0, 1], the share of each removed singular value that stays.
         row_eps: constant in undoing the BatchNorm scale, see :func:`lrpet.project`.
         batchnorms: layer name → BatchNorm name or None, for models that torch.fx cannot trace.
+        fast: start from the directions of the previous projection, see :func:`lrpet.projection.follow_basis`; a layer whose result
+            is not certain to be within 1e-5 of the exact one takes the exact path. Pays where few steps lie between two
+            projections. Off by default: a run that is resumed then repeats the uninterrupted one bit for bit.
 
     Raises:
         ValueError: ranks or pairs that do not fit the model, with the names.
@@ -65,6 +72,7 @@ class LowRankProjector:
         residual: float = 0.0,
         row_eps: float = 1e-5,
         batchnorms: Mapping[str, str | None] | None = None,
+        fast: bool = False,
     ):
         self.ranks = resolve_ranks(model, ranks)
         self.settings = {"energy_transfer": energy_transfer, "residual": residual, "row_eps": row_eps}
@@ -73,10 +81,17 @@ class LowRankProjector:
         pairs = resolve_batchnorms(model, self.ranks, batchnorms) if bn_rectification else {}
         self._weights = {name: modules[name].weight for name in self.ranks}
         self._batchnorms = {name: modules[bn] for name, bn in pairs.items() if bn is not None}
-        self._batches = defaultdict(list)  # layers of one shape, rank and kind are projected in one batch
+        shapes = defaultdict(list)  # layers of one shape, rank and kind are projected together
         for name, weight in self._weights.items():
             kind = (weight.shape[0], weight[0].numel(), self.ranks[name], weight.device, weight.dtype, name in self._batchnorms)
-            self._batches[kind].append(name)
+            shapes[kind].append(name)
+        # ... but no more of them at once than a quarter of all weights, which bounds the memory a step needs beside the model.
+        limit = sum(weight.numel() for weight in self._weights.values()) / 4
+        self._batches = []
+        for (N, D, *_), names in shapes.items():
+            count = max(1, int(limit / (N * D)))
+            self._batches += [names[i : i + count] for i in range(0, len(names), count)]
+        self.fast, self._bases, self._steps = fast, {}, 0
         self._dense = [
             LayerReport(name, None, math.nan, "dense", "grouped" if module.groups > 1 else "no rank given")
             for name, module in modules.items()
@@ -84,8 +99,11 @@ class LowRankProjector:
         ]
 
     @torch.no_grad()
-    def step(self) -> list[LayerReport]:
+    def step(self, *, exact: bool = False) -> list[LayerReport]:
         """Project every layer in place; the optimizer's state is not touched.
+
+        Args:
+            exact: take the exact path in spite of ``fast``: to be used for the last projection of all.
 
         Returns:
             A report a layer, in the order of ``ranks``, then the convolutions that stay dense.
@@ -93,21 +111,25 @@ class LowRankProjector:
         Raises:
             ValueError: a weight or a BatchNorm holds NaN or infinity; nothing has been changed then.
         """
-        scales = [
-            batchnorm_scale(*[self._batchnorms[name] for name in names]) if rectified else None  # (B, N) each
-            for (*_, rectified), names in self._batches.items()
-        ]
-        stacks = [torch.stack([self._weights[name].flatten(1) for name in names]) for names in self._batches.values()]  # (B, N, D) each
-        dead = self._dead_layers(stacks, scales)
-        energies = []
-        for ((_, _, rank, *_), names), M, a in zip(self._batches.items(), stacks, scales, strict=True):
-            projected, energy = project_and_measure(M, rank, row_scale=a, check_finite=False, **self.settings)
+        scales = [batchnorm_scale(*[self._batchnorms[name] for name in names]) if names[0] in self._batchnorms else None for names in self._batches]
+        dead = self._dead_layers(scales)
+        check = exact or self._steps % EXACT_EVERY == 0
+        self._steps += 1
+        shares = []
+        for i, (names, a) in enumerate(zip(self._batches, scales, strict=True)):
+            M = torch.stack([self._weights[name].flatten(1) for name in names])  # (B, N, D)
+            rank = self.ranks[names[0]]
+            if rank == min(M.shape[1:]):  # nothing is removed, so nothing is changed
+                shares.append(torch.ones(len(names), dtype=torch.float64))
+                continue
+            basis = self._basis(i, M, rank, a, check)
+            projected = project_on_basis(M, basis, row_scale=a, **self.settings)
             for name, matrix in zip(names, projected, strict=True):
                 if name not in dead:
                     self._weights[name].copy_(matrix.view(self._weights[name].shape))
-            energies.append(energy)
-        names = [name for batch in self._batches.values() for name in batch]
-        energy_of = dict(zip(names, torch.cat([energy.cpu() for energy in energies]).tolist(), strict=True))
+            shares.append(torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0))
+        names = [name for batch in self._batches for name in batch]
+        energy_of = dict(zip(names, torch.cat([share.cpu() for share in shares]).tolist(), strict=True))
         reports = []
         for name, rank in self.ranks.items():
             if name in dead:
@@ -117,15 +139,41 @@ class LowRankProjector:
                 reports.append(LayerReport(name, rank, energy_of[name], "projected"))
         return reports + self._dense
 
-    def _dead_layers(self, stacks, scales) -> dict[str, float]:
+    def _basis(self, i: int, M: Tensor, rank: int, a: Tensor | None, check: bool) -> Basis:
+        """Return the directions that batch number ``i`` keeps: followed from the last ones where that is certain, exact elsewhere."""
+        if not self.fast:
+            return leading_basis(M, rank, a)
+        basis = certain = None
+        if i in self._bases:
+            basis, certain = follow_basis(M, self._bases[i], a)
+        if check or basis is None:
+            exact = leading_basis(M, rank, a)
+            if basis is not None:
+                lost = exact.kept - energy_in(M, basis.vectors, a)
+                wrong = certain & (lost > 3 * RESIDUAL_TOLERANCE * (exact.energy - exact.kept) + 1e-11 * exact.energy)
+                if wrong.any():  # the bound of follow_basis forbids it
+                    names = [name for name, no in zip(self._batches[i], wrong.tolist(), strict=True) if no]
+                    logger.warning("the fast projection lost energy in %s; all projections are exact from here on", ", ".join(names))
+                    self.fast = False
+            basis = exact
+        elif not certain.all():
+            redo = ~certain
+            exact = leading_basis(M[redo], rank, None if a is None else a[redo])
+            for values, right in zip(basis, exact, strict=True):
+                values[redo] = right
+        self._bases[i] = basis.vectors.to(torch.float32)
+        return basis
+
+    def _dead_layers(self, scales) -> dict[str, float]:
         """Return the dead layers with their largest singular value, after checking that all values are finite.
 
         ‖M‖_F / sqrt(K) ≤ s_1 ≤ ‖M‖_F, so one norm a layer, fetched at once, decides for all healthy layers.
         """
-        names = [name for batch in self._batches.values() for name in batch]
-        norms = [torch.linalg.vector_norm(M, dim=(1, 2), dtype=torch.promote_types(M.dtype, torch.float32)).double() for M in stacks]
-        sums = [norm if a is None else norm + a.sum(dim=1) for norm, a in zip(norms, scales, strict=True)]
-        norms, sums = torch.stack([torch.cat([v.cpu() for v in norms]), torch.cat([v.cpu() for v in sums])]).tolist()
+        names = [name for batch in self._batches for name in batch]
+        weights = [self._weights[name] for name in names]
+        norms = torch.stack([torch.linalg.vector_norm(w, dtype=torch.promote_types(w.dtype, torch.float32)).double() for w in weights])
+        rows = torch.cat([norms.new_zeros(len(batch)) if a is None else a.sum(dim=1) for batch, a in zip(self._batches, scales, strict=True)])
+        norms, sums = torch.stack([norms, norms + rows]).tolist()
         for name, norm, both in zip(names, norms, sums, strict=True):
             if not math.isfinite(both):
                 what = "the BatchNorm behind layer" if math.isfinite(norm) else "the weight of layer"
