@@ -92,9 +92,7 @@ def cost(model: nn.Module, input_shape: Sequence[int], ranks: Mapping[str, int] 
         rank = None if rank == min(N, D) else rank
         weights = N * D if rank is None else rank * (N + D)
         bias = 0 if module.bias is None else N
-        layers.append(
-            LayerCost(name, type(module).__name__, N, D, rank, dense_macs // (N * D) * weights, weights + bias, dense_macs, N * D + bias)
-        )
+        layers.append(LayerCost(name, type(module).__name__, N, D, rank, dense_macs // (N * D) * weights, weights + bias, dense_macs, N * D + bias))
     dense_params = sum(p.numel() for p in shadow.parameters())
     return Cost(
         macs=sum(layer.macs for layer in layers),

@@ -103,9 +103,7 @@ def _digits() -> ImageData:
     labels = torch.from_numpy(labels).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the writers come in blocks
     train, test = order[:1297], order[1297:]
-    return ImageData(
-        images[train], labels[train], images[test], labels[test], tuple("0123456789"), (0.306,) * 3, (0.377,) * 3, 8, pad=1, flip=False
-    )
+    return ImageData(images[train], labels[train], images[test], labels[test], tuple("0123456789"), (0.306,) * 3, (0.377,) * 3, 8, pad=1, flip=False)
 
 
 def _cifar10(root: Path | None) -> ImageData:

@@ -31,10 +31,7 @@ class ConstantOutput(nn.Module):
 
     def forward(self, x):
         """Return (B, N, H_out, W_out) for x (B, C, H, W)."""
-        size = [
-            (x.shape[i + 2] + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i] + 1
-            for i in (0, 1)
-        ]
+        size = [(x.shape[i + 2] + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i] + 1 for i in (0, 1)]
         return self.bias.to(x.dtype).view(1, -1, 1, 1).expand(x.shape[0], -1, *size).clone()  # an in-place ReLU may follow
 
 
@@ -94,9 +91,7 @@ def _sole_batchnorm(node, modules, calls) -> str | None:
     return None
 
 
-def resolve_batchnorms(
-    model: nn.Module, layers, batchnorms: Mapping[str, str | None] | None = None
-) -> dict[str, str | None]:
+def resolve_batchnorms(model: nn.Module, layers, batchnorms: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
     """Return the BatchNorm of each named layer, from the graph or, checked against it, from the caller.
 
     Args:
@@ -142,9 +137,7 @@ def resolve_batchnorms(
             raise ValueError(f"layer {name!r} is paired with {bn!r}, which is not a BatchNorm of this model")
         width = modules[name].weight.shape[0] if hasattr(modules[name], "weight") else modules[name].bias.shape[0]
         if modules[bn].num_features != width:
-            raise ValueError(
-                f"layer {name!r} has {width} outputs, but its BatchNorm {bn!r} has {modules[bn].num_features} features"
-            )
+            raise ValueError(f"layer {name!r} has {width} outputs, but its BatchNorm {bn!r} has {modules[bn].num_features} features")
         if modules[bn].running_var is None:
             raise ValueError(f"BatchNorm {bn!r} behind layer {name!r} keeps no running statistics, which rectification and folding need")
     return pairs

@@ -31,7 +31,7 @@ class LayerReport:
     rank: int | None  # None: the layer is dense
     energy_kept: float  # Σ_{i≤R} s_i² / E before energy transfer, 0 to 1; NaN where nothing was measured
     action: str  # projected | left alone | dense | factorized | constant
-    reason: str = ""
+    reason: str = ""  # for a projected layer "followed" where the fast path was taken
 
 
 class LowRankProjector:
@@ -115,14 +115,15 @@ class LowRankProjector:
         dead = self._dead_layers(scales)
         check = exact or self._steps % EXACT_EVERY == 0
         self._steps += 1
-        shares = []
+        shares, followed = [], {}
         for i, (names, a) in enumerate(zip(self._batches, scales, strict=True)):
             M = torch.stack([self._weights[name].flatten(1) for name in names])  # (B, N, D)
             rank = self.ranks[names[0]]
             if rank == min(M.shape[1:]):  # nothing is removed, so nothing is changed
                 shares.append(torch.ones(len(names), dtype=torch.float64))
                 continue
-            basis = self._basis(i, M, rank, a, check)
+            basis, certain = self._basis(i, M, rank, a, check)
+            followed |= dict(zip(names, certain, strict=True))
             projected = project_on_basis(M, basis, row_scale=a, **self.settings)
             for name, matrix in zip(names, projected, strict=True):
                 if name not in dead:
@@ -136,16 +137,18 @@ class LowRankProjector:
                 reason = f"dead: largest singular value {dead[name]:.1e} < {DEAD_IN_TRAINING:.0e}"
                 reports.append(LayerReport(name, rank, math.nan, "left alone", reason))
             else:
-                reports.append(LayerReport(name, rank, energy_of[name], "projected"))
+                reports.append(LayerReport(name, rank, energy_of[name], "projected", "followed" if followed.get(name) else ""))
         return reports + self._dense
 
-    def _basis(self, i: int, M: Tensor, rank: int, a: Tensor | None, check: bool) -> Basis:
-        """Return the directions that batch number ``i`` keeps: followed from the last ones where that is certain, exact elsewhere."""
+    def _basis(self, i: int, M: Tensor, rank: int, a: Tensor | None, check: bool) -> tuple[Basis, list[bool]]:
+        """Return the directions that batch number ``i`` keeps, and which layers' were followed from the last projection's."""
+        none = [False] * len(M)
         if not self.fast:
-            return leading_basis(M, rank, a)
-        basis = certain = None
+            return leading_basis(M, rank, a), none
+        basis = None
         if i in self._bases:
             basis, certain = follow_basis(M, self._bases[i], a)
+            followed = certain.tolist()
         if check or basis is None:
             exact = leading_basis(M, rank, a)
             if basis is not None:
@@ -155,14 +158,14 @@ class LowRankProjector:
                     names = [name for name, no in zip(self._batches[i], wrong.tolist(), strict=True) if no]
                     logger.warning("the fast projection lost energy in %s; all projections are exact from here on", ", ".join(names))
                     self.fast = False
-            basis = exact
-        elif not certain.all():
+            basis, followed = exact, none
+        elif not all(followed):
             redo = ~certain
             exact = leading_basis(M[redo], rank, None if a is None else a[redo])
             for values, right in zip(basis, exact, strict=True):
                 values[redo] = right
         self._bases[i] = basis.vectors.to(torch.float32)
-        return basis
+        return basis, followed
 
     def _dead_layers(self, scales) -> dict[str, float]:
         """Return the dead layers with their largest singular value, after checking that all values are finite.

@@ -173,9 +173,7 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
     checkpoint = folder / "checkpoint.pt"
     verb = "resuming" if checkpoint.is_file() else "training"
     say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {origin['device']}", flush=True)
-    state = train(
-        config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress, on_epoch=on_epoch
-    )
+    state = train(config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress, on_epoch=on_epoch)
 
     compact = method.compact()
     shape = (3, config.image_size, config.image_size)

@@ -65,9 +65,7 @@ def ranks_of(model, ratios: Mapping[str, float], per_layer: bool = False) -> dic
     8
     """
     shapes = compressible_layers(model)
-    return {
-        name: rank_from_ratio(min(shapes[name]), ratios[group]) for group, names in group_layers(model, per_layer).items() for name in names
-    }
+    return {name: rank_from_ratio(min(shapes[name]), ratios[group]) for group, names in group_layers(model, per_layer).items() for name in names}
 
 
 def fitness(summary: Mapping, weight: float = 1.0) -> float:

@@ -1,0 +1,1 @@
+"""Speed and its growth, measured side by side in one run: ``python -m lrpet.bench projection | inference | scaling``."""

@@ -1,0 +1,2 @@
+def bench_inference(device="cpu"):
+    """x."""
