@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Basis", "energy_in", "follow_basis", "leading_basis", "project", "project_and_measure", "project_on_basis", "truncated_svd"]
+__all__ = ["Basis", "follow_basis", "gram_matrix", "leading_basis", "project", "project_and_measure", "project_on_basis", "truncated_svd"]
 
 logger = logging.getLogger("lrpet")
 
@@ -159,35 +159,58 @@ def project_and_measure(
 
     if rank == min(matrix.shape[-2:]):
         return matrix.clone(), torch.ones(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
-    basis = leading_basis(matrix, rank, row_scale)
+    basis = leading_basis(gram_matrix(matrix, row_scale), rank)
     options = {"energy_transfer": energy_transfer, "row_scale": row_scale, "residual": residual, "row_eps": row_eps}
     return project_on_basis(matrix, basis, **options), torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0)
 
 
 @torch.no_grad()
-def leading_basis(matrix: Tensor, rank: int, row_scale: Tensor | None = None) -> Basis:
-    """Return the R leading singular directions of A = diag(a)·M, from an eigen-decomposition in float64.
+def gram_matrix(matrix: Tensor, row_scale: Tensor | None = None, *, rounded: bool = False) -> Tensor:
+    """Return the smaller Gram matrix of A = diag(a)·M: AAᵀ for N ≤ D, AᵀA for N > D.
 
     Args:
-        matrix: (..., N, D), finite.
-        rank: R, 1 ≤ R < min(N, D).
+        matrix: (..., N, D).
         row_scale: ``a``, (..., N), or None.
+        rounded: multiply in float32 where the weights are no finer and not on a GPU, which may be set to use TF32.
+
+    Returns:
+        (..., K, K), float64.
+
+    >>> gram_matrix(torch.tensor([[3.0, 4.0]]))
+    tensor([[25.]], dtype=torch.float64)
+    """
+    with torch.autocast(matrix.device.type, enabled=False):
+        M = matrix.to(_thin_dtype(matrix) if rounded else torch.float64)
+        if matrix.shape[-2] <= matrix.shape[-1]:
+            gram = (M @ M.mT).to(torch.float64)
+            return gram if row_scale is None else row_scale.unsqueeze(-1) * gram * row_scale.unsqueeze(-2)
+        A = M if row_scale is None else row_scale.to(M.dtype).unsqueeze(-1) * M
+        return (A.mT @ A).to(torch.float64)
+
+
+@torch.no_grad()
+def leading_basis(gram: Tensor, rank: int) -> Basis:
+    """Return the R leading directions of a matrix, from an eigen-decomposition of its Gram matrix.
+
+    Args:
+        gram: (..., K, K), from :func:`gram_matrix`.
+        rank: R, 1 ≤ R ≤ K.
 
     Source: Golub and Van Loan, Matrix Computations, section 8.6.
 
-    >>> leading_basis(torch.diag(torch.tensor([4.0, 3.0])), 1).kept
+    >>> leading_basis(gram_matrix(torch.diag(torch.tensor([4.0, 3.0]))), 1).kept
     tensor(16., dtype=torch.float64)
     """
-    values, vectors = _eigh(_gram(matrix, row_scale, torch.float64))
+    values, vectors = _eigh(gram)
     values = values.clamp(min=0)  # s_i², ascending, (..., K)
     return Basis(vectors[..., -rank:], values[..., -rank:].sum(dim=-1), values.sum(dim=-1))
 
 
 @torch.no_grad()
-def follow_basis(matrix: Tensor, start: Tensor, row_scale: Tensor | None = None) -> tuple[Basis, Tensor]:
+def follow_basis(gram: Tensor, start: Tensor) -> tuple[Basis, Tensor]:
     """Find the leading directions from those of an earlier, similar matrix: subspace iteration that knows when to be trusted.
 
-    With G = AAᵀ (AᵀA for N > D) a round is twice Q ← orth(G·Q). In the basis (Q, rest) G is then::
+    With G the Gram matrix, a round is twice Q ← orth(G·Q). In the basis (Q, rest) G is then::
 
         T = QᵀGQ     W = GQ − QT     c² = ‖G‖² − ‖T‖² − 2‖W‖²     (Frobenius norms; c bounds what is outside Q)
 
@@ -197,9 +220,8 @@ def follow_basis(matrix: Tensor, start: Tensor, row_scale: Tensor | None = None)
     small that the result differs from the exact one by less than 1e-5 of the norm of A (1e-6 is taken as rounding).
 
     Args:
-        matrix: (..., N, D), finite.
+        gram: G, (..., K, K), float64; its entries may be rounded to float32.
         start: (..., K, R), columns that span the earlier leading directions.
-        row_scale: ``a``, (..., N), or None.
 
     Returns:
         The basis, and whether it fulfils the two tolerances, (...,) bool. Where it does not (no gap after s_R, a rank below R,
@@ -209,12 +231,12 @@ def follow_basis(matrix: Tensor, start: Tensor, row_scale: Tensor | None = None)
     Hermitian eigenvalue problem (1998), for the bound.
 
     >>> A = torch.diag(torch.tensor([4.0, 3.0, 0.1]))
-    >>> basis, certain = follow_basis(A, torch.eye(3)[:, :2] + 0.01)
+    >>> basis, certain = follow_basis(gram_matrix(A), torch.eye(3)[:, :2] + 0.01)
     >>> bool(certain), round(float(basis.kept), 6)
     (True, 25.0)
     """
-    G = _gram(matrix, row_scale, _thin_dtype(matrix))
-    Q = start.to(G.dtype)
+    G, Q = gram, start.to(gram.dtype)
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     energy, size = G.diagonal(dim1=-2, dim2=-1).sum(dim=-1), G.square().sum(dim=(-2, -1))
     floor = 1e-5 * energy  # keeps what float32 rounds off G away from the decision; (...,)
     for _ in range(ROUNDS):
@@ -225,23 +247,12 @@ def follow_basis(matrix: Tensor, start: Tensor, row_scale: Tensor | None = None)
         T = Q.mT @ Y
         kept, W = T.diagonal(dim1=-2, dim2=-1).sum(dim=-1), (Y - Q @ T).square().sum(dim=(-2, -1))
         c = (size - T.square().sum(dim=(-2, -1)) - 2 * W).clamp(min=0).sqrt()
-        shifted = T - (2 * c + floor)[..., None, None] * torch.eye(T.shape[-1], dtype=T.dtype, device=T.device)
-        leading = torch.linalg.cholesky_ex(shifted).info == 0
+        leading = torch.linalg.cholesky_ex(T - (2 * c + floor)[..., None, None] * eye).info == 0
         allowed = torch.minimum(2 * RESIDUAL_TOLERANCE * (energy - kept), 0.2 * RESULT_TOLERANCE**2 * energy) + 1e-12 * energy
         certain = leading & (allowed * (c + floor) >= W)
         if not leading.any() or certain.all():  # without a gap more rounds would not help
             break
     return Basis(Q, kept, energy), certain
-
-
-@torch.no_grad()
-def energy_in(matrix: Tensor, vectors: Tensor, row_scale: Tensor | None = None) -> Tensor:
-    """Return the energy of A = diag(a)·M in given directions, tr(QᵀGQ) with Q and G as in :func:`follow_basis`, (...,), float64.
-
-    >>> energy_in(torch.diag(torch.tensor([4.0, 3.0])), torch.eye(2, dtype=torch.float64)[:, :1])
-    tensor(16., dtype=torch.float64)
-    """
-    return ((_gram(matrix, row_scale, torch.float64) @ vectors) * vectors).sum(dim=(-2, -1))
 
 
 @torch.no_grad()
@@ -291,17 +302,6 @@ def project_on_basis(
         if residual:  # f on the kept directions is f − q on them and q on all
             result = result + residual * (M if row_scale is None else (undo * a).to(thin) * M)
         return result.to(matrix.dtype)
-
-
-def _gram(matrix: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return AAᵀ for N ≤ D, AᵀA for N > D, of A = diag(a)·M: (..., K, K), float64, the product itself in ``dtype``."""
-    with torch.autocast(matrix.device.type, enabled=False):
-        M = matrix.to(dtype)
-        if matrix.shape[-2] <= matrix.shape[-1]:
-            gram = (M @ M.mT).to(torch.float64)
-            return gram if row_scale is None else row_scale.unsqueeze(-1) * gram * row_scale.unsqueeze(-2)
-        A = M if row_scale is None else row_scale.to(dtype).unsqueeze(-1) * M
-        return (A.mT @ A).to(torch.float64)
 
 
 def _thin_dtype(matrix: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrpet.pairing import batchnorm_scale, resolve_batchnorms
-from lrpet.projection import RESIDUAL_TOLERANCE, Basis, energy_in, follow_basis, leading_basis, project_and_measure, project_on_basis
+from lrpet.projection import RESIDUAL_TOLERANCE, Basis, follow_basis, gram_matrix, leading_basis, project_and_measure, project_on_basis
 from lrpet.ranks import resolve_ranks
 
 __all__ = ["DEAD_IN_TRAINING", "LayerReport", "LowRankProjector"]
@@ -81,16 +81,17 @@ class LowRankProjector:
         pairs = resolve_batchnorms(model, self.ranks, batchnorms) if bn_rectification else {}
         self._weights = {name: modules[name].weight for name in self.ranks}
         self._batchnorms = {name: modules[bn] for name, bn in pairs.items() if bn is not None}
-        shapes = defaultdict(list)  # layers of one shape, rank and kind are projected together
+        shapes = defaultdict(list)  # layers of one shape, rank and kind are stacked
         for name, weight in self._weights.items():
-            kind = (weight.shape[0], weight[0].numel(), self.ranks[name], weight.device, weight.dtype, name in self._batchnorms)
-            shapes[kind].append(name)
+            N, D = weight.shape[0], weight[0].numel()
+            if self.ranks[name] < min(N, D):  # elsewhere nothing is removed, so nothing is changed
+                shapes[N, D, self.ranks[name], weight.device, weight.dtype, name in self._batchnorms].append(name)
         # ... but no more of them at once than a quarter of all weights, which bounds the memory a step needs beside the model.
         limit = sum(weight.numel() for weight in self._weights.values()) / 4
-        self._batches = []
-        for (N, D, *_), names in shapes.items():
+        self._groups = defaultdict(list)  # stacks whose Gram matrices have one size, rank and place are decomposed at once
+        for (N, D, rank, device, *_), names in shapes.items():
             count = max(1, int(limit / (N * D)))
-            self._batches += [names[i : i + count] for i in range(0, len(names), count)]
+            self._groups[min(N, D), rank, device] += [tuple(names[i : i + count]) for i in range(0, len(names), count)]
         self.fast, self._bases, self._steps = fast, {}, 0
         self._dense = [
             LayerReport(name, None, math.nan, "dense", "grouped" if module.groups > 1 else "no rank given")
@@ -111,72 +112,75 @@ class LowRankProjector:
         Raises:
             ValueError: a weight or a BatchNorm holds NaN or infinity; nothing has been changed then.
         """
-        scales = [batchnorm_scale(*[self._batchnorms[name] for name in names]) if names[0] in self._batchnorms else None for names in self._batches]
-        dead = self._dead_layers(scales)
+        self._scales = {
+            stack: batchnorm_scale(*[self._batchnorms[name] for name in stack]) if stack[0] in self._batchnorms else None
+            for stacks in self._groups.values()
+            for stack in stacks
+        }
+        dead = self._dead_layers()
         check = exact or self._steps % EXACT_EVERY == 0
         self._steps += 1
-        shares, followed = [], {}
-        for i, (names, a) in enumerate(zip(self._batches, scales, strict=True)):
-            M = torch.stack([self._weights[name].flatten(1) for name in names])  # (B, N, D)
-            rank = self.ranks[names[0]]
-            if rank == min(M.shape[1:]):  # nothing is removed, so nothing is changed
-                shares.append(torch.ones(len(names), dtype=torch.float64))
-                continue
-            basis, certain = self._basis(i, M, rank, a, check)
-            followed |= dict(zip(names, certain, strict=True))
-            projected = project_on_basis(M, basis, row_scale=a, **self.settings)
-            for name, matrix in zip(names, projected, strict=True):
-                if name not in dead:
-                    self._weights[name].copy_(matrix.view(self._weights[name].shape))
-            shares.append(torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0))
-        names = [name for batch in self._batches for name in batch]
-        energy_of = dict(zip(names, torch.cat([share.cpu() for share in shares]).tolist(), strict=True))
+        shares, followed = {}, set()
+        for group in self._groups:
+            basis, certain = self._find_basis(group, check)
+            names = [name for stack in self._groups[group] for name in stack]
+            shares |= dict(zip(names, torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).tolist(), strict=True))
+            followed |= {name for name, yes in zip(names, certain, strict=True) if yes}
+            parts = zip(*[values.split([len(stack) for stack in self._groups[group]]) for values in basis], strict=True)
+            for stack, part in zip(self._groups[group], parts, strict=True):
+                M, a = self._stack(stack)
+                for name, matrix in zip(stack, project_on_basis(M, Basis(*part), row_scale=a, **self.settings), strict=True):
+                    if name not in dead:
+                        self._weights[name].copy_(matrix.view(self._weights[name].shape))
         reports = []
         for name, rank in self.ranks.items():
             if name in dead:
                 reason = f"dead: largest singular value {dead[name]:.1e} < {DEAD_IN_TRAINING:.0e}"
                 reports.append(LayerReport(name, rank, math.nan, "left alone", reason))
             else:
-                reports.append(LayerReport(name, rank, energy_of[name], "projected", "followed" if followed.get(name) else ""))
+                reports.append(LayerReport(name, rank, shares.get(name, 1.0), "projected", "followed" if name in followed else ""))
         return reports + self._dense
 
-    def _basis(self, i: int, M: Tensor, rank: int, a: Tensor | None, check: bool) -> tuple[Basis, list[bool]]:
-        """Return the directions that batch number ``i`` keeps, and which layers' were followed from the last projection's."""
-        none = [False] * len(M)
-        if not self.fast:
-            return leading_basis(M, rank, a), none
-        basis = None
-        if i in self._bases:
-            basis, certain = follow_basis(M, self._bases[i], a)
-            followed = certain.tolist()
-        if check or basis is None:
-            exact = leading_basis(M, rank, a)
-            if basis is not None:
-                lost = exact.kept - energy_in(M, basis.vectors, a)
-                wrong = certain & (lost > 3 * RESIDUAL_TOLERANCE * (exact.energy - exact.kept) + 1e-11 * exact.energy)
-                if wrong.any():  # the bound of follow_basis forbids it
-                    names = [name for name, no in zip(self._batches[i], wrong.tolist(), strict=True) if no]
-                    logger.warning("the fast projection lost energy in %s; all projections are exact from here on", ", ".join(names))
+    def _stack(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+        """Return the weights of layers of one shape, (B, N, D), and the scales of their BatchNorms, (B, N) or None."""
+        return torch.stack([self._weights[name].flatten(1) for name in names]), self._scales[names]
+
+    def _find_basis(self, group: tuple, check: bool) -> tuple[Basis, list[bool]]:
+        """Return the directions that the layers of a group keep, and which of them were followed from the last projection's."""
+        rank, start = group[1], self._bases.get(group) if self.fast else None
+        grams = lambda **options: torch.cat([gram_matrix(*self._stack(stack), **options) for stack in self._groups[group]])  # (B, K, K)
+        if start is None:
+            basis = leading_basis(grams(), rank)
+            followed = [False] * len(basis.kept)
+        else:
+            basis, certain = follow_basis(grams(rounded=True), start)
+            if check:
+                G = grams()
+                exact = leading_basis(G, rank)
+                lost = exact.kept - ((G @ basis.vectors) * basis.vectors).sum(dim=(1, 2))  # Σ_{i≤R} s_i² − tr QᵀGQ
+                if (certain & (lost > 3 * RESIDUAL_TOLERANCE * (exact.energy - exact.kept) + 1e-11 * exact.energy)).any():
+                    # The bound of follow_basis forbids it, so this is an error of ours, of the hardware or of a library.
+                    logger.warning("the fast projection kept too little energy (%s); all projections are exact from here on", self._groups[group])
                     self.fast = False
-            basis, followed = exact, none
-        elif not all(followed):
-            redo = ~certain
-            exact = leading_basis(M[redo], rank, None if a is None else a[redo])
-            for values, right in zip(basis, exact, strict=True):
-                values[redo] = right
-        self._bases[i] = basis.vectors.to(torch.float32)
+                basis, certain = exact, torch.zeros_like(certain)
+            followed = certain.tolist()
+            if not check and not all(followed):
+                for values, exact in zip(basis, leading_basis(grams()[~certain], rank), strict=True):
+                    values[~certain] = exact
+        if self.fast:
+            self._bases[group] = basis.vectors.to(torch.float32)
         return basis, followed
 
-    def _dead_layers(self, scales) -> dict[str, float]:
+    def _dead_layers(self) -> dict[str, float]:
         """Return the dead layers with their largest singular value, after checking that all values are finite.
 
         ‖M‖_F / sqrt(K) ≤ s_1 ≤ ‖M‖_F, so one norm a layer, fetched at once, decides for all healthy layers.
         """
-        names = [name for batch in self._batches for name in batch]
-        weights = [self._weights[name] for name in names]
-        norms = torch.stack([torch.linalg.vector_norm(w, dtype=torch.promote_types(w.dtype, torch.float32)).double() for w in weights])
-        rows = torch.cat([norms.new_zeros(len(batch)) if a is None else a.sum(dim=1) for batch, a in zip(self._batches, scales, strict=True)])
-        norms, sums = torch.stack([norms, norms + rows]).tolist()
+        names = list(self.ranks)
+        norms = torch.stack(torch._foreach_norm([self._weights[name].detach() for name in names], 2, torch.float64))  # one call, not one a layer
+        rows = {name: row for stack, a in self._scales.items() if a is not None for name, row in zip(stack, a.sum(dim=1), strict=True)}
+        sums = norms + torch.stack([rows.get(name, norms.new_zeros(())) for name in names])
+        norms, sums = torch.stack([norms, sums]).tolist()
         for name, norm, both in zip(names, norms, sums, strict=True):
             if not math.isfinite(both):
                 what = "the BatchNorm behind layer" if math.isfinite(norm) else "the weight of layer"
