@@ -1,4 +1,3 @@
-
 import pytest
 from helpers import ZOO_RANKS, Zoo
 from hypothesis import given
