@@ -319,7 +319,8 @@ def test_a_followed_basis_is_optimal_wherever_it_says_so(shape, start, spectrum)
     begin = {"wrong": vectors[:, 10:20], "zero": torch.zeros(24, 10)}.get(start, near)
     basis, certain = follow_basis(gram_matrix(M.float(), rounded=True), begin.double())
     well_posed = spectrum in ("after a projection and a few steps", "removed nearly nothing", "rank R")
-    assert bool(certain) == (well_posed and start in ("near", "far"))
+    if start in ("near", "far") or not well_posed:  # from a wrong start, what is rounded may lead to the right end, or not
+        assert bool(certain) == well_posed
     if certain:
         removed, smallest = held_and_removed(M.float(), basis.vectors, 10)
         assert removed <= smallest * (1 + 1e-5) + 1e-6 * torch.linalg.vector_norm(M)

@@ -10,8 +10,8 @@ from lrpet.timing import peak_bytes, side_by_side
 
 __all__ = ["AXES", "BASE", "bench_scaling"]
 
-BASE = {"width": 64, "depth": 8, "batch": 32, "rank": 16}
-AXES = {"width": (32, 64, 128, 256), "depth": (4, 8, 16, 32), "batch": (8, 16, 32, 64, 128), "rank": (4, 8, 16, 32, 48)}
+BASE = {"width": 64, "depth": 8, "batch": 16, "rank": 16}
+AXES = {"width": (16, 32, 64, 128, 256), "depth": (4, 8, 16, 32), "batch": (8, 16, 32, 64, 128), "rank": (4, 8, 16, 32, 48)}
 EDGE = 8  # pixels, height and width
 
 
@@ -47,7 +47,7 @@ def _measure(width: int, depth: int, batch: int, rank: int, rounds: int, device:
         layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)).to(device)
     ranks = {str(3 * i): rank for i in range(1, depth)}  # the first one, of D = 27, stays dense
-    state = InTraining(network, ranks, torch.randn(batch, 3, EDGE, EDGE, device=device))
+    state = InTraining(network, ranks, torch.randn(batch, 3, EDGE, EDGE, device=device), projections=2)
     tasks = {"training step": state.train, "projection, exact": state.exact.step, "projection, fast": state.fast.step}
     timings = side_by_side(tasks, rounds, device, prepare=state.restore)
     peaks = {name: peak_bytes(task, device) for name, task in tasks.items()}
