@@ -7,6 +7,7 @@ import torch
 
 import lrpet.bench.inference
 import lrpet.bench.scaling
+from lrpet import bench
 from lrpet.bench.__main__ import main
 from lrpet.config import results_root
 from lrpet.timing import peak_bytes, side_by_side
@@ -48,6 +49,23 @@ def test_projection_benchmark_keeps_its_measurements_with_the_machine(capsys):
     assert kept["followed"] == 7
     assert 0 < kept["memory"]["bases_bytes"] < kept["memory"]["model_bytes"]
     assert "projection-resnet8-cpu.json" in capsys.readouterr().out
+
+
+def test_tables_hold_what_was_measured_and_say_what_was_not(monkeypatch):
+    monkeypatch.setattr(bench, "TARGETS", {"cpu": {"resnet8": 0, "resnet20": 8}})
+    assert main(["projection", "--model", "resnet8", "--rounds", "1"]) == 0
+    results = bench.load_results()
+    measured, missing = bench.projection_table(results).to_dict("records")
+    timings = results[0]["timings"]
+    assert measured["speedup"] == pytest.approx(timings["svd"]["median_seconds"] / timings["fast"]["median_seconds"])
+    assert measured["followed"] == "7 of 7"
+    assert (missing["network"], missing["n"], missing["speedup"]) == ("resnet20", "not run", "")
+    verdicts = bench.verdicts(results)
+    assert verdicts["verdict"][0] == "met"
+    assert verdicts["verdict"].tolist()[2:] == ["not run", "not run"]
+    assert bench.describe(results)["file"].tolist() == ["projection-resnet8-cpu.json"]
+    with pytest.raises(ValueError, match="not run: python -m lrpet.bench inference --model resnet8 --device cpu"):
+        bench.find(results, "inference", "resnet8")
 
 
 def test_scaling_benchmark_covers_every_axis(monkeypatch):
