@@ -86,8 +86,8 @@ class LowRankProjector:
             N, D = weight.shape[0], weight[0].numel()
             if self.ranks[name] < min(N, D):  # elsewhere nothing is removed, so nothing is changed
                 shapes[N, D, self.ranks[name], weight.device, weight.dtype, name in self._batchnorms].append(name)
-        # ... but no more of them at once than a quarter of all weights, which bounds the memory a step needs beside the model.
-        limit = sum(weight.numel() for weight in self._weights.values()) / 4
+        # ... but no more of them at once than a sixth of all weights, which bounds the memory a step needs beside the model.
+        limit = sum(weight.numel() for weight in self._weights.values()) / 6
         self._groups = defaultdict(list)  # stacks whose Gram matrices have one size, rank and place are decomposed at once
         for (N, D, rank, device, *_), names in shapes.items():
             count = max(1, int(limit / (N * D)))
