@@ -764,13 +764,18 @@ def plot_growth(rows: pd.DataFrame) -> ProjectFigure:
     for (axis, part), column in zip(rows.groupby("axis", sort=False), range(len(columns)), strict=True):
         for row, (quantity, unit) in enumerate({"median_seconds": 1e3, "peak_bytes": 2**-20}.items()):
             ax = panels[row][column]
-            for (what, line), style in zip(part.groupby("what", sort=False), cycle(looks), strict=False):
+            for i, ((what, line), style) in enumerate(zip(part.groupby("what", sort=False), cycle(looks), strict=False)):
                 values, cost = line["value"].to_numpy(float), unit * line[quantity].to_numpy(float)
                 ax.plot(values, cost, label=what, color=style.color, marker=style.marker, linestyle=style.linestyle, markersize=3.5)
                 upper = slice(len(values) // 2 - (len(values) < 4), None)
                 slope = np.polyfit(np.log(values[upper]), np.log(cost[upper]), 1)[0]
                 ax.annotate(
-                    f"{slope:.1f}".replace("-0.0", "0.0"), (values[-1], cost[-1]), (4, 0), textcoords="offset points", color=style.color, va="center"
+                    f"{slope:.1f}".replace("-0.0", "0.0"),
+                    (values[-1], cost[-1]),
+                    (4, 5 - 5 * i),
+                    textcoords="offset points",
+                    color=style.color,
+                    va="center",
                 )
             ax.set(xscale="log", yscale="log")
             ax.set_xticks(values, [f"{value:g}" for value in values])
