@@ -1,4 +1,4 @@
-"""The command line: ``python -m lrpet list | check | headline | run NAME… | train FIELD=VALUE… | tables``, the same runs without Jupyter."""
+"""The command line: ``python -m lrpet list | check | headline | run NAME… | train FIELD=VALUE… | tables | export RUN``; no Jupyter needed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import yaml
 
 from lrpet.config import PROFILES, RunConfig
 from lrpet.experiments import load_profile, select
+from lrpet.export import FORMATS, export_run
 from lrpet.runs import is_complete, load_run, run
 from lrpet.training import Paused
 
@@ -31,6 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
         sub = verbs.add_parser(verb, help=text)
         sub.add_argument("--profile", default="smoke", choices=PROFILES)
     sub = verbs.add_parser("tables", help="write the tables of results/, README.md and REPRODUCING.md from the store")
+    sub = verbs.add_parser("export", help="write the compact network of a finished run for other programs, and check it")
+    sub.add_argument("run", metavar="RUN", help="run id, as 'list' shows it, or folder")
+    sub.add_argument("--to", required=True, choices=FORMATS)
+    sub.add_argument("--out", metavar="FILE", help="default: RUN.onnx and so on, here")
     for verb, text in (("run", "do the named runs of a profile; * and ? match"), ("train", "do one run of your own")):
         sub = verbs.add_parser(verb, help=text)
         if verb == "run":
@@ -45,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("--checkpoint-epochs", type=int, default=1, metavar="N", help="epochs between checkpoints")
     args = parser.parse_args(arguments)
     try:
-        return {"list": _list, "check": _list, "headline": _headline, "run": _run, "train": _train, "tables": _tables}[args.verb](args)
+        actions = {"run": _run, "train": _train, "tables": _tables, "export": _export, "headline": _headline}
+        return actions.get(args.verb, _list)(args)
     except Paused as pause:
         print(pause)
         return PAUSED
@@ -83,6 +89,12 @@ def _tables(_args) -> int:
 
     write_pages()
     print("tables written to results/*/tables, README.md and REPRODUCING.md")
+    return 0
+
+
+def _export(args) -> int:
+    path, difference = export_run(args.run, args.to, args.out)
+    print(f"{path}: largest difference of an output {difference:.1e}")
     return 0
 
 

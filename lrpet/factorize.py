@@ -20,14 +20,21 @@ from lrpet.pairing import ConstantOutput, batchnorm_scale, resolve_batchnorms
 from lrpet.projection import truncated_svd
 from lrpet.projector import LayerReport
 from lrpet.ranks import resolve_ranks
+from lrpet.timing import side_by_side
 
-__all__ = ["DEAD_AT_FACTORIZATION", "compact_header", "factorize", "fold_batchnorm", "load_compact", "rebuild", "save_compact"]
+__all__ = ["DEAD_AT_FACTORIZATION", "compact_header", "factorize", "fold_batchnorm", "load_compact", "measure_gains", "rebuild", "save_compact"]
 
 DEAD_AT_FACTORIZATION = 1e-5  # largest singular value under which a layer computes nothing (authors' code)
 
 
 @torch.no_grad()
-def factorize(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) -> nn.Module:
+def factorize(
+    model: nn.Module,
+    ranks: Mapping[str, int] | Sequence[int],
+    *,
+    min_gain: float | None = None,
+    example: torch.Tensor | None = None,
+) -> nn.Module:
     """Return a compact copy of a network: each chosen layer becomes two thinner ones.
 
     M = U·diag(s)·Vᵀ cut to R columns; a convolution turns into a k×k one from C to R channels with the
@@ -38,6 +45,9 @@ def factorize(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) -> nn.
         model: the trained network; it is not changed.
         ranks: layer name → R, or one R for each compressible convolution in module order. A layer with
             R = min(N, D) stays dense; one whose largest singular value is under 1e-5 becomes its bias.
+        min_gain: leave a layer dense where its factors are not at least so many times as fast, as :func:`measure_gains` finds
+            on this machine: 1 for "not slower". None factorizes every layer, whatever it costs.
+        example: a batch of inputs as in use, for ``min_gain``.
 
     Returns:
         A new module of the same dtype, device and mode; its attribute ``factorization`` is a list of
@@ -52,9 +62,13 @@ def factorize(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) -> nn.
     >>> [tuple(p.shape) for p in compact.parameters()]
     [(2, 8, 3, 3), (16, 2, 1, 1), (16,)]
     """
+    if (min_gain is None) != (example is None):
+        raise ValueError("min_gain and example go together: gains are measured on a batch of inputs; give both or neither")
+    ranks = resolve_ranks(model, ranks)
+    gains = {} if min_gain is None else measure_gains(model, ranks, example)
     compact = copy.deepcopy(model)
     compact.factorization = []
-    for name, rank in resolve_ranks(model, ranks).items():
+    for name, rank in ranks.items():
         layer = compact.get_submodule(name)
         M = layer.weight.reshape(layer.weight.shape[0], -1)  # (N, D)
         if not torch.isfinite(M).all():
@@ -68,6 +82,9 @@ def factorize(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) -> nn.
             compact.factorization.append(LayerReport(name, 0, kept, "constant", reason))
         elif rank == min(N, D):
             compact.factorization.append(LayerReport(name, rank, 1.0, "dense", "full rank"))
+        elif name in gains and gains[name] < min_gain:
+            reason = f"measured: factors {gains[name]:.2f} times as fast, less than {min_gain:g}"
+            compact.factorization.append(LayerReport(name, rank, kept, "dense", reason))
         else:
             costly = f"factors cost {rank * (N + D) / (N * D):.2f} of the dense layer" if rank * (N + D) >= N * D else ""
             compact.factorization.append(LayerReport(name, rank, kept, "factorized", costly))
@@ -97,29 +114,87 @@ def rebuild(model: nn.Module, reports: Sequence[LayerReport]) -> nn.Module:
     return compact
 
 
+@torch.no_grad()
+def measure_gains(model: nn.Module, ranks: Mapping[str, int] | Sequence[int], example: torch.Tensor, rounds: int = 15) -> dict[str, float]:
+    """Measure how many times as fast the two factors of each layer are as the layer itself, on its own inputs.
+
+    Layers of one shape with inputs of one shape are measured once, eagerly, with the threads that PyTorch has.
+
+    Args:
+        model: the network, on its device and in its memory format.
+        ranks: layer name → R, or a list in module order.
+        example: a batch of inputs, as in use.
+        rounds: timed repetitions; the gain is the median of their ratios.
+
+    Returns:
+        Layer name → time of the layer by time of its factors, for the layers that run and have R < min(N, D).
+
+    Raises:
+        ValueError: ranks that do not fit the model.
+
+    >>> list(measure_gains(nn.Sequential(nn.Conv2d(8, 16, 3)), {"0": 2}, torch.randn(1, 8, 6, 6), rounds=2))
+    ['0']
+    """
+    ranks = resolve_ranks(model, ranks)
+    inputs, hooks = {}, []
+
+    def record(layer, given, _output):
+        inputs.setdefault(names[layer], given[0])
+
+    names = {model.get_submodule(name): name for name in ranks}
+    for layer, name in names.items():
+        if ranks[name] < min(layer.weight.flatten(1).shape):
+            hooks.append(layer.register_forward_hook(record))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()(example)
+    for module, training in modes.items():
+        module.training = training
+    for hook in hooks:
+        hook.remove()
+    gains, measured = {}, {}
+    for name, x in inputs.items():
+        layer = model.get_submodule(name)
+        window = [getattr(layer, setting, None) for setting in ("stride", "padding", "dilation")]
+        kind = (type(layer), layer.weight.shape, layer.weight.stride(), *window, ranks[name], x.shape, x.stride(), x.dtype)
+        if kind not in measured:
+            factors = _factors(layer, ranks[name])
+            for factor in factors:
+                factor.weight.normal_(0, factor.weight[0].numel() ** -0.5)
+            factors = factors.to(memory_format=torch.channels_last) if layer.weight.is_contiguous(memory_format=torch.channels_last) else factors
+            timings = side_by_side({"factors": lambda: factors(x), "dense": lambda: layer(x)}, rounds, x.device)  # noqa: B023 (called at once)
+            measured[kind] = timings["dense"]["ratio_to_first"]
+        gains[name] = measured[kind]
+    return gains
+
+
 def _replace(model: nn.Module, report: LayerReport) -> None:
     """Put the layer that a report describes in the place of the dense one; factors come uninitialized and draw no random numbers."""
     old = model.get_submodule(report.name)
     if report.action == "dense":
         return
-    bias = old.bias if old.bias is not None else old.weight.new_zeros(old.weight.shape[0])
-    like = {"device": old.weight.device, "dtype": old.weight.dtype}
     if report.action == "constant":
+        bias = old.bias if old.bias is not None else old.weight.new_zeros(old.weight.shape[0])
         new = ConstantOutput(bias, old.kernel_size, old.stride, _padding(old), old.dilation)
     else:
-        if isinstance(old, nn.Linear):
-            first = skip_init(nn.Linear, old.in_features, report.rank, bias=False, **like)
-            second = skip_init(nn.Linear, report.rank, old.out_features, bias=old.bias is not None, **like)
-        else:
-            window = {"stride": old.stride, "padding": old.padding, "dilation": old.dilation, "padding_mode": old.padding_mode}
-            first = skip_init(nn.Conv2d, old.in_channels, report.rank, old.kernel_size, bias=False, **window, **like)
-            second = skip_init(nn.Conv2d, report.rank, old.out_channels, 1, bias=old.bias is not None, **like)
-        if old.bias is not None:
-            second.bias = copy.deepcopy(old.bias)
-        for factor in (first, second):
-            factor.weight.requires_grad_(old.weight.requires_grad)
-        new = nn.Sequential(first, second)
+        new = _factors(old, report.rank)
     model.set_submodule(report.name, new.train(old.training))
+
+
+def _factors(old: nn.Conv2d | nn.Linear, rank: int) -> nn.Sequential:
+    """Return the two layers that take the place of a dense one, uninitialized but for the bias."""
+    like = {"device": old.weight.device, "dtype": old.weight.dtype}
+    if isinstance(old, nn.Linear):
+        first = skip_init(nn.Linear, old.in_features, rank, bias=False, **like)
+        second = skip_init(nn.Linear, rank, old.out_features, bias=old.bias is not None, **like)
+    else:
+        window = {"stride": old.stride, "padding": old.padding, "dilation": old.dilation, "padding_mode": old.padding_mode}
+        first = skip_init(nn.Conv2d, old.in_channels, rank, old.kernel_size, bias=False, **window, **like)
+        second = skip_init(nn.Conv2d, rank, old.out_channels, 1, bias=old.bias is not None, **like)
+    if old.bias is not None:
+        second.bias = copy.deepcopy(old.bias)
+    for factor in (first, second):
+        factor.weight.requires_grad_(old.weight.requires_grad)
+    return nn.Sequential(first, second)
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:

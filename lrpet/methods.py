@@ -144,7 +144,7 @@ class LowRankProjection(Dense):
         """Project when the schedule says so and after the last step of all; see :class:`Dense`."""
         if step < (self.config.pretrain_epochs or 0) * steps_per_epoch:
             return None
-        return self.projector.step() if last or _is_due(self.config, step, steps_per_epoch) else None
+        return self.projector.step(exact=last) if last or _is_due(self.config, step, steps_per_epoch) else None
 
     def compact(self) -> nn.Module:
         """Return the factorized network."""

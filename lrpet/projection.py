@@ -9,10 +9,28 @@ squares the condition number, then costs no accuracy that float32 weights could 
 
 from __future__ import annotations
 
+import logging
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["project", "project_and_measure", "truncated_svd"]
+__all__ = ["Basis", "follow_basis", "gram_matrix", "leading_basis", "project", "project_and_measure", "project_on_basis", "truncated_svd"]
+
+logger = logging.getLogger("lrpet")
+
+RESIDUAL_TOLERANCE = 1e-5  # of follow_basis: the removed part is at most this share larger than the smallest possible
+ROUNDS = 4  # of follow_basis, before it gives up
+RESULT_TOLERANCE = 1e-5  # of follow_basis: its result differs from the exact one by at most this share of the weight's norm
+
+
+class Basis(NamedTuple):
+    """What a projection needs to know of A = diag(a)·M: the kept directions of its shorter side, and two energies."""
+
+    vectors: Tensor  # (..., K, R), orthonormal columns: left singular vectors of A for N ≤ D, right ones for N > D
+    kept: Tensor  # Σ_{i≤R} s_i², (...,)
+    energy: Tensor  # E, (...,)
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +61,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     tall = A.shape[-2] > A.shape[-1]
     if tall:
         A = A.mT
-    Q = torch.linalg.eigh(A @ A.mT).eigenvectors[..., -rank:].flip(-1)  # (..., K, R)
+    Q = _eigh(A @ A.mT)[1][..., -rank:].flip(-1)  # (..., K, R)
     B = Q.mT @ A  # (..., R, max(N, D)), row i is s_i times the other singular vector
     s = torch.linalg.vector_norm(B, dim=-1)  # (..., R)
     B = B / torch.where(s > 0, s, 1.0).unsqueeze(-1)
@@ -109,13 +127,11 @@ def project_and_measure(
     row_scale: Tensor | None = None,
     residual: float = 0.0,
     row_eps: float = 1e-5,
-    check_finite: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Do what :func:`project` does and also return which share of the energy the R kept values had.
 
     Args:
         matrix, rank, energy_transfer, row_scale, residual, row_eps: as in :func:`project`.
-        check_finite: False where the caller has already looked for NaN and infinity.
 
     Returns:
         The projected matrices (..., N, D) and Σ_{i≤R} s_i² / E of A = diag(a)·M, (...,), float64, in
@@ -134,48 +150,186 @@ def project_and_measure(
         raise ValueError(f"residual is the kept share of removed values, 0 to 1; got {residual!r}")
     if not row_eps >= 0.0:
         raise ValueError(f"row_eps must be 0 (exact inverse) or positive; got {row_eps!r}")
-    if check_finite and not torch.isfinite(matrix).all():
+    if not torch.isfinite(matrix).all():
         raise ValueError("matrix holds NaN or infinite values; the weights were lost before this projection")
     if row_scale is not None and row_scale.shape != matrix.shape[:-1]:
         raise ValueError(f"row_scale must have a value a row, {tuple(matrix.shape[:-1])}; got {tuple(row_scale.shape)}")
-    if check_finite and row_scale is not None and not torch.isfinite(row_scale).all():
+    if row_scale is not None and not torch.isfinite(row_scale).all():
         raise ValueError("row_scale holds NaN or infinite values; look at the BatchNorm it was taken from")
 
     if rank == min(matrix.shape[-2:]):
         return matrix.clone(), torch.ones(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
+    basis = leading_basis(gram_matrix(matrix, row_scale), rank)
+    options = {"energy_transfer": energy_transfer, "row_scale": row_scale, "residual": residual, "row_eps": row_eps}
+    return project_on_basis(matrix, basis, **options), torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0)
+
+
+@torch.no_grad()
+def gram_matrix(matrix: Tensor, row_scale: Tensor | None = None, *, rounded: bool = False) -> Tensor:
+    """Return the smaller Gram matrix of A = diag(a)·M: AAᵀ for N ≤ D, AᵀA for N > D.
+
+    Args:
+        matrix: (..., N, D).
+        row_scale: ``a``, (..., N), or None.
+        rounded: multiply in float32 where the weights are no finer and not on a GPU, which may be set to use TF32.
+
+    Returns:
+        (..., K, K), float64.
+
+    >>> gram_matrix(torch.tensor([[3.0, 4.0]]))
+    tensor([[25.]], dtype=torch.float64)
+    """
+    with torch.autocast(matrix.device.type, enabled=False):
+        M = matrix.to(_thin_dtype(matrix) if rounded else torch.float64)
+        if matrix.shape[-2] <= matrix.shape[-1]:
+            gram = (M @ M.mT).to(torch.float64)
+            return gram if row_scale is None else row_scale.unsqueeze(-1) * gram * row_scale.unsqueeze(-2)
+        A = M if row_scale is None else row_scale.to(M.dtype).unsqueeze(-1) * M
+        return (A.mT @ A).to(torch.float64)
+
+
+@torch.no_grad()
+def leading_basis(gram: Tensor, rank: int) -> Basis:
+    """Return the R leading directions of a matrix, from an eigen-decomposition of its Gram matrix.
+
+    Args:
+        gram: (..., K, K), from :func:`gram_matrix`.
+        rank: R, 1 ≤ R ≤ K.
+
+    Source: Golub and Van Loan, Matrix Computations, section 8.6.
+
+    >>> leading_basis(gram_matrix(torch.diag(torch.tensor([4.0, 3.0]))), 1).kept
+    tensor(16., dtype=torch.float64)
+    """
+    values, vectors = _eigh(gram)
+    values = values.clamp(min=0)  # s_i², ascending, (..., K)
+    return Basis(vectors[..., -rank:], values[..., -rank:].sum(dim=-1), values.sum(dim=-1))
+
+
+@torch.no_grad()
+def follow_basis(gram: Tensor, start: Tensor) -> tuple[Basis, Tensor]:
+    """Find the leading directions from those of an earlier, similar matrix: subspace iteration that knows when to be trusted.
+
+    With G the Gram matrix, a round is twice Q ← orth(G·Q). In the basis (Q, rest) G is then::
+
+        T = QᵀGQ     W = GQ − QT     c² = ‖G‖² − ‖T‖² − 2‖W‖²     (Frobenius norms; c bounds what is outside Q)
+
+    If every eigenvalue of T is at least 2c + 1e-5·E (a Cholesky factorization of the difference exists), Q spans the
+    *leading* directions but for an angle, and no R directions hold more energy than tr T + ‖W‖²/(c + 1e-5·E). That excess is
+    required to be at most 2e-5 of the energy outside Q, so that the norm of the removed part is optimal to 1e-5, and so
+    small that the result differs from the exact one by less than 1e-5 of the norm of A (1e-6 is taken as rounding).
+
+    Args:
+        gram: G, (..., K, K), float64; its entries may be rounded to float32.
+        start: (..., K, R), columns that span the earlier leading directions.
+
+    Returns:
+        The basis, and whether it fulfils the two tolerances, (...,) bool. Where it does not (no gap after s_R, a rank below R,
+        a matrix unlike the earlier one) call :func:`leading_basis`.
+
+    Source: Golub and Van Loan, Matrix Computations, section 8.2.4, for the iteration; Mathias, Quadratic residual bounds for the
+    Hermitian eigenvalue problem (1998), for the bound.
+
+    >>> A = torch.diag(torch.tensor([4.0, 3.0, 0.1]))
+    >>> basis, certain = follow_basis(gram_matrix(A), torch.eye(3)[:, :2] + 0.01)
+    >>> bool(certain), round(float(basis.kept), 6)
+    (True, 25.0)
+    """
+    G, Q = gram, start.to(gram.dtype)
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    energy, size = G.diagonal(dim1=-2, dim2=-1).sum(dim=-1), G.square().sum(dim=(-2, -1))
+    floor = 1e-5 * energy  # keeps what float32 rounds off G away from the decision; (...,)
+    for _ in range(ROUNDS):
+        for _ in range(2):
+            Y = G @ Q
+            Q = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(Y.mT @ Y).L.mT, Y, upper=True, left=False)
+        Y = G @ Q
+        T = Q.mT @ Y
+        kept, W = T.diagonal(dim1=-2, dim2=-1).sum(dim=-1), (Y - Q @ T).square().sum(dim=(-2, -1))
+        c = (size - T.square().sum(dim=(-2, -1)) - 2 * W).clamp(min=0).sqrt()
+        leading = torch.linalg.cholesky_ex(T - (2 * c + floor)[..., None, None] * eye).info == 0
+        allowed = torch.minimum(2 * RESIDUAL_TOLERANCE * (energy - kept), 0.2 * RESULT_TOLERANCE**2 * energy) + 1e-12 * energy
+        certain = leading & (allowed * (c + floor) >= W)
+        if not leading.any() or certain.all():  # without a gap more rounds would not help
+            break
+    return Basis(Q, kept, energy), certain
+
+
+@torch.no_grad()
+def project_on_basis(
+    matrix: Tensor,
+    basis: Basis,
+    *,
+    energy_transfer: bool = True,
+    row_scale: Tensor | None = None,
+    residual: float = 0.0,
+    row_eps: float = 1e-5,
+) -> Tensor:
+    """Do what :func:`project` does, once the leading directions are known.
+
+    Args:
+        matrix, energy_transfer, row_scale, residual, row_eps: as in :func:`project`.
+        basis: of diag(a)·M, from :func:`leading_basis` or :func:`follow_basis`.
+
+    Returns:
+        (..., N, D), same dtype and device.
+
+    Source: arXiv 2204.05566.
+
+    >>> M = torch.diag(torch.tensor([4.0, 3.0]))
+    >>> project_on_basis(M, leading_basis(M, 1), energy_transfer=False)
+    tensor([[4., 0.],
+            [0., 0.]])
+    """
     with torch.autocast(matrix.device.type, enabled=False):  # which would round the float32 product to bfloat16
-        N, D = matrix.shape[-2:]
-        M = matrix.to(torch.float64)
+        Q, kept, E = basis
+        factor = torch.ones_like(E)
+        if energy_transfer:
+            factor = ((E - residual**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
         if row_scale is not None:
             a = row_scale.to(torch.float64).unsqueeze(-1)  # (..., N, 1)
             square = a.square() + row_eps
             undo = torch.where(square > 0, a / torch.where(square > 0, square, 1.0), 0.0)  # (..., N, 1)
-        if N <= D:
-            gram = M @ M.mT  # AAᵀ is this, scaled from both sides, (..., N, N)
-            gram = gram if row_scale is None else a * gram * a.mT
-        else:
-            A = M if row_scale is None else a * M
-            gram = A.mT @ A  # (..., D, D)
-        eigenvalues, Q = torch.linalg.eigh(gram)  # s_i², ascending, (..., K); (..., K, K)
-        Q = Q[..., -rank:]  # (..., K, R)
-        E = eigenvalues.clamp(min=0).sum(dim=-1)  # (...,)
-        kept = eigenvalues[..., -rank:].clamp(min=0).sum(dim=-1)  # (...,)
-        factor = torch.ones_like(E)
-        if energy_transfer:
-            factor = ((E - residual**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
-        # What remains is M times two thin factors. They are exact to float64, so float32 suffices from here on; but not
-        # on a GPU, which may be set to round float32 products to TF32.
-        exact = torch.promote_types(matrix.dtype, torch.float64 if matrix.is_cuda else torch.float32)
-        M, scaled = matrix.to(exact), Q * (factor - residual)[..., None, None]  # (..., K, R)
-        if N <= D:
+        # What remains is M times two thin factors. They are exact to float64, so float32 suffices from here on.
+        thin = _thin_dtype(matrix)
+        M, scaled = matrix.to(thin), Q * (factor - residual)[..., None, None]  # (..., K, R)
+        if matrix.shape[-2] <= matrix.shape[-1]:
             left, right = (scaled, Q) if row_scale is None else (undo * scaled, a * Q)
-            result = left.to(exact) @ (right.mT.to(exact) @ M)  # (..., N, D)
+            result = left.to(thin) @ (right.mT.to(thin) @ M)  # (..., N, D)
         else:
-            result = (M @ scaled.to(exact)) @ Q.mT.to(exact)  # (..., N, D)
-            result = result if row_scale is None else (undo * a).to(exact) * result
+            result = (M @ scaled.to(thin)) @ Q.mT.to(thin)  # (..., N, D)
+            result = result if row_scale is None else (undo * a).to(thin) * result
         if residual:  # f on the kept directions is f − q on them and q on all
-            result = result + residual * (M if row_scale is None else (undo * a).to(exact) * M)
-        return result.to(matrix.dtype), torch.where(E > 0, kept / torch.where(E > 0, E, 1.0), 1.0)
+            result = result + residual * (M if row_scale is None else (undo * a).to(thin) * M)
+        return result.to(matrix.dtype)
+
+
+def _thin_dtype(matrix: Tensor) -> torch.dtype:
+    """Return float32 where it suffices; float64 for float64 and on a GPU, which may be set to round float32 products to TF32."""
+    return torch.promote_types(matrix.dtype, torch.float64 if matrix.is_cuda else torch.float32)
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors of symmetric, positive matrices, by the next way where one does not converge."""
+
+    def by_svd():
+        U, s, _ = torch.linalg.svd(gram, driver="gesvd" if gram.is_cuda else None)
+        return s.flip(-1), U.flip(-1)
+
+    def on_cpu():
+        try:
+            values, vectors = np.linalg.eigh(gram.cpu().numpy())
+        except np.linalg.LinAlgError as error:
+            raise torch.linalg.LinAlgError(str(error)) from error
+        return torch.from_numpy(values).to(gram.device), torch.from_numpy(vectors).to(gram.device)
+
+    ways = {"torch.linalg.eigh": lambda: torch.linalg.eigh(gram), "torch.linalg.svd": by_svd, "numpy.linalg.eigh on the CPU": on_cpu}
+    for name, way in ways.items():
+        try:
+            return way()
+        except torch.linalg.LinAlgError as error:
+            logger.warning("%s failed on %s matrices %s: %s", name, gram.device, tuple(gram.shape), error)
+    raise torch.linalg.LinAlgError(f"none of {', '.join(ways)} converged on Gram matrices {tuple(gram.shape)}; are there extreme weights?")
 
 
 def _check(matrix: Tensor, rank: int) -> None:

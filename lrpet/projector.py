@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrpet.pairing import batchnorm_scale, resolve_batchnorms
-from lrpet.projection import project_and_measure
+from lrpet.projection import RESIDUAL_TOLERANCE, Basis, follow_basis, gram_matrix, leading_basis, project_and_measure, project_on_basis
 from lrpet.ranks import resolve_ranks
 
 __all__ = ["DEAD_IN_TRAINING", "LayerReport", "LowRankProjector"]
 
+logger = logging.getLogger("lrpet")
+
 DEAD_IN_TRAINING = 1e-4  # largest singular value under which a projection leaves a layer alone (authors' code)
+EXACT_EVERY = 10  # with fast=True, every so many projections take the exact path, and the fast one is compared with it
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class LayerReport:
     rank: int | None  # None: the layer is dense
     energy_kept: float  # Σ_{i≤R} s_i² / E before energy transfer, 0 to 1; NaN where nothing was measured
     action: str  # projected | left alone | dense | factorized | constant
-    reason: str = ""
+    reason: str = ""  # for a projected layer "followed" where the fast path was taken
 
 
 class LowRankProjector:
@@ -41,6 +45,9 @@ class LowRankProjector:
         residual: q in [0, 1], the share of each removed singular value that stays.
         row_eps: constant in undoing the BatchNorm scale, see :func:`lrpet.project`.
         batchnorms: layer name → BatchNorm name or None, for models that torch.fx cannot trace.
+        fast: start from the directions of the previous projection, see :func:`lrpet.projection.follow_basis`; a layer whose result
+            is not certain to be within 1e-5 of the exact one takes the exact path. Pays where few steps lie between two
+            projections. Off by default: a run that is resumed then repeats the uninterrupted one bit for bit.
 
     Raises:
         ValueError: ranks or pairs that do not fit the model, with the names.
@@ -65,6 +72,7 @@ class LowRankProjector:
         residual: float = 0.0,
         row_eps: float = 1e-5,
         batchnorms: Mapping[str, str | None] | None = None,
+        fast: bool = False,
     ):
         self.ranks = resolve_ranks(model, ranks)
         self.settings = {"energy_transfer": energy_transfer, "residual": residual, "row_eps": row_eps}
@@ -73,10 +81,18 @@ class LowRankProjector:
         pairs = resolve_batchnorms(model, self.ranks, batchnorms) if bn_rectification else {}
         self._weights = {name: modules[name].weight for name in self.ranks}
         self._batchnorms = {name: modules[bn] for name, bn in pairs.items() if bn is not None}
-        self._batches = defaultdict(list)  # layers of one shape, rank and kind are projected in one batch
+        shapes = defaultdict(list)  # layers of one shape, rank and kind are stacked
         for name, weight in self._weights.items():
-            kind = (weight.shape[0], weight[0].numel(), self.ranks[name], weight.device, weight.dtype, name in self._batchnorms)
-            self._batches[kind].append(name)
+            N, D = weight.shape[0], weight[0].numel()
+            if self.ranks[name] < min(N, D):  # elsewhere nothing is removed, so nothing is changed
+                shapes[N, D, self.ranks[name], weight.device, weight.dtype, name in self._batchnorms].append(name)
+        # ... but no more of them at once than a sixth of all weights, which bounds the memory a step needs beside the model.
+        limit = sum(weight.numel() for weight in self._weights.values()) / 6
+        self._groups = defaultdict(list)  # stacks whose Gram matrices have one size, rank and place are decomposed at once
+        for (N, D, rank, device, *_), names in shapes.items():
+            count = max(1, int(limit / (N * D)))
+            self._groups[min(N, D), rank, device] += [tuple(names[i : i + count]) for i in range(0, len(names), count)]
+        self.fast, self._bases, self._steps = fast, {}, 0
         self._dense = [
             LayerReport(name, None, math.nan, "dense", "grouped" if module.groups > 1 else "no rank given")
             for name, module in modules.items()
@@ -84,8 +100,11 @@ class LowRankProjector:
         ]
 
     @torch.no_grad()
-    def step(self) -> list[LayerReport]:
+    def step(self, *, exact: bool = False) -> list[LayerReport]:
         """Project every layer in place; the optimizer's state is not touched.
+
+        Args:
+            exact: take the exact path in spite of ``fast``: to be used for the last projection of all.
 
         Returns:
             A report a layer, in the order of ``ranks``, then the convolutions that stay dense.
@@ -93,39 +112,75 @@ class LowRankProjector:
         Raises:
             ValueError: a weight or a BatchNorm holds NaN or infinity; nothing has been changed then.
         """
-        scales = [
-            batchnorm_scale(*[self._batchnorms[name] for name in names]) if rectified else None  # (B, N) each
-            for (*_, rectified), names in self._batches.items()
-        ]
-        stacks = [torch.stack([self._weights[name].flatten(1) for name in names]) for names in self._batches.values()]  # (B, N, D) each
-        dead = self._dead_layers(stacks, scales)
-        energies = []
-        for ((_, _, rank, *_), names), M, a in zip(self._batches.items(), stacks, scales, strict=True):
-            projected, energy = project_and_measure(M, rank, row_scale=a, check_finite=False, **self.settings)
-            for name, matrix in zip(names, projected, strict=True):
-                if name not in dead:
-                    self._weights[name].copy_(matrix.view(self._weights[name].shape))
-            energies.append(energy)
-        names = [name for batch in self._batches.values() for name in batch]
-        energy_of = dict(zip(names, torch.cat([energy.cpu() for energy in energies]).tolist(), strict=True))
+        self._scales = {
+            stack: batchnorm_scale(*[self._batchnorms[name] for name in stack]) if stack[0] in self._batchnorms else None
+            for stacks in self._groups.values()
+            for stack in stacks
+        }
+        dead = self._dead_layers()
+        check = exact or self._steps % EXACT_EVERY == 0
+        self._steps += 1
+        shares, followed = {}, set()
+        for group in self._groups:
+            basis, certain = self._find_basis(group, check)
+            names = [name for stack in self._groups[group] for name in stack]
+            shares |= dict(zip(names, torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).tolist(), strict=True))
+            followed |= {name for name, yes in zip(names, certain, strict=True) if yes}
+            parts = zip(*[values.split([len(stack) for stack in self._groups[group]]) for values in basis], strict=True)
+            for stack, part in zip(self._groups[group], parts, strict=True):
+                M, a = self._stack(stack)
+                for name, matrix in zip(stack, project_on_basis(M, Basis(*part), row_scale=a, **self.settings), strict=True):
+                    if name not in dead:
+                        self._weights[name].copy_(matrix.view(self._weights[name].shape))
         reports = []
         for name, rank in self.ranks.items():
             if name in dead:
                 reason = f"dead: largest singular value {dead[name]:.1e} < {DEAD_IN_TRAINING:.0e}"
                 reports.append(LayerReport(name, rank, math.nan, "left alone", reason))
             else:
-                reports.append(LayerReport(name, rank, energy_of[name], "projected"))
+                reports.append(LayerReport(name, rank, shares.get(name, 1.0), "projected", "followed" if name in followed else ""))
         return reports + self._dense
 
-    def _dead_layers(self, stacks, scales) -> dict[str, float]:
+    def _stack(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+        """Return the weights of layers of one shape, (B, N, D), and the scales of their BatchNorms, (B, N) or None."""
+        return torch.stack([self._weights[name].flatten(1) for name in names]), self._scales[names]
+
+    def _find_basis(self, group: tuple, check: bool) -> tuple[Basis, list[bool]]:
+        """Return the directions that the layers of a group keep, and which of them were followed from the last projection's."""
+        rank, start = group[1], self._bases.get(group) if self.fast else None
+        grams = lambda **options: torch.cat([gram_matrix(*self._stack(stack), **options) for stack in self._groups[group]])  # (B, K, K)
+        if start is None:
+            basis = leading_basis(grams(), rank)
+            followed = [False] * len(basis.kept)
+        else:
+            basis, certain = follow_basis(grams(rounded=True), start)
+            if check:
+                G = grams()
+                exact = leading_basis(G, rank)
+                lost = exact.kept - ((G @ basis.vectors) * basis.vectors).sum(dim=(1, 2))  # Σ_{i≤R} s_i² − tr QᵀGQ
+                if (certain & (lost > 3 * RESIDUAL_TOLERANCE * (exact.energy - exact.kept) + 1e-11 * exact.energy)).any():
+                    # The bound of follow_basis forbids it, so this is an error of ours, of the hardware or of a library.
+                    logger.warning("the fast projection kept too little energy (%s); all projections are exact from here on", self._groups[group])
+                    self.fast = False
+                basis, certain = exact, torch.zeros_like(certain)
+            followed = certain.tolist()
+            if not check and not all(followed):
+                for values, exact in zip(basis, leading_basis(grams()[~certain], rank), strict=True):
+                    values[~certain] = exact
+        if self.fast:
+            self._bases[group] = basis.vectors.to(torch.float32)
+        return basis, followed
+
+    def _dead_layers(self) -> dict[str, float]:
         """Return the dead layers with their largest singular value, after checking that all values are finite.
 
         ‖M‖_F / sqrt(K) ≤ s_1 ≤ ‖M‖_F, so one norm a layer, fetched at once, decides for all healthy layers.
         """
-        names = [name for batch in self._batches.values() for name in batch]
-        norms = [torch.linalg.vector_norm(M, dim=(1, 2), dtype=torch.promote_types(M.dtype, torch.float32)).double() for M in stacks]
-        sums = [norm if a is None else norm + a.sum(dim=1) for norm, a in zip(norms, scales, strict=True)]
-        norms, sums = torch.stack([torch.cat([v.cpu() for v in norms]), torch.cat([v.cpu() for v in sums])]).tolist()
+        names = list(self.ranks)
+        norms = torch.stack(torch._foreach_norm([self._weights[name].detach() for name in names], 2, torch.float64))  # one call, not one a layer
+        rows = {name: row for stack, a in self._scales.items() if a is not None for name, row in zip(stack, a.sum(dim=1), strict=True)}
+        sums = norms + torch.stack([rows.get(name, norms.new_zeros(())) for name in names])
+        norms, sums = torch.stack([norms, sums]).tolist()
         for name, norm, both in zip(names, norms, sums, strict=True):
             if not math.isfinite(both):
                 what = "the BatchNorm behind layer" if math.isfinite(norm) else "the weight of layer"

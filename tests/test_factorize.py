@@ -1,6 +1,7 @@
 import copy
 import json
 import struct
+import sys
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lrpet import LowRankProjector, build_model, factorize, fold_batchnorm, load_compact, ranks_from_ratio, save_compact
+from lrpet.factorize import measure_gains
 from lrpet.models import MODELS, TORCHVISION
 from lrpet.pairing import ConstantOutput
+
+FACTORIZE = sys.modules["lrpet.factorize"]  # the module, not the function of its name
 
 
 def images(name, count=2):
@@ -329,3 +333,53 @@ def test_another_depth_or_number_of_classes_is_refused(tmp_path, name, classes):
 def test_a_missing_file_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_compact(tmp_path / "nothing", Zoo())
+
+
+def test_gains_are_measured_once_for_each_distinct_layer_on_its_own_inputs(monkeypatch):
+    model, seen = build_model("resnet20").train(), []
+
+    def measure(tasks, rounds, device):
+        seen.append([task().shape for task in tasks.values()])
+        return {"dense": {"ratio_to_first": float(len(seen))}}
+
+    monkeypatch.setattr(FACTORIZE, "side_by_side", measure)
+    ranks = ranks_from_ratio(model, 0.57)
+    before = copy.deepcopy(model.state_dict())
+    gains = measure_gains(model, ranks, images("resnet20"))
+    assert list(gains) == list(ranks)
+    assert len(seen) == 6  # the first, three widths, two strided ones
+    assert all(factors == dense for factors, dense in seen)
+    assert seen[-1][0] == (2, 64, 8, 8)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    model(images("resnet20"))
+    assert len(seen) == 6  # no hook is left
+
+
+def test_layers_that_lose_stay_dense_and_say_by_how_much(monkeypatch, tmp_path):
+    model = low_rank_zoo()
+    x = torch.rand(2, 3, 21, 18)
+    monkeypatch.setattr(FACTORIZE, "measure_gains", lambda *_: {"square": 0.9, "pointwise": 1.0, "tall": 1.2, "column": 1.9, "dilated": 0.5})
+    compact = factorize(model, ZOO_RANKS, min_gain=1.0, example=x)
+    report = {layer.name: layer for layer in compact.factorization}
+    assert {name for name, layer in report.items() if layer.action == "dense"} == {"square", "dilated"}
+    assert report["square"].reason == "measured: factors 0.90 times as fast, less than 1"
+    assert report["square"].energy_kept == pytest.approx(1.0)
+    assert isinstance(compact.square, nn.Conv2d)
+    assert isinstance(compact.tall, nn.Sequential)
+    assert_same_outputs(model, compact, x, 1e-5)
+    save_compact(compact, tmp_path / "net.safetensors")
+    assert_same_outputs(compact, load_compact(tmp_path / "net.safetensors", model), x, 0)
+
+
+def test_real_gains_are_positive_numbers():
+    model = low_rank_zoo(ZOO_RANKS | {"head": 2})
+    gains = measure_gains(model, ZOO_RANKS | {"head": 2, "square": 16}, torch.rand(2, 3, 21, 18), rounds=2)
+    assert set(gains) == set(ZOO_RANKS) - {"square"} | {"head"}
+    assert min(gains.values()) > 0
+
+
+@pytest.mark.parametrize("options", [{"min_gain": 1.0}, {"example": torch.ones(1)}], ids=str)
+def test_a_gain_without_an_example_is_refused(options):
+    with pytest.raises(ValueError, match="min_gain and example go together"):
+        factorize(Zoo(), ZOO_RANKS, **options)

@@ -1,5 +1,6 @@
 """project() against the singular value decomposition in float64, written out here."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import relative_error
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrpet import project
-from lrpet.projection import project_and_measure, truncated_svd
+from lrpet.projection import follow_basis, gram_matrix, leading_basis, project_and_measure, project_on_basis, truncated_svd
 
 SHAPES = {"wide": (8, 27), "tall": (40, 9), "square": (12, 12), "row": (1, 9), "batch": (3, 16, 36), "batches": (2, 3, 20, 7)}
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -244,3 +245,108 @@ def test_truncated_svd_gives_the_leading_triplets(shape):
     assert torch.allclose(U.mT @ U, eye)
     assert torch.allclose(Vh @ Vh.mT, eye)
     assert relative_error((U * s[..., None, :]) @ Vh, oracle(M, rank, energy_transfer=False) if rank < min(shape[-2:]) else M) < 1e-9
+
+
+def failing(count, calls, real):
+    """Fail ``count`` times, then do what ``real`` does."""
+
+    def call(*args, **kwargs):
+        calls.append(kwargs)
+        if len(calls) <= count:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (3, 12, 12)])
+@pytest.mark.parametrize("failures", [["eigh"], ["eigh", "svd"]], ids=["svd", "numpy"])
+def test_where_eigh_does_not_converge_the_next_way_gives_the_same_and_it_is_logged(shape, failures, monkeypatch, caplog):
+    M, a = torch.randn(shape), scales(shape)
+    expected, triplets = oracle(M, 4, row_scale=a), truncated_svd(M, 4)
+    for name in failures:
+        monkeypatch.setattr(torch.linalg, name, failing(99, [], None))
+    result = project(M, 4, row_scale=a)
+    assert [record.name for record in caplog.records] == ["lrpet"] * len(failures)
+    assert [record.getMessage().split(" failed")[0] for record in caplog.records] == [f"torch.linalg.{name}" for name in failures]
+    assert "cpu matrices" in caplog.text and "12, 12): did not converge" in caplog.text
+    assert torch.allclose(truncated_svd(M, 4)[1], triplets[1])
+    monkeypatch.undo()
+    assert relative_error(result, expected) < 1e-5
+
+
+def test_where_nothing_converges_the_error_says_what_was_tried(monkeypatch):
+    for name in ("eigh", "svd"):
+        monkeypatch.setattr(torch.linalg, name, failing(99, [], None))
+    monkeypatch.setattr(np.linalg, "eigh", lambda _: (_ for _ in ()).throw(np.linalg.LinAlgError("nor here")))
+    with pytest.raises(torch.linalg.LinAlgError, match="none of torch.linalg.eigh, torch.linalg.svd, numpy.linalg.eigh on the CPU converged"):
+        project(torch.randn(8, 20), 3)
+
+
+def with_spectrum(shape, s):
+    """A matrix of each shape with the singular values s, and a basis of its left or right singular vectors on the shorter side."""
+    N, D = shape
+    U, V = torch.linalg.qr(torch.randn(N, len(s)).double()).Q, torch.linalg.qr(torch.randn(D, len(s)).double()).Q
+    return (U * s) @ V.mT, U if N <= D else V
+
+
+def held_and_removed(A, Q, rank):
+    """Norm of what Q removes from A, and the smallest that any Q of R columns can leave."""
+    A = A.double() if A.shape[0] <= A.shape[1] else A.double().mT
+    return torch.linalg.vector_norm(A - Q @ (Q.mT @ A)), torch.linalg.vector_norm(torch.linalg.svdvals(A)[rank:])
+
+
+SPECTRA = {
+    "after a projection and a few steps": torch.cat([torch.linspace(5, 1, 10), torch.linspace(0.2, 0.01, 14)]),
+    "removed nearly nothing": torch.cat([torch.linspace(5, 1, 10), torch.linspace(1e-4, 1e-5, 14)]),
+    "no gap": torch.linspace(5, 0.1, 24),
+    "all equal": torch.ones(24),
+    "a cluster across the cut": torch.cat([torch.linspace(5, 2, 8), torch.ones(4), torch.full((12,), 0.1)]),
+    "rank below R": torch.cat([torch.linspace(5, 1, 6), torch.zeros(18)]),
+    "rank R": torch.cat([torch.linspace(5, 1, 10), torch.zeros(14)]),
+    "one large": torch.cat([torch.tensor([1e3]), torch.full((9,), 0.3), torch.full((14,), 0.01)]),
+    "zero": torch.zeros(24),
+}
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)], ids=str)
+@pytest.mark.parametrize("start", ["near", "far", "wrong", "zero"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_followed_basis_is_optimal_wherever_it_says_so(shape, start, spectrum):
+    s = SPECTRA[spectrum].double()
+    M, vectors = with_spectrum(shape, s)
+    near = vectors[:, :10] + {"near": 0.01, "far": 0.1}.get(start, 0) * torch.randn(24, 10)
+    begin = {"wrong": vectors[:, 10:20], "zero": torch.zeros(24, 10)}.get(start, near)
+    basis, certain = follow_basis(gram_matrix(M.float(), rounded=True), begin.double())
+    well_posed = spectrum in ("after a projection and a few steps", "removed nearly nothing", "rank R")
+    if start in ("near", "far") or not well_posed:  # from a wrong start, what is rounded may lead to the right end, or not
+        assert bool(certain) == well_posed
+    if certain:
+        removed, smallest = held_and_removed(M.float(), basis.vectors, 10)
+        assert removed <= smallest * (1 + 1e-5) + 1e-6 * torch.linalg.vector_norm(M)
+        exact = leading_basis(gram_matrix(M.float()), 10)
+        assert torch.allclose(basis.kept, exact.kept, rtol=1e-6)
+        assert torch.allclose(basis.energy, exact.energy, rtol=1e-6)
+        assert relative_error(project_on_basis(M.float(), basis), project(M.float(), 10)) < 1e-5
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), K=st.integers(2, 20), seed=st.integers(0, 999), decay=st.floats(0.01, 3), noise=st.floats(0, 1), gap=st.floats(0.001, 1))
+def test_certainty_is_never_misplaced(data, K, seed, decay, noise, gap):
+    torch.manual_seed(seed)
+    rank = data.draw(st.integers(1, K - 1))
+    s = torch.exp(-decay * torch.arange(K)).double()
+    s[rank:] *= gap
+    M, vectors = with_spectrum((K, 2 * K), s)
+    start = vectors[:, torch.randperm(K)[:rank] if data.draw(st.booleans()) else slice(rank)] + noise * torch.randn(K, rank)
+    basis, certain = follow_basis(gram_matrix(M.float(), rounded=True), start)
+    if certain:
+        removed, smallest = held_and_removed(M.float(), basis.vectors, rank)
+        assert removed <= smallest * (1 + 1e-5) + 1e-6 * torch.linalg.vector_norm(M)
+        assert relative_error(project_on_basis(M.float(), basis), project(M.float(), rank)) < 1e-5
+
+
+def test_each_matrix_of_a_batch_is_judged_alone():
+    good, vectors = with_spectrum((24, 60), SPECTRA["after a projection and a few steps"].double())
+    M = torch.stack([good, torch.zeros(24, 60), torch.randn(24, 60).double(), good])
+    assert follow_basis(gram_matrix(M), vectors[:, :10].expand(4, -1, -1))[1].tolist() == [True, False, False, True]

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -5,8 +6,10 @@ import torch
 from helpers import ZOO_RANKS, Zoo, randomize_batchnorms, relative_error
 from torch import nn
 
+import lrpet.projector
 from lrpet import LowRankProjector, build_model, project, ranks_from_ratio
 from lrpet.pairing import batchnorm_scale
+from lrpet.timing import peak_bytes
 
 ZOO_BATCHNORMS = {"square": "bn", "pointwise": "bn2", "tall": None, "column": None, "dilated": None, "head": None}
 
@@ -212,3 +215,113 @@ def test_an_untraceable_model_works_with_stated_pairs_or_without_rectification()
     assert relative_error(model.square.weight.flatten(1), expected) < 1e-5
     LowRankProjector(model, {"tall": 5}, bn_rectification=False).step()
     assert numerical_rank(model.tall.weight) == 5
+
+
+def train_a_little(model, scale=0.002):
+    """Move every weight by noise of a few thousandths of its size."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * parameter.std() * torch.randn_like(parameter) if parameter.numel() > 1 else 0)
+
+
+def both(model, ranks, **options):
+    """A model with a fast projector that has made its first step, and a copy of the model with an exact one."""
+    twin = copy.deepcopy(model)
+    fast, exact = LowRankProjector(model, ranks, fast=True, **options), LowRankProjector(twin, ranks, **options)
+    fast.step(), exact.step()
+    return fast, twin, exact
+
+
+def assert_agree(model, twin, ranks):
+    for name in ranks:
+        assert relative_error(model.get_submodule(name).weight.flatten(1), twin.get_submodule(name).weight.flatten(1)) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"energy_transfer": False}, {"residual": 0.3}, {"bn_rectification": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fast_path_agrees_with_the_exact_one(options, dtype):
+    model, ranks = zoo().to(dtype), ZOO_RANKS | {"head": 2}
+    fast, twin, exact = both(model, ranks, **(options | {"residual": 0.0}))  # only removed values that are gone leave a gap
+    fast.settings["residual"] = exact.settings["residual"] = options.get("residual", 0.0)
+    train_a_little(model)
+    twin.load_state_dict(model.state_dict())
+    report, expected = fast.step(), exact.step()
+    assert [layer.reason for layer in report if layer.rank] == ["followed"] * len(ranks)
+    assert [layer.reason for layer in expected if layer.rank] == [""] * len(ranks)
+    assert_agree(model, twin, ranks)
+    for layer, other in zip(report[: len(ranks)], expected, strict=False):
+        assert layer.energy_kept == pytest.approx(other.energy_kept, rel=1e-6)
+
+
+def test_the_fast_path_survives_weights_that_are_suddenly_others():
+    model = zoo()
+    fast, twin, exact = both(model, ZOO_RANKS)
+    train_a_little(model)
+    with torch.no_grad():
+        model.tall.weight.copy_(torch.randn_like(model.tall.weight))
+        model.dilated.weight.zero_()[0] = 1.0  # rank 1, below R
+    twin.load_state_dict(model.state_dict())
+    report = {layer.name: layer.reason for layer in fast.step() if layer.rank}
+    exact.step()
+    assert report == {"square": "followed", "pointwise": "followed", "tall": "", "column": "followed", "dilated": ""}
+    assert_agree(model, twin, ZOO_RANKS)
+    model.load_state_dict(zoo().state_dict())  # all of them, twice
+    for _ in range(2):
+        twin.load_state_dict(model.state_dict())
+        fast.step(), exact.step()
+        assert_agree(model, twin, ZOO_RANKS)
+
+
+def test_an_exact_step_and_every_tenth_are_bit_for_bit_those_of_the_exact_path():
+    model = zoo()
+    fast, twin, exact = both(model, ZOO_RANKS)
+    for number in range(1, 22):
+        train_a_little(model)
+        twin.load_state_dict(model.state_dict())
+        report = fast.step(exact=number == 15)
+        exact.step()
+        same = all(torch.equal(model.get_submodule(name).weight, twin.get_submodule(name).weight) for name in ZOO_RANKS)
+        assert same == (number in (10, 15, 20))
+        assert all((layer.reason == "") == same for layer in report[: len(ZOO_RANKS)])
+        assert_agree(model, twin, ZOO_RANKS)
+
+
+def test_a_fast_path_that_was_wrong_is_found_out_and_given_up(monkeypatch, caplog):
+    model = zoo()
+    fast, twin, exact = both(model, ZOO_RANKS)
+    real = lrpet.projector.follow_basis
+
+    def overconfident(gram, start):
+        basis, certain = real(gram, start)
+        wrong = torch.linalg.eigh(gram).eigenvectors[..., : start.shape[-1]]
+        return basis._replace(vectors=wrong), torch.ones_like(certain)
+
+    monkeypatch.setattr(lrpet.projector, "follow_basis", overconfident)
+    train_a_little(model)
+    twin.load_state_dict(model.state_dict())
+    fast.step(exact=True), exact.step()
+    assert "kept too little energy" in caplog.text
+    assert not fast.fast
+    assert all(torch.equal(model.get_submodule(name).weight, twin.get_submodule(name).weight) for name in ZOO_RANKS)
+
+
+def test_the_honest_fast_path_is_not_given_up(caplog):
+    model = randomize_batchnorms(build_model("resnet20"))
+    fast = LowRankProjector(model, ranks_from_ratio(model, 0.57), fast=True)
+    for _ in range(21):
+        fast.step()
+        train_a_little(model, 0.01)
+    assert fast.fast
+    assert caplog.text == ""
+
+
+def test_a_step_takes_little_memory_beside_the_model():
+    model = randomize_batchnorms(build_model("resnet20"))
+    bytes_of_model = sum(p.numel() * p.element_size() for p in model.parameters())
+    for fast in (False, True):
+        projector = LowRankProjector(model, ranks_from_ratio(model, 0.57), fast=fast)
+        projector.step()
+        train_a_little(model)
+        held = sum(basis.numel() * basis.element_size() for basis in projector._bases.values())
+        assert (held > 0) == fast
+        assert held + peak_bytes(projector.step, torch.device("cpu")) < 2.2 * bytes_of_model
