@@ -657,8 +657,8 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
 
     >>> columns = ["question", "setting", "experiment", "verdict"]
     >>> rows = pd.DataFrame([["residual factor", "0", "a", "LRPET as it is"]], columns=columns)
-    >>> plot_ablations(rows, pd.DataFrame({"experiment": ["a"], "top1_pct": [90.0]})).axes[0].get_title()
-    'residual factor'
+    >>> plot_ablations(rows, pd.DataFrame({"experiment": ["a"], "top1_pct": [90.0]})).axes[0].get_xlabel()
+    'top-1 accuracy, %'
     """
     questions = list(dict.fromkeys(table.question))
     sizes = [(table.question == question).sum() + 0.7 for question in questions]

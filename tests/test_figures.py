@@ -341,3 +341,25 @@ def test_save_refuses_a_place_outside(name, profile):
     with pytest.raises(ValueError, match="name must be|profile must be"):
         figures.save_figure(figures.plot_rank_sweep(matrix()), name, profile)
     assert not Path(figures_root()).exists()
+
+
+def test_saved_figures_come_with_their_origin(monkeypatch, tmp_path):
+    monkeypatch.setenv("LRPET_FIGURES", str(tmp_path))
+    assert figures.saved_figures("smoke") == []
+    for name in ("ablations", "00_anything", "unheard_of"):
+        figures.save_figure(figures.plot_rank_sweep(torch.eye(2)), name, "smoke")
+    captions = {path.stem: caption for caption, path in figures.saved_figures("smoke")}
+    assert "03_ablations.ipynb" in captions["ablations"] and "00_method.ipynb" in captions["00_anything"]
+    assert captions["unheard_of"] == "**unheard_of**, "
+
+
+def test_a_setting_that_was_not_run_says_so():
+    rows = [["residual factor", "0", "a", "LRPET as it is"], ["residual factor", "0.3", "b", "not tested"], ["row_eps", "0", "c", "higher"]]
+    table = pd.DataFrame(rows, columns=["question", "setting", "experiment", "verdict"])
+    figure = figures.plot_ablations(table, pd.DataFrame({"experiment": ["a", "a", "b", "c"], "top1_pct": [90.0, 91.0, None, 95.0]}))
+    figure.png()
+    first, second = figure.axes
+    assert [text.get_text() for text in first.texts] == ["not run"]
+    assert sorted(x for line in first.lines for x in line.get_xdata() if line.get_marker() == "o") == [90.0, 91.0]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["0", "0.3"]
+    assert second.get_title(loc="left") == "row_eps"

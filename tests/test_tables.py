@@ -189,6 +189,27 @@ def test_share_of_projections(tmp_path):
     assert (table.method.tolist(), table.share_pct.tolist()) == (["LRPET"], [25.0])
 
 
+def test_cost_and_origin_of_every_run(tmp_path):
+    seconds = {"train_seconds": 3000.0, "projection_seconds": 300.0, "evaluation_seconds": 200.0, "recording_seconds": 100.0}
+    put(tmp_path, experiment("short", "resnet20-lrpet-s1"), 88.0, **seconds)
+    put(tmp_path, experiment("short", "resnet20-lrpet-s2"), 88.0, **seconds | {"recording_seconds": None})  # of a run before recording
+    runs = tables.profile_runs("short", tmp_path)
+    row = tables.replication_cost(runs).set_index("experiment").loc["resnet20-lrpet"]
+    assert (row.runs, row.device_hours, row.train_seconds, row.recording_seconds, row.device) == ("2 of 3", "1.97", "3000.0", "100.0", "d")
+    assert tables.replication_cost(runs).set_index("experiment").device_hours["resnet20-lrp"] == "not run"
+    origin = tables.provenance(runs)
+    assert origin.run_id.tolist() == [experiment("short", f"resnet20-lrpet-s{seed}").run_id for seed in (1, 2)]
+    assert set(origin.columns) == {"run_id", "commit", "device", "finished", "data_train_sha256"}
+
+
+def test_headline_has_the_main_rows_and_counts_verdicts(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRPET_RESULTS", str(tmp_path))
+    put(tmp_path, experiment("short", "resnet20-lrpet-s1"), 88.0)
+    text = tables.headline("short")
+    assert "LRPET " in text and "88.00 (n=1)" in text and "6 not tested" in text
+    assert "narrow" not in text
+
+
 def test_tables_are_written_as_markdown_and_csv(tmp_path):
     made = tables.write_tables("smoke", tmp_path)
     for name, table in made.items():
