@@ -1,0 +1,145 @@
+"""What can be read off the spectra and gradient norms that runs recorded: tables, and sentences computed from them.
+
+Runs of one network are given as method → table, with the tables of :mod:`lrpet.recording`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+__all__ = ["describe_energy", "describe_gradients", "energy_shares", "gradient_ratios", "read_recorded"]
+
+
+def read_recorded(load: Callable[[Path], pd.DataFrame], folders: Mapping[str, Path]) -> dict[str, pd.DataFrame]:
+    """Read what the runs recorded, and say in words which of them recorded nothing.
+
+    Args:
+        load: ``load_spectra`` or ``load_gradients`` of :mod:`lrpet.recording`.
+        folders: method → folder of a finished run.
+
+    Returns:
+        Method → table, for the runs that have one.
+
+    >>> from lrpet.recording import load_gradients
+    >>> read_recorded(load_gradients, {"lrp": Path("digits-resnet8-lrp")})
+    lrp: not recorded; digits-resnet8-lrp is older than recording, delete the folder to run it anew
+    {}
+    """
+    tables = {}
+    for method, folder in folders.items():
+        try:
+            tables[method] = load(folder)
+        except FileNotFoundError:
+            print(f"{method}: not recorded; {folder.name} is older than recording, delete the folder to run it anew")
+    return tables
+
+
+def energy_shares(spectra: Mapping[str, pd.DataFrame], ranks: Mapping[str, int]) -> pd.DataFrame:
+    """Compute which share of a weight's energy its first R singular values hold, and which is there after the projection.
+
+    Args:
+        spectra: method → table of ``load_spectra``.
+        ranks: layer → R; layers without a rank are left out.
+
+    Returns:
+        A row a method, epoch and layer: ``kept_pct`` = 100·Σ_{i≤R} s_i² / E before the projection, ``after_pct`` = 100·E after /
+        E before, NaN where no projection ended the epoch. Both are those of the weight itself; with BN rectification
+        the projection looks at the weight as BatchNorm scales it, whose shares are others.
+
+    >>> s = pd.DataFrame({"epoch": 1, "when": ["before", "before", "after"], "layer": "conv", "i": [1, 2, 1], "s": [4.0, 3.0, 5.0]})
+    >>> energy_shares({"lrpet": s}, {"conv": 1}).round(1).values.tolist()
+    [['lrpet', 1, 'conv', 1, 64.0, 100.0]]
+    """
+    parts = []
+    for method, table in spectra.items():
+        table = table.assign(rank=table["layer"].map(ranks), energy=np.square(table["s"].astype(float))).dropna(subset="rank")
+        table["kept"] = table["energy"].where(table["i"] <= table["rank"], 0.0)
+        sums = table.groupby(["when", "epoch", "layer"], sort=False)[["energy", "kept"]].sum()
+        before = sums.loc["before"]
+        after = sums.loc["after", "energy"] if "after" in sums.index else pd.Series(dtype=float)
+        shares = pd.DataFrame(
+            {"kept_pct": 100 * before["kept"] / before["energy"], "after_pct": 100 * after.reindex(before.index) / before["energy"]}
+        )
+        parts.append(shares.reset_index().assign(method=method))
+    columns = ["method", "epoch", "layer", "rank", "kept_pct", "after_pct"]
+    if not parts:
+        return pd.DataFrame(columns=columns)
+    everything = pd.concat(parts, ignore_index=True)
+    return everything.assign(rank=everything["layer"].map(ranks))[columns]
+
+
+def gradient_ratios(gradients: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Compute LRPET's gradient norms divided by LRP's, a row an epoch and layer.
+
+    Returns:
+        ``epoch``, ``layer``, ``gradient`` = ratio of ‖∂L/∂M‖, ``scale_free`` = ratio of ‖M‖·‖∂L/∂M‖; empty where one of the two is missing.
+
+    >>> table = pd.DataFrame({"epoch": [1], "layer": ["conv"], "gradient_norm": [2.0], "weight_norm": [3.0]})
+    >>> gradient_ratios({"lrp": table, "lrpet": table.assign(gradient_norm=1.0)}).values.tolist()
+    [[1, 'conv', 0.5, 0.5]]
+    """
+    if not {"lrp", "lrpet"} <= set(gradients):
+        return pd.DataFrame(columns=["epoch", "layer", "gradient", "scale_free"])
+    both = gradients["lrpet"].merge(gradients["lrp"], on=["epoch", "layer"], suffixes=("", "_lrp"))
+    ratio = both["gradient_norm"] / both["gradient_norm_lrp"]
+    return both[["epoch", "layer"]].assign(gradient=ratio, scale_free=ratio * both["weight_norm"] / both["weight_norm_lrp"])
+
+
+def describe_energy(shares: pd.DataFrame) -> str:
+    """Say what :func:`energy_shares` shows at the last epoch, as a Markdown list.
+
+    >>> print(describe_energy(energy_shares({}, {})))
+    - Nothing was recorded, so nothing is said.
+    """
+    if not len(shares):
+        return "- Nothing was recorded, so nothing is said."
+    last = shares[shares["epoch"] == shares["epoch"].max()]
+    lines, kept = [], {}
+    for method, rows in last.groupby("method", sort=False):
+        kept[method] = rows["kept_pct"].mean()
+        lowest = rows.loc[rows["kept_pct"].idxmin()]
+        first = shares[(shares["method"] == method) & (shares["epoch"] == shares["epoch"].min())]["kept_pct"].mean()
+        lines.append(
+            f"- **{method}**: the R largest singular values hold {kept[method]:.1f} % of the energy before the end of epoch {rows['epoch'].max()}, "
+            f"mean over {len(rows)} layers ({first:.1f} % in epoch {shares['epoch'].min()}); least in `{lowest['layer']}`, {lowest['kept_pct']:.1f} %."
+        )
+        if rows["after_pct"].notna().any():
+            lines[-1] += (
+                f" After the projection the weights have {rows['after_pct'].min():.1f} to {rows['after_pct'].max():.1f} % of the energy before it."
+            )
+    for method in set(kept) & {"lrp", "lrpet"} if "dense" in kept else ():
+        agrees = "agrees" if kept[method] > kept["dense"] else "does not agree"
+        lines.append(
+            f"- Training with {method} gathers the energy in the R values that are kept, against the dense network: {agrees} "
+            f"({kept[method]:.1f} % against {kept['dense']:.1f} %)."
+        )
+    return "\n".join(lines + ["- One seed; a share says nothing about accuracy."])
+
+
+def describe_gradients(gradients: Mapping[str, pd.DataFrame], network: str) -> str:
+    """Say whether LRPET's gradients are larger than LRP's in the first layer and on the whole, as a Markdown list.
+
+    Means are over the recorded epochs; ratios of norms are averaged as logarithms.
+
+    >>> print(describe_gradients({}, "resnet8"))
+    - resnet8: LRP and LRPET were not both recorded, so nothing is said.
+    """
+    ratios = gradient_ratios(gradients)
+    if not len(ratios):
+        return f"- {network}: LRP and LRPET were not both recorded, so nothing is said."
+    first = gradients["lrp"]["layer"].iloc[0]
+    lines = []
+    for column, name in (("gradient", "‖∂L/∂M‖"), ("scale_free", "‖M‖·‖∂L/∂M‖")):
+        log = np.log(ratios[column])
+        lowest, everywhere = np.exp(log[ratios["layer"] == first].mean()), np.exp(log.mean())
+        cells = 100 * (log > 0).mean()
+        agrees = "agrees" if lowest > 1 else "does not agree"
+        lines.append(
+            f"- {network}, {name}, LRPET / LRP: {lowest:.2f} in the first layer (`{first}`), {everywhere:.2f} over all layers; above 1 in "
+            f"{cells:.0f} % of layers and epochs. That gradients fade less with LRPET {agrees} here, one seed."
+        )
+    return "\n".join(lines)
