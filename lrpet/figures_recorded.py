@@ -11,14 +11,16 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import LogLocator, NullLocator
 
-from lrpet.figures import INK, ProjectFigure, _in_style, _legend, _say, _whole_numbers, method_style
+from lrpet.figures import INK, PAPER, ProjectFigure, _in_style, _legend, _say, _whole_numbers, method_style
 
 __all__ = ["plot_energy_kept", "plot_gradient_bound", "plot_gradient_ratios", "plot_gradients", "plot_spectra", "plot_spectra_over_training"]
 
 MISSING = "not recorded"
 PANELS = 20  # layers on one page
 EPOCHS = 4  # lines in one panel
+FLOOR = 3e-5  # of the largest singular value: what is smaller is rounding, and would stretch the axis
 
 
 def _evenly(values: Sequence, n: int) -> list:
@@ -46,7 +48,7 @@ def plot_spectra(spectra: Mapping[str, pd.DataFrame], ranks: Mapping[str, int]) 
         ranks: layer → R, drawn as a dotted line; values behind it are removed.
 
     Returns:
-        A panel a layer, twenty layers evenly chosen of more: s_i on a log scale against i. Lines are before, markers after.
+        A panel a layer, twenty layers evenly chosen of more: s_i against i. Lines are before the projection, markers after it.
 
     >>> plot_spectra({}, {}).axes[0].texts[0].get_text()
     'not recorded'
@@ -68,9 +70,17 @@ def plot_spectra(spectra: Mapping[str, pd.DataFrame], ranks: Mapping[str, int]) 
             before, after = (_spectrum(table, layer, epoch, when, ranks.get(layer)) for when in ("before", "after"))
             ax.plot(before["i"], before["s"], color=style.color, linestyle=style.linestyle, linewidth=1.1, label=f"{style.label}, before")
             if len(after):
-                ax.plot(after["i"], after["s"], style.marker, color=style.color, markersize=2.8, label=f"{style.label}, after")
+                ax.plot(
+                    after["i"],
+                    after["s"],
+                    style.marker,
+                    color=style.color,
+                    markersize=2.8,
+                    markevery=-(-len(after) // 14),
+                    label=f"{style.label}, after",
+                )
         _at_rank(ax, ranks.get(layer))
-        ax.set_yscale("log")
+        ax.set_ylim(0, None)
         ax.set_title(layer, fontsize=8.5)
         _whole_numbers(ax)
     figure.supxlabel(f"i, number of the singular value; dotted: R; epoch {epoch}", fontsize=9.5)
@@ -109,11 +119,11 @@ def plot_spectra_over_training(spectra: Mapping[str, pd.DataFrame], layers: Sequ
                 ax.plot(before["i"], before["s"], color=color, linewidth=1.1, label=f"epoch {epoch}")
                 ax.plot(after["i"], after["s"], "o", color=color, markersize=2.6)
             _at_rank(ax, ranks.get(layer))
-            ax.set_yscale("log")
             _whole_numbers(ax)
         column[0].set_title(method_style(method).label)
     for ax, layer in zip(panels[:, 0], layers, strict=True):
-        ax.set_ylabel(f"$s_i$ of {layer}")
+        largest = max(table.loc[table["layer"] == layer, "s"].max() for table in spectra.values())
+        ax.set(ylabel=f"$s_i$ of {layer}", yscale="log", ylim=(FLOOR * largest, 2 * largest))
     figure.supxlabel("i, number of the singular value; lines: before the projection, dots: after it; dotted: R", fontsize=9.5)
     _legend(figure, *panels.flat)
     return figure
@@ -137,11 +147,12 @@ def plot_energy_kept(shares: pd.DataFrame) -> ProjectFigure:
     if not len(shares):
         _say(left, MISSING), _say(right, MISSING)
         return figure
-    for method, rows in shares.groupby("method", sort=False):
+    for k, (method, rows) in enumerate(shares.groupby("method", sort=False)):
         style = method_style(method)
         look = {"color": style.color, "linestyle": style.linestyle}
         last = rows[rows["epoch"] == rows["epoch"].max()]
-        left.plot(np.arange(len(last)), last["kept_pct"], marker=style.marker, markersize=4, linewidth=0.8, label=style.label, **look)
+        beside = 0.16 * (k - 1)  # so that equal values do not hide each other
+        left.plot(np.arange(len(last)) + beside, last["kept_pct"], style.marker, color=style.color, markersize=4, label=style.label)
         over = rows.groupby("epoch")["kept_pct"].agg(["mean", "min"])
         right.plot(over.index, over["mean"], marker=style.marker, markersize=3.5, **look)
         right.plot(over.index, over["min"], linewidth=0.7, **look)
@@ -182,7 +193,7 @@ def plot_gradients(gradients: Mapping[str, pd.DataFrame]) -> ProjectFigure:
         panels[0, 1].set_title(f"first layer, {means.index[0]}")
     for ax in panels.flat:
         if gradients:
-            ax.set_yscale("log")
+            _logarithmic(ax)
         else:
             _say(ax, MISSING)
     panels[0, 0].set(ylabel="gradient norm ‖∂L/∂M‖", title="each layer, mean over epochs")
@@ -218,7 +229,7 @@ def plot_gradient_ratios(ratios: pd.DataFrame) -> ProjectFigure:
         table = ratios.pivot(index="layer", columns="epoch", values=column).loc[layers]  # (layers, epochs)
         image = ax.imshow(table, aspect="auto", cmap="PuOr", norm=LogNorm(1 / limit, limit), interpolation="nearest")
         y, x = np.nonzero(table.to_numpy() > 1)
-        ax.plot(x, y, "o", color=INK, markersize=2)
+        ax.plot(x, y, "o", color=INK, markeredgecolor=PAPER, markeredgewidth=0.6, markersize=3.2)
         ax.set(title=f"{title}, LRPET / LRP", xlabel="epoch")
         ax.grid(visible=False)
         at = _evenly(range(table.shape[1]), 8)
@@ -260,6 +271,16 @@ def plot_gradient_bound(panels: Mapping[str, Mapping[str, pd.DataFrame]]) -> Pro
     axes[0].set_ylabel("gradient norm ‖∂L/∂h‖")
     _legend(figure, *axes)
     return figure
+
+
+def _logarithmic(ax) -> None:
+    """Give the y axis a log scale that is labelled at 1, 2 and 5 times a power of ten where it spans less than two of them."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high < 100 * low:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _name_layers(ax, names: Sequence[str]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrpet.projector import LowRankProjector
 from lrpet.ranks import compressible_layers
 
-__all__ = ["gradient_norms", "norm_product_bound", "operator_norm"]
+__all__ = ["compare_projections", "gradient_norms", "norm_product_bound", "operator_norm"]
 
 
 def gradient_norms(model: nn.Module, x: Tensor, y: Tensor) -> pd.DataFrame:
@@ -33,6 +37,37 @@ def gradient_norms(model: nn.Module, x: Tensor, y: Tensor) -> pd.DataFrame:
     gradients = torch.autograd.grad(F.cross_entropy(logits, y), [*outputs.values(), *weights])
     norms = torch.stack([g.norm() for g in (*gradients, *weights)]).view(3, -1).tolist()
     return pd.DataFrame({"layer": list(outputs), **dict(zip(("output_gradient_norm", "gradient_norm", "weight_norm"), norms, strict=True))})
+
+
+def compare_projections(model: nn.Module, x: Tensor, y: Tensor, ranks: Mapping[str, int]) -> dict[str, pd.DataFrame]:
+    """Measure how large the gradients of a chain are as it is, after one projection by LRP, and after one by LRPET.
+
+    Args:
+        model: a chain of convolutions; it is not changed.
+        x: images, (B, C, H, W).
+        y: labels, (B,).
+        ranks: layer → R.
+
+    Returns:
+        dense, lrp and lrpet → the table of :func:`gradient_norms` with ``gradient`` for its ``output_gradient_norm``, ``bound`` =
+        ‖∂L/∂h_last‖ · Π_{j>l} ‖C_j‖₂, and ``norm_product`` = Π_{j>l} ‖M_j‖_F, which energy transfer keeps.
+
+    Source: arXiv 2204.05566, whose argument the last column is.
+
+    >>> chain = nn.Sequential(nn.Conv2d(3, 10, 1), nn.Conv2d(10, 10, 1), nn.Flatten())
+    >>> list(compare_projections(chain, torch.ones(2, 3, 1, 1), torch.tensor([0, 1]), {"1": 4}))
+    ['dense', 'lrp', 'lrpet']
+    """
+    tables = {}
+    for method in ("dense", "lrp", "lrpet"):
+        network = copy.deepcopy(model)
+        if method != "dense":
+            LowRankProjector(network, ranks, energy_transfer=method == "lrpet").step()
+        table = gradient_norms(network, x, y).rename(columns={"output_gradient_norm": "gradient"})
+        table["bound"] = table["gradient"].iloc[-1] * norm_product_bound(network, x).to_numpy()
+        table["norm_product"] = table["weight_norm"][::-1].cumprod()[::-1] / table["weight_norm"]
+        tables[method] = table
+    return tables
 
 
 def norm_product_bound(model: nn.Module, x: Tensor) -> pd.Series:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-__all__ = ["describe_energy", "describe_gradients", "energy_shares", "gradient_ratios", "read_recorded"]
+__all__ = ["describe_energy", "describe_gradients", "describe_projections", "energy_shares", "gradient_ratios", "read_recorded"]
 
 
 def read_recorded(load: Callable[[Path], pd.DataFrame], folders: Mapping[str, Path]) -> dict[str, pd.DataFrame]:
@@ -59,11 +59,10 @@ def energy_shares(spectra: Mapping[str, pd.DataFrame], ranks: Mapping[str, int])
         table = table.assign(rank=table["layer"].map(ranks), energy=np.square(table["s"].astype(float))).dropna(subset="rank")
         table["kept"] = table["energy"].where(table["i"] <= table["rank"], 0.0)
         sums = table.groupby(["when", "epoch", "layer"], sort=False)[["energy", "kept"]].sum()
-        before = sums.loc["before"]
-        after = sums.loc["after", "energy"] if "after" in sums.index else pd.Series(dtype=float)
-        shares = pd.DataFrame(
-            {"kept_pct": 100 * before["kept"] / before["energy"], "after_pct": 100 * after.reindex(before.index) / before["energy"]}
-        )
+        before = sums.xs("before")
+        after = sums["energy"].xs("after") if (table["when"] == "after").any() else pd.Series(dtype=float)
+        after = 100 * after.reindex(before.index) / before["energy"]
+        shares = pd.DataFrame({"kept_pct": 100 * before["kept"] / before["energy"], "after_pct": after})
         parts.append(shares.reset_index().assign(method=method))
     columns = ["method", "epoch", "layer", "rank", "kept_pct", "after_pct"]
     if not parts:
@@ -97,21 +96,20 @@ def describe_energy(shares: pd.DataFrame) -> str:
     """
     if not len(shares):
         return "- Nothing was recorded, so nothing is said."
-    last = shares[shares["epoch"] == shares["epoch"].max()]
+    begin, end = shares["epoch"].min(), shares["epoch"].max()
     lines, kept = [], {}
-    for method, rows in last.groupby("method", sort=False):
-        kept[method] = rows["kept_pct"].mean()
-        lowest = rows.loc[rows["kept_pct"].idxmin()]
-        first = shares[(shares["method"] == method) & (shares["epoch"] == shares["epoch"].min())]["kept_pct"].mean()
+    for method, rows in shares.groupby("method", sort=False):
+        first, last = (rows[rows["epoch"] == epoch] for epoch in (begin, end))
+        kept[method], least = last["kept_pct"].mean(), last.loc[last["kept_pct"].idxmin()]
         lines.append(
-            f"- **{method}**: the R largest singular values hold {kept[method]:.1f} % of the energy before the end of epoch {rows['epoch'].max()}, "
-            f"mean over {len(rows)} layers ({first:.1f} % in epoch {shares['epoch'].min()}); least in `{lowest['layer']}`, {lowest['kept_pct']:.1f} %."
+            f"- **{method}**: the first R singular values hold {first['kept_pct'].mean():.1f} % of the energy in epoch {begin} and "
+            f"{kept[method]:.1f} % in epoch {end}, before the projection, mean of {len(last)} layers; least in `{least['layer']}`, "
+            f"{least['kept_pct']:.1f} %."
         )
         if rows["after_pct"].notna().any():
-            lines[-1] += (
-                f" After the projection the weights have {rows['after_pct'].min():.1f} to {rows['after_pct'].max():.1f} % of the energy before it."
-            )
-    for method in set(kept) & {"lrp", "lrpet"} if "dense" in kept else ():
+            ends = [f"{part['after_pct'].min():.1f} to {part['after_pct'].max():.1f} % in epoch {part['epoch'].max()}" for part in (first, last)]
+            lines[-1] += f" Of the energy that a weight had before the projection it has after it {' and '.join(ends)}."
+    for method in [name for name in ("lrp", "lrpet") if name in kept and "dense" in kept]:
         agrees = "agrees" if kept[method] > kept["dense"] else "does not agree"
         lines.append(
             f"- Training with {method} gathers the energy in the R values that are kept, against the dense network: {agrees} "
@@ -140,6 +138,32 @@ def describe_gradients(gradients: Mapping[str, pd.DataFrame], network: str) -> s
         agrees = "agrees" if lowest > 1 else "does not agree"
         lines.append(
             f"- {network}, {name}, LRPET / LRP: {lowest:.2f} in the first layer (`{first}`), {everywhere:.2f} over all layers; above 1 in "
-            f"{cells:.0f} % of layers and epochs. That gradients fade less with LRPET {agrees} here, one seed."
+            f"{cells:.0f} % of layers and epochs. That gradients fade less with LRPET {agrees} in the first layer; one seed."
         )
     return "\n".join(lines)
+
+
+def describe_projections(tables: Mapping[str, pd.DataFrame], weights: str) -> str:
+    """Say how much of the gradient of the dense network arrives at the first layer after one projection, as a Markdown item.
+
+    Args:
+        tables: of :func:`lrpet.gradients.compare_projections`; may be empty.
+        weights: whose weights were projected.
+
+    >>> table = pd.DataFrame({"gradient": [1.0, 2.0], "bound": [8.0, 2.0], "norm_product": [3.0, 1.0]})
+    >>> print(describe_projections({"dense": table, "lrp": table / 2, "lrpet": table}, "random weights"))
+    - random weights: at the first of 2 layers arrives, relative to the dense network, LRP 0.5, LRPET 1; the product of norms ‖M‖ \
+above it says LRP 0.5, LRPET 1. The bound by operator norms is 8 (dense), 8 (LRP), 8 (LRPET) times what is measured.
+    """
+    if not tables:
+        return f"- {weights}: not in the store, so nothing is said."
+    ratio = lambda column: ", ".join(
+        f"{name.upper()} {tables[name][column].iloc[0] / tables['dense'][column].iloc[0]:.2g}" for name in ("lrp", "lrpet")
+    )
+    loose = ", ".join(
+        f"{table['bound'].iloc[0] / table['gradient'].iloc[0]:.1g} ({name if name == 'dense' else name.upper()})" for name, table in tables.items()
+    )
+    return (
+        f"- {weights}: at the first of {len(tables['dense'])} layers arrives, relative to the dense network, {ratio('gradient')}; the product of "
+        f"norms ‖M‖ above it says {ratio('norm_product')}. The bound by operator norms is {loose} times what is measured."
+    )
