@@ -18,6 +18,7 @@ PROFILE = load_profile(config.get("profile", "smoke"))
 EXECUTED = results_root() / PROFILE.name / "notebooks"
 RUNS = {experiment.config.run_id: experiment for experiment in reversed(PROFILE.experiments)}  # once, if two names mean one run
 ALONE = ["00_method"] + ["06_rank_search"] * (PROFILE.name == "smoke")  # with no run of the grid behind them; the search costs hours elsewhere
+RECORDED = ["04_singular_values", "05_gradient_norms"]  # from what the runs recorded on their way
 SUMMARIES = [experiment.config.folder() / "summary.json" for experiment in RUNS.values()]
 
 
@@ -27,7 +28,7 @@ workdir: PROJECT
 rule all:
     input:
         SUMMARIES,  # asked for by name: tables that are there do not make up for a run that is missing
-        expand(EXECUTED / "{notebook}.done", notebook=ALONE),
+        expand(EXECUTED / "{notebook}.done", notebook=ALONE + RECORDED),
         EXECUTED / "08_tables.done",
 
 
@@ -43,6 +44,23 @@ rule alone:
         notebook="|".join(ALONE),
     shell:
         "scripts/execute.sh {input:q} {log:q}"
+
+
+rule recorded:
+    input:
+        "notebooks/{notebook}.ipynb",
+        "lrpet/figures_recorded.py",
+        SUMMARIES,
+    output:
+        touch(EXECUTED / "{notebook}.done"),
+    log:
+        EXECUTED / "{notebook}.ipynb",
+    params:
+        profile=PROFILE.name,
+    wildcard_constraints:
+        notebook="|".join(RECORDED),
+    shell:
+        "scripts/execute.sh {input[0]:q} {log:q} -p profile {params.profile}"
 
 
 rule tables:

@@ -112,8 +112,8 @@ def describe_energy(shares: pd.DataFrame) -> str:
     for method in [name for name in ("lrp", "lrpet") if name in kept and "dense" in kept]:
         agrees = "agrees" if kept[method] > kept["dense"] else "does not agree"
         lines.append(
-            f"- Training with {method} gathers the energy in the R values that are kept, against the dense network: {agrees} "
-            f"({kept[method]:.1f} % against {kept['dense']:.1f} %)."
+            f"- Training with {method} gathers the energy in the values that are kept: {agrees} "
+            f"({kept[method]:.1f} % against {kept['dense']:.1f} % in the dense network)."
         )
     return "\n".join(lines + ["- One seed; a share says nothing about accuracy."])
 

@@ -32,9 +32,9 @@ def run_all(*arguments, root=PROJECT, **environment):
 def test_dry_run_plans_every_run(profile):
     planned = run_all("--profile", profile, "--dry-run")
     assert planned.returncode == 0, planned.stderr
-    jobs = {line.split()[0] for line in planned.stdout.splitlines() if line.split()[1:] == ["1"] or line.startswith("alone ")}
+    jobs = {line.split()[0] for line in planned.stdout.splitlines() if line.split()[1:] == ["1"] or line.startswith(("alone ", "recorded "))}
     runs = {experiment.config.run_id: experiment.name for experiment in reversed(load_profile(profile).experiments)}
-    assert jobs - {"alone"} == {*runs.values(), "tables", "all"}
+    assert jobs - {"alone", "recorded"} == {*runs.values(), "tables", "all"}
     assert load_profile(profile).cost in planned.stdout
     assert not os.path.exists(os.environ["LRPET_RESULTS"])
 
@@ -70,7 +70,8 @@ def started(tmp_path_factory):
         shutil.copy(PROJECT / name, root)
     (root / "notebooks").mkdir()
     shutil.copy(PROJECT / "notebooks" / "01_cifar10.ipynb", root / "notebooks")
-    for name, source in (("00_method", "1 + 1"), ("06_rank_search", "1 + 1"), ("08_tables", "profile = ''")):
+    alone, behind = ("00_method", "06_rank_search"), ("04_singular_values", "05_gradient_norms", "08_tables")
+    for name, source in [*((name, "1 + 1") for name in alone), *((name, "profile = ''") for name in behind)]:
         cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
         notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
         nbformat.write(notebook, root / "notebooks" / f"{name}.ipynb")
