@@ -14,13 +14,15 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, NullLocator
 
 from lrpet.figures import INK, PAPER, ProjectFigure, _in_style, _legend, _say, _whole_numbers, method_style
+from lrpet.recorded import TINY
 
 __all__ = ["plot_energy_kept", "plot_gradient_bound", "plot_gradient_ratios", "plot_gradients", "plot_spectra", "plot_spectra_over_training"]
 
 MISSING = "not recorded"
 PANELS = 20  # layers on one page
 EPOCHS = 4  # lines in one panel
-FLOOR = 3e-5  # of the largest singular value: what is smaller is rounding, and would stretch the axis
+DOTS = 14  # after a projection, in one panel; more run into each other
+FLOOR = 1e-5  # of the largest singular value: what is smaller is rounding, and would stretch the axis
 
 
 def _evenly(values: Sequence, n: int) -> list:
@@ -76,7 +78,7 @@ def plot_spectra(spectra: Mapping[str, pd.DataFrame], ranks: Mapping[str, int]) 
                     style.marker,
                     color=style.color,
                     markersize=2.8,
-                    markevery=-(-len(after) // 14),
+                    markevery=-(-len(after) // DOTS),
                     label=f"{style.label}, after",
                 )
         _at_rank(ax, ranks.get(layer))
@@ -117,7 +119,7 @@ def plot_spectra_over_training(spectra: Mapping[str, pd.DataFrame], layers: Sequ
             for epoch, color in zip(epochs, colors, strict=True):
                 before, after = (_spectrum(table, layer, epoch, when, ranks.get(layer)) for when in ("before", "after"))
                 ax.plot(before["i"], before["s"], color=color, linewidth=1.1, label=f"epoch {epoch}")
-                ax.plot(after["i"], after["s"], "o", color=color, markersize=2.6)
+                ax.plot(after["i"], after["s"], "o", color=color, markersize=2.6, markevery=-(-max(1, len(after)) // DOTS))
             _at_rank(ax, ranks.get(layer))
             _whole_numbers(ax)
         column[0].set_title(method_style(method).label)
@@ -157,7 +159,7 @@ def plot_energy_kept(shares: pd.DataFrame) -> ProjectFigure:
         right.plot(over.index, over["mean"], marker=style.marker, markersize=3.5, **look)
         right.plot(over.index, over["min"], linewidth=0.7, **look)
     _name_layers(left, last["layer"])
-    left.set(ylabel="energy of the first R values, %", title="each layer, last epoch")
+    left.set(ylabel="energy in first R values, %", title="each layer, last epoch")
     right.set(xlabel="epoch", title="over training; thin: lowest layer")
     _whole_numbers(right)
     _legend(figure, left)
@@ -172,7 +174,7 @@ def plot_gradients(gradients: Mapping[str, pd.DataFrame]) -> ProjectFigure:
         gradients: method → table of :func:`lrpet.recording.load_gradients`; may be empty.
 
     Returns:
-        Four panels on log scales. Left: each layer, mean over the recorded epochs. Right: the first layer over the epochs.
+        Four panels on log scales. Left: each layer, geometric mean over the recorded epochs. Right: the first layer over the epochs.
         Above: ‖∂L/∂M‖. Below: ‖M‖·‖∂L/∂M‖, which does not change when a BatchNorm follows and M is multiplied by a number.
 
     >>> plot_gradients({}).axes[0].texts[0].get_text()
@@ -185,7 +187,7 @@ def plot_gradients(gradients: Mapping[str, pd.DataFrame]) -> ProjectFigure:
         look = {"color": style.color, "linestyle": style.linestyle, "marker": style.marker, "markersize": 3.5, "linewidth": 1.2}
         table = table.assign(scale_free=table["gradient_norm"] * table["weight_norm"])
         for (left, right), quantity in zip(panels, ("gradient_norm", "scale_free"), strict=True):
-            means = table.groupby("layer", sort=False)[quantity].mean()
+            means = np.exp(np.log(table[quantity].clip(lower=TINY)).groupby(table["layer"], sort=False).mean())
             first = table[table["layer"] == means.index[0]]
             left.plot(np.arange(len(means)), means, label=style.label, **look)
             right.plot(first["epoch"], first[quantity], **look)
@@ -196,7 +198,7 @@ def plot_gradients(gradients: Mapping[str, pd.DataFrame]) -> ProjectFigure:
             _logarithmic(ax)
         else:
             _say(ax, MISSING)
-    panels[0, 0].set(ylabel="gradient norm ‖∂L/∂M‖", title="each layer, mean over epochs")
+    panels[0, 0].set(ylabel="gradient norm ‖∂L/∂M‖", title="each layer, geometric mean over epochs")
     panels[1, 0].set_ylabel("scale-free ‖M‖·‖∂L/∂M‖")
     panels[1, 1].set_xlabel("epoch")
     if gradients:

@@ -13,6 +13,9 @@ import pandas as pd
 
 __all__ = ["describe_energy", "describe_gradients", "describe_projections", "energy_shares", "gradient_ratios", "read_recorded"]
 
+COLUMNS = ("gradient", "norm_product", "bound")
+TINY = 1e-12  # a gradient norm below this counts as this, so that it has a logarithm
+
 
 def read_recorded(load: Callable[[Path], pd.DataFrame], folders: Mapping[str, Path]) -> dict[str, pd.DataFrame]:
     """Read what the runs recorded, and say in words which of them recorded nothing.
@@ -84,7 +87,7 @@ def gradient_ratios(gradients: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     if not {"lrp", "lrpet"} <= set(gradients):
         return pd.DataFrame(columns=["epoch", "layer", "gradient", "scale_free"])
     both = gradients["lrpet"].merge(gradients["lrp"], on=["epoch", "layer"], suffixes=("", "_lrp"))
-    ratio = both["gradient_norm"] / both["gradient_norm_lrp"]
+    ratio = both["gradient_norm"].clip(lower=TINY) / both["gradient_norm_lrp"].clip(lower=TINY)
     return both[["epoch", "layer"]].assign(gradient=ratio, scale_free=ratio * both["weight_norm"] / both["weight_norm_lrp"])
 
 
@@ -137,7 +140,7 @@ def describe_gradients(gradients: Mapping[str, pd.DataFrame], network: str) -> s
         cells = 100 * (log > 0).mean()
         agrees = "agrees" if lowest > 1 else "does not agree"
         lines.append(
-            f"- {network}, {name}, LRPET / LRP: {lowest:.2f} in the first layer (`{first}`), {everywhere:.2f} over all layers; above 1 in "
+            f"- {network}, {name}, LRPET / LRP: {lowest:.3g} in the first layer (`{first}`), {everywhere:.3g} over all layers; above 1 in "
             f"{cells:.0f} % of layers and epochs. That gradients fade less with LRPET {agrees} in the first layer; one seed."
         )
     return "\n".join(lines)
@@ -152,18 +155,18 @@ def describe_projections(tables: Mapping[str, pd.DataFrame], weights: str) -> st
 
     >>> table = pd.DataFrame({"gradient": [1.0, 2.0], "bound": [8.0, 2.0], "norm_product": [3.0, 1.0]})
     >>> print(describe_projections({"dense": table, "lrp": table / 2, "lrpet": table}, "random weights"))
-    - random weights: at the first of 2 layers arrives, relative to the dense network, LRP 0.5, LRPET 1; the product of norms ‖M‖ \
-above it says LRP 0.5, LRPET 1. The bound by operator norms is 8 (dense), 8 (LRP), 8 (LRPET) times what is measured.
+    - random weights: at the first of 2 layers arrives, relative to the dense network, LRP 0.5, LRPET 1. The product of the norms ‖M‖ \
+above it says LRP 0.5, LRPET 1: that gradients follow it agrees, within a factor of 1. The bound by operator norms says LRP 0.5, LRPET 1, \
+and is 8 times or more what is measured.
     """
     if not tables:
         return f"- {weights}: not in the store, so nothing is said."
-    ratio = lambda column: ", ".join(
-        f"{name.upper()} {tables[name][column].iloc[0] / tables['dense'][column].iloc[0]:.2g}" for name in ("lrp", "lrpet")
-    )
-    loose = ", ".join(
-        f"{table['bound'].iloc[0] / table['gradient'].iloc[0]:.1g} ({name if name == 'dense' else name.upper()})" for name, table in tables.items()
-    )
+    first = {column: {name: table[column].iloc[0] / tables["dense"][column].iloc[0] for name, table in tables.items()} for column in COLUMNS}
+    say = lambda column: f"LRP {first[column]['lrp']:.2g}, LRPET {first[column]['lrpet']:.2g}"
+    apart = max(np.exp(abs(np.log(first["gradient"][name] / first["norm_product"][name]))) for name in ("lrp", "lrpet"))
+    loose = min(table["bound"].iloc[0] / table["gradient"].iloc[0] for table in tables.values())
     return (
-        f"- {weights}: at the first of {len(tables['dense'])} layers arrives, relative to the dense network, {ratio('gradient')}; the product of "
-        f"norms ‖M‖ above it says {ratio('norm_product')}. The bound by operator norms is {loose} times what is measured."
+        f"- {weights}: at the first of {len(tables['dense'])} layers arrives, relative to the dense network, {say('gradient')}. The product of the norms "
+        f"‖M‖ above it says {say('norm_product')}: that gradients follow it {'agrees' if apart < 3 else 'does not agree'}, within a factor of "
+        f"{apart:.2g}. The bound by operator norms says {say('bound')}, and is {loose:.1g} times or more what is measured."
     )

@@ -98,8 +98,7 @@ def test_a_convolution_of_another_kind_is_refused(layer):
         operator_norm(layer, (8, 8))
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("edge", [8, 32])
+@pytest.mark.parametrize(("seed", "edge"), [(0, 8), (1, 8), (0, 32)])
 @pytest.mark.parametrize("method", ["dense", "lrp", "lrpet"])
 def test_the_bound_holds_for_the_plain_network(seed, edge, method):
     torch.manual_seed(seed)

