@@ -166,7 +166,7 @@ and is 8 times or more what is measured.
     apart = max(np.exp(abs(np.log(first["gradient"][name] / first["norm_product"][name]))) for name in ("lrp", "lrpet"))
     loose = min(table["bound"].iloc[0] / table["gradient"].iloc[0] for table in tables.values())
     return (
-        f"- {weights}: at the first of {len(tables['dense'])} layers arrives, relative to the dense network, {say('gradient')}. The product of the norms "
-        f"‖M‖ above it says {say('norm_product')}: that gradients follow it {'agrees' if apart < 3 else 'does not agree'}, within a factor of "
+        f"- {weights}: at the first of {len(tables['dense'])} layers arrives, relative to the dense network, {say('gradient')}. The product of the "
+        f"norms ‖M‖ above it says {say('norm_product')}: that gradients follow it {'agrees' if apart < 3 else 'does not agree'}, within a factor of "
         f"{apart:.2g}. The bound by operator norms says {say('bound')}, and is {loose:.1g} times or more what is measured."
     )
