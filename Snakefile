@@ -18,7 +18,7 @@ PROFILE = load_profile(config.get("profile", "smoke"))
 EXECUTED = results_root() / PROFILE.name / "notebooks"
 RUNS = {experiment.config.run_id: experiment for experiment in reversed(PROFILE.experiments)}  # once, if two names mean one run
 ALONE = ["00_method"] + ["06_rank_search"] * (PROFILE.name == "smoke")  # with no run of the grid behind them; the search costs hours elsewhere
-STORE = ["03_ablations", "08_tables"]
+STORE = ["03_ablations", "04_singular_values", "05_gradient_norms", "08_tables"]
 SUMMARIES = [experiment.config.folder() / "summary.json" for experiment in RUNS.values()]
 
 
@@ -51,6 +51,7 @@ rule store:  # notebooks that read what the runs left
         "notebooks/{notebook}.ipynb",
         "lrpet/tables.py",
         "lrpet/figures.py",
+        "lrpet/figures_recorded.py",
         "paper/reported.csv",
         SUMMARIES,
     output:

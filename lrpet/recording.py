@@ -81,7 +81,7 @@ class Recorder:
 
     def __init__(self, epochs: int, steps: int):
         self.at = recorded_epochs(epochs)
-        self.every = max(1, steps // SAMPLES)
+        self.every = -(-steps // SAMPLES)  # rounded up: SAMPLES steps at most, and the last
         self.state: dict = {"spectra": {}, "gradients": [], "sums": {}}  # tensors, numbers and names only: it goes into the checkpoint
 
     def record_spectra(self, model: nn.Module, epoch: int, when: str) -> None:

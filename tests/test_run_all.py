@@ -14,7 +14,7 @@ import yaml
 from lrpet.config import PROJECT
 from lrpet.experiments import load_profile
 
-AFTER_RUNS = ("03_ablations", "08_tables", "09_report")  # notebooks that read the store
+AFTER_RUNS = ("03_ablations", "04_singular_values", "05_gradient_norms", "08_tables", "09_report")  # notebooks that read the store
 PROFILES = list(yaml.safe_load((PROJECT / "experiments.yaml").read_text()))
 
 

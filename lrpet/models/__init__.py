@@ -8,6 +8,7 @@ from torch import nn
 
 from lrpet.models.ghost_resnet_cifar import GhostResNet
 from lrpet.models.googlenet_cifar import CifarGoogLeNet
+from lrpet.models.plain_cifar import CifarPlain
 from lrpet.models.resnet_cifar import CifarResNet
 from lrpet.models.vgg_cifar import CifarVGG16
 from lrpet.models.vit import SmallViT
@@ -18,6 +19,7 @@ TORCHVISION = ("resnet18", "resnet34", "resnet50")
 BUILDERS = {f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 20, 32, 44, 56, 110)} | {
     "vgg16": CifarVGG16,
     "googlenet": CifarGoogLeNet,
+    "plain20": CifarPlain,
     "ghost_resnet56": partial(GhostResNet, 56),
     "vit": SmallViT,
 }
@@ -29,10 +31,10 @@ def build_model(name: str, num_classes: int = 10, width: float = 1.0) -> nn.Modu
     """Build a network with fresh random weights.
 
     Args:
-        name: ``resnet8`` … ``resnet110``, ``vgg16``, ``googlenet``, ``ghost_resnet56`` and ``vit`` for 32×32 images,
+        name: ``resnet8`` … ``resnet110``, ``vgg16``, ``googlenet``, ``plain20``, ``ghost_resnet56`` and ``vit`` for 32×32 images,
             ``resnet18``, ``resnet34``, ``resnet50`` (torchvision's) for larger ones.
         num_classes: width of the classifier.
-        width: factor on the number of channels of every layer, for the CIFAR ResNets, VGG-16 and GoogLeNet.
+        width: factor on the number of channels of every layer, for the CIFAR ResNets, VGG-16, GoogLeNet and the plain network.
 
     Returns:
         A module that maps (B, 3, H, W) float images to (B, num_classes) logits.
