@@ -14,7 +14,7 @@ import yaml
 from lrpet.config import PROFILES, RunConfig
 from lrpet.experiments import load_profile, select
 from lrpet.runs import is_complete, load_run, run
-from lrpet.training import Paused
+from lrpet.training import Paused, has_checkpoint
 
 PAUSED = 75  # exit status: "temporary failure, try again" of sysexits.h
 
@@ -61,7 +61,7 @@ def _list(args) -> int:
             state = f"complete  {summary['top1_pct']:.2f} % {summary['scored_on']}, {summary['macs'] / 1e6:.2f} M MACs"
         else:
             missing += 1
-            state = "started" if (folder / "checkpoint.pt").is_file() else "not run"
+            state = "started" if has_checkpoint(folder / "checkpoint.pt") else "not run"
         print(f"  {experiment.name:28s} {experiment.config.run_id:44s} {state}")
     print(f"{len(profile.experiments) - missing} of {len(profile.experiments)} complete")
     return 1 if missing and args.verb == "check" else 0

@@ -22,7 +22,7 @@ from lrpet.data import Batches, load_data
 from lrpet.factorize import compact_header, load_compact, save_compact
 from lrpet.methods import make_method
 from lrpet.models import build_model
-from lrpet.training import evaluate, train
+from lrpet.training import evaluate, has_checkpoint, train
 
 __all__ = ["Run", "environment", "is_complete", "load_network", "load_run", "load_runs", "run"]
 
@@ -171,7 +171,7 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
     method = make_method(model, config)
     batches = Batches(images, config.batch_size, device, config.seed)
     checkpoint = folder / "checkpoint.pt"
-    verb = "resuming" if checkpoint.is_file() else "training"
+    verb = "resuming" if has_checkpoint(checkpoint) else "training"
     say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {origin['device']}", flush=True)
     state = train(
         config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress, on_epoch=on_epoch
@@ -243,7 +243,7 @@ def _difference(model, compact, batches) -> float:
 
 def _same_data(folder: Path, environment: dict) -> None:
     """Refuse to go on with other images than a run began with."""
-    if not (folder / "checkpoint.pt").is_file():
+    if not has_checkpoint(folder / "checkpoint.pt"):
         return
     before = json.loads((folder / "environment.json").read_text())
     for name in ("data_train_sha256", "data_test_sha256"):

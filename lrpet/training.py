@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError  # what torch raises; nothing here unpickles by itself
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,12 @@ from torch import nn
 
 from lrpet.config import RunConfig
 from lrpet.data import Batches
+from lrpet.files import write_whole
 from lrpet.methods import Dense
 from lrpet.progress import Progress
 from lrpet.recipes import learning_rate, make_mixer, make_optimizer, training_loss
 
-__all__ = ["Paused", "evaluate", "load_checkpoint", "save_checkpoint", "train"]
+__all__ = ["Paused", "evaluate", "has_checkpoint", "load_checkpoint", "save_checkpoint", "train"]
 
 
 class Paused(Exception):
@@ -54,25 +56,30 @@ def save_checkpoint(path: Path, state: dict) -> None:
     Args:
         path: the file.
         state: tensors, numbers, strings, lists and dicts only, so that it loads without running code.
+
+    Raises:
+        OSError: the disk is full or not writable; names the file and the free space. The checkpoint before is untouched.
     """
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    with open(part, "r+b") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
-        file.seek(0, os.SEEK_END)
-        file.write(digest)
-        file.flush()
-        os.fsync(file.fileno())
+    content, part = io.BytesIO(), path.with_suffix(".part")
+    torch.save(state, content)
+    with write_whole(part) as file:
+        file.write(content.getbuffer())
+        file.write(hashlib.sha256(content.getbuffer()).digest())
     if path.is_file():
         os.replace(path, path.with_suffix(".previous"))
     os.replace(part, path)
 
 
+def has_checkpoint(path: Path) -> bool:
+    """Tell whether there is a checkpoint to go on from; between the two renames that write one only ``*.previous`` is there."""
+    return path.is_file() or path.with_suffix(".previous").is_file()
+
+
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | None:
-    """Read the newest whole checkpoint: ``path``, else the one before it; None where there is neither.
+    """Read the newest whole checkpoint: ``path``, else the one before it, which then takes its place; None where there is neither.
 
     Raises:
-        ValueError: files are there, but each is truncated or altered.
+        ValueError: files are there, but each is truncated or altered, or holds objects that would run code.
     """
     damaged = []
     for file in (path, path.with_suffix(".previous")):
@@ -82,7 +89,12 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | No
         if hashlib.sha256(content[:-32]).digest() == content[-32:]:
             for name in damaged:
                 print(f"{name} is damaged; going on from {file.name}", flush=True)
-            return torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
+            if file != path:  # else the next checkpoint would put the damaged one in its place
+                os.replace(file, path)
+            try:
+                return torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
+            except UnpicklingError as error:
+                raise ValueError(f"checkpoint {file} holds more than data and was not made by this project; refused: {error}") from error
         damaged.append(file)
     if damaged:
         raise ValueError(f"checkpoint {damaged[0]} is damaged and there is no whole one before it; delete it to start the run anew")
