@@ -17,10 +17,11 @@ from lrpet.runs import is_complete, load_run, run
 from lrpet.training import Paused, has_checkpoint
 
 PAUSED = 75  # exit status: "temporary failure, try again" of sysexits.h
+INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Carry out one command; return its exit status: 0 all complete, 1 an error, 75 paused by the time budget."""
+    """Carry out one command; return its exit status: 0 all complete, 1 an error, 75 paused by the time budget, 130 by Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m lrpet", description="Train, resume and list the runs of experiments.yaml.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, text in (("list", "list the runs of a profile and their state"), ("check", "the same; exit status 1 unless all are complete")):
@@ -45,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Paused as pause:
         print(pause)
         return PAUSED
-    except (ValueError, FloatingPointError, yaml.YAMLError) as error:
+    except KeyboardInterrupt as stop:
+        print(stop.args[0] if stop.args else "stopped; what was trained so far is kept", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, FloatingPointError, OSError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from pickle import UnpicklingError  # what torch raises; nothing here unpickles by itself
 
@@ -18,6 +19,7 @@ from torch import nn
 from lrpet.config import RunConfig
 from lrpet.data import Batches
 from lrpet.files import write_whole
+from lrpet.interrupt import PatientInterrupt
 from lrpet.methods import Dense
 from lrpet.progress import Progress
 from lrpet.recipes import learning_rate, make_mixer, make_optimizer, training_loss
@@ -128,6 +130,7 @@ def train(
 
     Raises:
         Paused: the deadline passed.
+        KeyboardInterrupt: Ctrl-C; the step under way was finished and a checkpoint written, from which the same call goes on.
         FloatingPointError: the loss became NaN or infinite; names epoch, step and the norms of the layers.
 
     Source: arXiv 2204.05566, method and experimental settings.
@@ -140,12 +143,20 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
-    step, history, layers = state["step"], state["history"], state["layers"]
+    step, history, layers, projected = state["step"], state["history"], state["layers"], state.get("projected", False)
     loss_sum, correct, seen = (torch.tensor(value, dtype=torch.float64, device=device) for value in state["sums"])
     clock = state.get("clock", {"train": 0.0, "projection": 0.0, "evaluation": 0.0, "projections": 0})
     bar = Progress(config.run_id, config.epochs, steps, step, progress)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     look_every = 1 if device.type == "cpu" else 50  # reading a number off a GPU waits for it
+
+    def wanted_to_stop() -> bool:
+        return interrupt.asked or (deadline is not None and time.monotonic() > deadline)
+
+    def stopped(place: str) -> BaseException:
+        if interrupt.asked:
+            return KeyboardInterrupt(f"{config.run_id} stopped {place}; a checkpoint is written, and the same call goes on from it")
+        return Paused(f"{config.run_id} paused {place}")
 
     def keep():
         sums = [loss_sum.item(), correct.item(), seen.item()]
@@ -158,15 +169,16 @@ def train(
                 "rng": torch.get_rng_state(),
                 "history": history,
                 "layers": layers,
+                "projected": projected,
                 "sums": sums,
                 "clock": clock,
             },
         )
 
     model.train()
-    try:
-        while step < config.epochs * steps:
-            epoch, in_epoch = divmod(step, steps)
+    with closing(bar), PatientInterrupt() as interrupt:
+        while len(history) < config.epochs:
+            epoch, in_epoch = len(history), step - len(history) * steps  # in_epoch = steps: only its evaluation is missing
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch)
             began, projecting = time.perf_counter(), 0.0
@@ -190,21 +202,27 @@ def train(
                 step += 1
                 then = time.perf_counter()
                 reports = method.after_step(step, steps, step == config.epochs * steps)
-                if reports is not None:
+                projected = reports is not None
+                if projected:
                     layers = [vars(report) for report in reports]
                     projecting += time.perf_counter() - then
                     clock["projections"] += 1
-                if deadline is not None and time.monotonic() > deadline and not last_of_epoch:
+                if wanted_to_stop() and not last_of_epoch:
                     clock["train"] += time.perf_counter() - began - projecting
                     clock["projection"] += projecting
                     keep()
-                    raise Paused(f"{config.run_id} paused at step {step} of {config.epochs * steps}")
+                    raise stopped(f"at step {step} of {config.epochs * steps}")
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             clock["train"] += time.perf_counter() - began - projecting
             clock["projection"] += projecting
             then = time.perf_counter()
-            test_loss, top1_pct = evaluate(model, batches)
+            try:
+                with interrupt.allowed():  # a large test set takes long, and evaluation changes nothing
+                    test_loss, top1_pct = evaluate(model, batches)
+            except KeyboardInterrupt as request:
+                keep()
+                raise stopped(f"at the evaluation of epoch {epoch + 1} of {config.epochs}") from request
             clock["evaluation"] += time.perf_counter() - then
             if not math.isfinite(test_loss):
                 raise FloatingPointError(_lost(config, model, epoch, steps - 1))
@@ -217,22 +235,20 @@ def train(
                     "scored_on": "held out" if config.validation_fraction else "test",
                     "loss": test_loss,
                     "top1_pct": top1_pct,
-                    "projected": reports is not None,
+                    "projected": projected,
                     "train_seconds": round(clock["train"], 3),
                     "projection_seconds": round(clock["projection"], 3),
                 }
             ]
             loss_sum.zero_(), correct.zero_(), seen.zero_()
             bar.epoch(history[-1], step)
-            over = deadline is not None and time.monotonic() > deadline and step < config.epochs * steps
+            over = wanted_to_stop() and step < config.epochs * steps
             if (epoch + 1) % checkpoint_epochs == 0 or step == config.epochs * steps or over:
                 keep()
             if on_epoch is not None:
                 on_epoch(history[-1])
             if over:
-                raise Paused(f"{config.run_id} paused after epoch {epoch + 1} of {config.epochs}")
-    finally:
-        bar.close()
+                raise stopped(f"after epoch {epoch + 1} of {config.epochs}")
     return {"history": history, "layers": layers, **clock}
 
 
