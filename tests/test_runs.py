@@ -19,7 +19,7 @@ from lrpet.runs import is_complete, load_network, load_run
 from lrpet.training import Paused, evaluate
 
 CONFIG = RunConfig(**TINY)
-FILES = {"config.json", "environment.json", "history.csv", "layers.csv", "summary.json", "compact.safetensors"}
+FILES = {"config.json", "environment.json", "history.csv", "layers.csv", "summary.json", "SHA256SUMS", "compact.safetensors"}
 
 
 def outcome(folder):
@@ -129,11 +129,13 @@ def test_lines_are_one_an_epoch_behind_one_that_names_the_run(tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "environment.json", "history.csv"])
-def test_a_damaged_file_is_an_error_that_names_the_folder(undisturbed, tmp_path, name):
+def test_a_damaged_file_of_a_run_from_before_checksums_is_an_error_that_names_it(undisturbed, tmp_path, name):
     folder = tmp_path / "damaged"
     shutil.copytree(undisturbed.folder, folder)
+    (folder / "SHA256SUMS").unlink()
+    assert load_run(folder).summary == undisturbed.summary
     (folder / name).write_text("" if name.endswith("csv") else "{")
-    with pytest.raises(ValueError, match=r"a file in .*damaged is damaged .*delete the folder"):
+    with pytest.raises(ValueError, match=f"damaged/{name} is damaged .*delete the folder"):
         load_run(folder)
 
 
