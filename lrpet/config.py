@@ -147,7 +147,10 @@ class RunConfig:
 
     def _bound(self, name: str, low: float, high: float) -> None:
         if not low <= getattr(self, name) <= high:
-            self._refuse(name, f"between {low:g} and {high:g}")
+            self._refuse(name, f"between {low:.10g} and {high:.10g}")
+
+    def __hash__(self):
+        return hash(self.run_id)  # a map of ranks has no hash of its own
 
     @classmethod
     def from_dict(cls, values: Mapping) -> RunConfig:
