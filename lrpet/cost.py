@@ -68,7 +68,7 @@ def cost(model: nn.Module, input_shape: Sequence[int], ranks: Mapping[str, int] 
     >>> cost(nn.Conv2d(3, 16, 3, padding=1, bias=False), (3, 32, 32)).macs
     442368
     """
-    ranks = resolve_ranks(model, ranks) if ranks else {}
+    ranks = {} if ranks is None else resolve_ranks(model, ranks)
     shadow = copy.deepcopy(model).to("meta").eval()
     names = {module: name for name, module in shadow.named_modules()}
     macs: dict[str, int] = {}
