@@ -53,9 +53,10 @@ def factorize(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) -> nn.
     >>> [tuple(p.shape) for p in compact.parameters()]
     [(2, 8, 3, 3), (16, 2, 1, 1), (16,)]
     """
+    ranks = resolve_ranks(model, ranks)
     compact = copy.deepcopy(model)
     compact.factorization = []
-    for name, rank in resolve_ranks(model, ranks).items():
+    for name, rank in ranks.items():
         layer = compact.get_submodule(name)
         M = layer.weight.reshape(layer.weight.shape[0], -1)  # (N, D)
         if not torch.isfinite(M).all():

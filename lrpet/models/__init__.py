@@ -36,13 +36,15 @@ def build_model(name: str, num_classes: int = 10) -> nn.Module:
         A module that maps (B, 3, H, W) float images to (B, num_classes) logits.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or no number of classes.
 
     Source: named in each file; torchvision.models for the larger ones.
 
     >>> build_model("resnet20").fc.out_features
     10
     """
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes must be a whole number of 1 or more; got {num_classes!r}")
     if name in BUILDERS:
         return BUILDERS[name](num_classes=num_classes)
     if name in TORCHVISION:
