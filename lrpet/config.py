@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +163,8 @@ class RunConfig:
         """
         import difflib
 
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a configuration must be a map of fields to values, as {{'seed': 1}}; got {values!r}")
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
@@ -210,5 +212,5 @@ def _check_type(name: str, value, annotation: str) -> None:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         hint = " (YAML reads 1e-4 as text: write 0.0001)" if isinstance(value, str) and kind is not str else ""
         raise ValueError(f"{name} must be {annotation.split(' ')[0]}; got {type(value).__name__} {value!r}{hint}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite; got {value!r}")
