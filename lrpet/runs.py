@@ -158,12 +158,12 @@ def run(
 
     Two processes asked for the same run do not both train it: the second waits, then loads.
     """
-    if checkpoint_epochs < 1:
-        raise ValueError(f"checkpoint_epochs must be at least 1; got {checkpoint_epochs}")
+    _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic)
     deadline = None if time_budget is None else time.monotonic() + time_budget
     folder = config.folder(None if results is None else Path(results))
     say = print if progress != "off" else lambda *_, **__: None
     if not is_complete(folder):
+        where = _device(device, config)
         lock = FileLock(folder / "run.lock")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -176,11 +176,28 @@ def run(
         with held:  # released on the way out, also by an error; the kernel releases it when the process dies, however it dies
             if not is_complete(folder):
                 with _deterministic(deterministic):
-                    return _train(config, folder, data, _device(device, config), checkpoint_epochs, deadline, progress, say, on_epoch)
+                    return _train(config, folder, data, where, checkpoint_epochs, deadline, progress, say, on_epoch)
     done = load_run(folder)
     e = done.environment
     say(f"{config.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}", flush=True)
     return done
+
+
+def _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic) -> None:
+    """Refuse what cannot be meant, before a folder is made."""
+    for name, value, good, wanted in (
+        ("config", config, isinstance(config, RunConfig), "a RunConfig; RunConfig.from_dict makes one of a map"),
+        ("data", data, data is None or isinstance(data, (str, Path)), "the path of a folder, or None"),
+        ("device", device, isinstance(device, str), "auto, cpu, cuda or cuda:1"),
+        ("results", results, results is None or isinstance(results, (str, Path)), "the path of a folder, or None"),
+        ("checkpoint_epochs", checkpoint_epochs, type(checkpoint_epochs) is int and checkpoint_epochs >= 1, "a whole number of at least 1"),
+        ("time_budget", time_budget, time_budget is None or (type(time_budget) in (int, float) and time_budget >= 0), "seconds, 0 or more, or None"),
+        ("progress", progress, progress in ("auto", "bar", "lines", "off"), "auto, bar, lines or off"),
+        ("on_epoch", on_epoch, on_epoch is None or callable(on_epoch), "a function of the row of an epoch, or None"),
+        ("deterministic", deterministic, isinstance(deterministic, bool), "True or False"),
+    ):
+        if not good:
+            raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 
 @contextmanager
@@ -205,6 +222,8 @@ def _device(name: str, config: RunConfig) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:1; got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:1; got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU; use 'cpu' or 'auto'")
     if config.precision == "tf32" and device.type != "cuda":
