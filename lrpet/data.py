@@ -151,9 +151,11 @@ def _read_tree(root: Path, short: int | None, train_size: int, test_size: int):
 
     The shorter side is resized to ``short`` pixels and the central square cut out; None takes only images that fit.
     """
-    train, test, classes = _list_tree(root)
-    samples = train + test
-    listing = [f"{Path(p).relative_to(root)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p, _ in samples]
+    try:
+        train, test, classes = _list_tree(root)
+        listing = [f"{Path(p).relative_to(root)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p, _ in train + test]
+    except OSError as error:
+        raise DataError(f"{root} must be a folder of images that can be read; got: {error}. Allow reading or give another --data") from error
     place, content = (
         hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] for lines in ([str(root.resolve()), f"{short} {train_size} {test_size}"], listing)
     )
