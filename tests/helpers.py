@@ -1,5 +1,8 @@
 """What several test files need: networks with used BatchNorms, and the difference of two tensors."""
 
+import json
+
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -54,6 +57,14 @@ class Zoo(nn.Module):
 
 
 ZOO_RANKS = {"square": 5, "pointwise": 4, "tall": 6, "column": 3, "dilated": 7}
+
+
+def outcome(folder):
+    """Everything that a run has to say, without the seconds it took."""
+    summary = {name: value for name, value in json.loads((folder / "summary.json").read_text()).items() if not name.endswith("_seconds")}
+    history = pd.read_csv(folder / "history.csv")
+    history = history[[name for name in history.columns if not name.endswith("_seconds")]]
+    return summary, history.to_csv(), (folder / "layers.csv").read_text(), (folder / "compact.safetensors").read_bytes()
 
 
 def run_and_report(fields, results, pipe):

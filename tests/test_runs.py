@@ -10,7 +10,7 @@ import time
 import pandas as pd
 import pytest
 import torch
-from helpers import TINY, run_and_report
+from helpers import TINY, outcome, run_and_report
 
 import lrpet.runs
 from lrpet import RunConfig, build_model, cost, load_runs, ranks_from_ratio, run
@@ -20,14 +20,6 @@ from lrpet.training import Paused, evaluate
 
 CONFIG = RunConfig(**TINY)
 FILES = {"config.json", "environment.json", "history.csv", "layers.csv", "summary.json", "SHA256SUMS", "compact.safetensors"}
-
-
-def outcome(folder):
-    """Everything that a run has to say, without the seconds it took."""
-    summary = {name: value for name, value in json.loads((folder / "summary.json").read_text()).items() if not name.endswith("_seconds")}
-    history = pd.read_csv(folder / "history.csv")
-    history = history[[name for name in history.columns if not name.endswith("_seconds")]]
-    return summary, history.to_csv(), (folder / "layers.csv").read_text(), (folder / "compact.safetensors").read_bytes()
 
 
 def files(folder):
