@@ -106,3 +106,9 @@ def save_and_die(path, state, die_at):
     """Write a checkpoint, and be killed at the n-th moment at which a file is about to change."""
     die_at_change(die_at)
     save_checkpoint(path, state)
+
+
+def in_folders(places, function, *arguments):
+    """Call a function with the environment variables of a test, for a process that it starts."""
+    os.environ.update(places)
+    function(*arguments)
