@@ -178,6 +178,7 @@ def run(
                 with _deterministic(deterministic):
                     return _train(config, folder, data, where, checkpoint_epochs, deadline, progress, say, on_epoch)
     done = load_run(folder)
+    _tidy(folder)  # where it was killed between its summary and this
     e = done.environment
     say(f"{config.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}", flush=True)
     return done
@@ -305,9 +306,14 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
     content = {"SHA256SUMS": "".join(f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in content.items())} | content
     for name, text in content.items():  # the summary last: it says that all others are there
         _write(folder / name, text)
-    for left in (*folder.glob("checkpoint.*"), *folder.glob("*.part*")):
-        left.unlink()
+    _tidy(folder)
     return load_run(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what a finished run needs no more: its checkpoints, and what it was writing when it was killed."""
+    for left in (*folder.glob("checkpoint.*"), *folder.glob("*.part*")):
+        left.unlink(missing_ok=True)
 
 
 @torch.no_grad()
