@@ -70,8 +70,11 @@ status=0
 state=$("$PYTHON" -m lrpet check --profile "$profile") || status=1
 tail -n 1 <<<"$state"
 missing() {
-    local notebook=$results/notebooks/$1.ipynb
-    if [ -f "$notebook" ]; then echo "missing: $1; how far it came: $notebook"; else echo "missing: $1, not begun"; fi
+    local trace
+    for trace in "$results/notebooks/$1.ipynb" "$results/notebooks/$1.log"; do
+        if [ -f "$trace" ]; then echo "missing: $1; how far it came: $trace" && return; fi
+    done
+    echo "missing: $1, not begun"
 }
 awk '/ (not run|started)$/ { print $1 }' <<<"$state" | while read -r name; do missing "$name"; done
 for name in 00_method $([ "$profile" != smoke ] || echo 06_rank_search) 03_ablations 04_singular_values 05_gradient_norms 08_tables; do

@@ -15,13 +15,14 @@ from lrpet.config import PROFILES, RunConfig
 from lrpet.experiments import load_profile, select
 from lrpet.export import FORMATS, export_run
 from lrpet.runs import is_complete, load_run, run
-from lrpet.training import Paused
+from lrpet.training import Paused, has_checkpoint
 
 PAUSED = 75  # exit status: "temporary failure, try again" of sysexits.h
+INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Carry out one command; return its exit status: 0 all complete, 1 an error, 75 paused by the time budget."""
+    """Carry out one command; return its exit status: 0 all complete, 1 an error, 75 paused by the time budget, 130 by Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m lrpet", description="Train, resume and list the runs of experiments.yaml.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, text in (
@@ -55,7 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Paused as pause:
         print(pause)
         return PAUSED
-    except (ValueError, FloatingPointError, yaml.YAMLError) as error:
+    except KeyboardInterrupt as stop:
+        print(stop.args[0] if stop.args else "stopped; what was trained so far is kept", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, FloatingPointError, OSError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -71,7 +75,7 @@ def _list(args) -> int:
             state = f"complete  {summary['top1_pct']:.2f} % {summary['scored_on']}, {summary['macs'] / 1e6:.2f} M MACs"
         else:
             missing += 1
-            state = "started" if (folder / "checkpoint.pt").is_file() else "not run"
+            state = "started" if has_checkpoint(folder / "checkpoint.pt") else "not run"
         print(f"  {experiment.name:28s} {experiment.config.run_id:44s} {state}")
     print(f"{len(profile.experiments) - missing} of {len(profile.experiments)} complete")
     return 1 if missing and args.verb == "check" else 0

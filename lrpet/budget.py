@@ -54,7 +54,7 @@ def ranks_for_budget(
     >>> round(1 - saved.macs / saved.dense_macs, 2)
     0.55
     """
-    if not 0.0 < macs_reduction < 1.0:
+    if not isinstance(macs_reduction, float) or not 0.0 < macs_reduction < 1.0:
         raise ValueError(f"macs_reduction is the share of multiply-adds to save, between 0 and 1; got {macs_reduction!r}")
     if allocation not in ("uniform", "energy"):
         raise ValueError(f"allocation must be 'uniform' or 'energy'; got {allocation!r}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +209,10 @@ class RunConfig:
 
     def _bound(self, name: str, low: float, high: float) -> None:
         if not low <= getattr(self, name) <= high:
-            self._refuse(name, f"between {low:g} and {high:g}")
+            self._refuse(name, f"between {low:.10g} and {high:.10g}")
+
+    def __hash__(self):
+        return hash(self.run_id)  # a map of ranks has no hash of its own
 
     @classmethod
     def from_dict(cls, values: Mapping) -> RunConfig:
@@ -222,6 +225,8 @@ class RunConfig:
         """
         import difflib
 
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a configuration must be a map of fields to values, as {{'seed': 1}}; got {values!r}")
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
@@ -269,5 +274,5 @@ def _check_type(name: str, value, annotation: str) -> None:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         hint = " (YAML reads 1e-4 as text: write 0.0001)" if isinstance(value, str) and kind is not str else ""
         raise ValueError(f"{name} must be {annotation.split(' ')[0]}; got {type(value).__name__} {value!r}{hint}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite; got {value!r}")

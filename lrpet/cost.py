@@ -61,14 +61,16 @@ def cost(model: nn.Module, input_shape: Sequence[int], ranks: Mapping[str, int] 
         Totals and a row a layer, in the order of execution.
 
     Raises:
-        ValueError: ranks that do not fit the model.
+        ValueError: ranks or an image size that do not fit the model.
 
     Source: the authors' counts; ResNet-56 at ratio 0.57 is 56.06 M of 125.49 M.
 
     >>> cost(nn.Conv2d(3, 16, 3, padding=1, bias=False), (3, 32, 32)).macs
     442368
     """
-    ranks = resolve_ranks(model, ranks) if ranks else {}
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__} {model!r}; build_model makes one of a name")
+    ranks = {} if ranks is None else resolve_ranks(model, ranks)
     shadow = copy.deepcopy(model).to("meta").eval()
     names = {module: name for name, module in shadow.named_modules()}
     macs: dict[str, int] = {}
@@ -77,11 +79,14 @@ def cost(model: nn.Module, input_shape: Sequence[int], ranks: Mapping[str, int] 
         positions = output.numel() // module.weight.shape[0]
         macs[names[module]] = macs.get(names[module], 0) + module.weight.numel() * positions
 
-    hooks = [m.register_forward_hook(record) for m in names if isinstance(m, (nn.Conv2d, nn.Linear))]
-    with torch.no_grad():
-        shadow(torch.empty(1, *input_shape, device="meta"))
-    for hook in hooks:
-        hook.remove()
+    for module in names:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(record)
+    try:
+        with torch.no_grad():
+            shadow(torch.empty(1, *input_shape, device="meta"))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"input_shape must be (C, H, W) of an image that {type(model).__name__} takes; got {input_shape!r}: {error}") from error
 
     modules = dict(shadow.named_modules())
     layers = []

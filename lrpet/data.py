@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrpet.config import PROJECT, RunConfig
+from lrpet.files import write_whole
 
 __all__ = ["Batches", "DataError", "ImageData", "load_data"]
 
@@ -149,24 +151,42 @@ def _read_tree(root: Path, short: int | None, train_size: int, test_size: int):
 
     The shorter side is resized to ``short`` pixels and the central square cut out; None takes only images that fit.
     """
-    train, test, classes = _list_tree(root)
-    samples = train + test
-    listing = [f"{Path(p).relative_to(root)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p, _ in samples]
-    key = hashlib.sha256("\n".join([str(root.resolve()), f"{short} {train_size} {test_size}", *listing]).encode()).hexdigest()[:16]
+    try:
+        train, test, classes = _list_tree(root)
+        listing = [f"{Path(p).relative_to(root)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p, _ in train + test]
+    except OSError as error:
+        raise DataError(f"{root} must be a folder of images that can be read; got: {error}. Allow reading or give another --data") from error
+    place, content = (
+        hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] for lines in ([str(root.resolve()), f"{short} {train_size} {test_size}"], listing)
+    )
     cache = Path(os.environ.get("LRPET_CACHE") or PROJECT / "data" / "cache").expanduser()
     arrays = []
     for split, files, size in (("train", train, train_size), ("test", test, test_size)):
-        file = cache / f"{key}-{split}.npy"
-        if not file.is_file():
+        file = cache / f"{place}-{split}-{content}.cache"
+        images = _read_cache(file, (len(files), size, size, 3))
+        if images is None:
             images = _decode([path for path, _ in files], short, size)
             cache.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".part{os.getpid()}")
-            with open(part, "wb") as out:
-                np.save(out, images)
-            os.replace(part, file)
-        arrays.append(np.load(file))
+            with write_whole(file) as out:
+                out.write(images.data)
+                out.write(hashlib.sha256(images.data).digest())
+            for old in set(cache.glob(f"{place}-{split}-*")) - {file}:  # of this folder before its images changed
+                old.unlink(missing_ok=True)
+        arrays.append(images)
     (train_x, test_x), (train_y, test_y) = map(torch.from_numpy, arrays), (torch.tensor([y for _, y in part]) for part in (train, test))
     return train_x, train_y, test_x, test_y, classes
+
+
+def _read_cache(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return the pixels of a cache file, the SHA-256 of which stands behind them; None where it is missing or, said aloud, damaged."""
+    if not file.is_file():
+        return None
+    content = np.fromfile(file, np.uint8)
+    pixels, digest = content[:-32], content[-32:].tobytes()
+    if len(pixels) == math.prod(shape) and hashlib.sha256(pixels.data).digest() == digest:
+        return pixels.reshape(shape)
+    print(f"{file} is damaged; decoding the images again", flush=True)
+    return None
 
 
 def _list_tree(root: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]], tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,22 +60,40 @@ def load_profile(name: str, path: Path | None = None) -> Profile:
     path = path or PROJECT / "experiments.yaml"
     try:
         profiles = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise ValueError(f"experiments must be a file that can be read; got {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(profiles, dict) or name not in profiles or name not in PROFILES:
-        known = ", ".join(profiles) if isinstance(profiles, dict) else "none"
+    if not isinstance(profiles, dict) or name not in list(profiles) or name not in PROFILES:
+        known = ", ".join(map(str, profiles)) if isinstance(profiles, dict) else "none"
         raise ValueError(f"profile must be one of those in {path.name} ({known}); got {name!r}")
     profile = profiles[name]
+    if not isinstance(profile or {}, dict):
+        raise ValueError(f"profile {name!r} must be a map of note, cost, settings, seeds, experiments; got {profile!r}")
     entries = {"note", "cost", "settings", "seeds", "experiments"}
-    unknown, missing = set(profile or ()) - entries, entries - set(profile or ())
+    unknown, missing = set(map(str, profile or ())) - entries, entries - set(profile or ())
     if unknown:
         raise ValueError(f"profile {name!r} has an unknown entry {sorted(unknown)[0]!r}; allowed are note, cost, settings, seeds, experiments")
     if missing:
         raise ValueError(f"profile {name!r} lacks the entry {sorted(missing)[0]!r}; needed are note, cost, settings, seeds, experiments")
+    for entry, kind in (("note", str), ("cost", str), ("settings", dict), ("experiments", dict)):
+        if not isinstance(profile[entry], kind) or (not profile[entry] and entry != "settings"):
+            wanted = "a text" if kind is str else "a map, as {epochs: 2}" if entry == "settings" else "a map of names to settings"
+            raise ValueError(f"{entry} of profile {name!r} must be {wanted}; got {profile[entry]!r}")
     by_seed: dict[int, list[Experiment]] = {}
     for stem, settings in profile["experiments"].items():
+        if not isinstance(stem, str) or not re.fullmatch(r"\w[\w.-]*", stem):
+            raise ValueError(f"the name of an experiment of profile {name!r} must be letters, digits, '-', '_' and '.'; got {stem!r}; rename it")
+        if not isinstance(settings, dict):
+            raise ValueError(f"experiment {stem!r} of profile {name!r} must be a map, as {{feeds: cifar10, method: dense}}; got {settings!r}")
         settings = {**profile["settings"], **settings}
         feeds, seeds = settings.pop("feeds", None), settings.pop("seeds", profile["seeds"])
+        if not isinstance(feeds, str):
+            raise ValueError(f"feeds of experiment {stem!r} of profile {name!r} must be the name of the table it is for; got {feeds!r}")
+        if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
+            raise ValueError(f"seeds of experiment {stem!r} of profile {name!r} must be a list of different whole numbers, as [1, 2]; got {seeds!r}")
+        for given in {"seed", "profile"} & set(settings):
+            raise ValueError(f"experiment {stem!r} of profile {name!r} must not set {given}; got {settings[given]!r}; seeds and the profile do")
         for seed in seeds:
             try:
                 config = RunConfig.from_dict({**settings, "seed": seed, "profile": name})

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn.utils import skip_init
 
+from lrpet.files import write_whole
 from lrpet.pairing import LAYERS as PAIRABLE
 from lrpet.pairing import ConstantOutput, batchnorm_scale, resolve_batchnorms
 from lrpet.projection import truncated_svd
@@ -275,9 +276,18 @@ def save_compact(compact: nn.Module, path: str | Path, **description: str | int)
     layers = {layer.name: [layer.rank, layer.action] for layer in compact.factorization}
     header = {"layers": layers, "batchnorm_folded": getattr(compact, "batchnorm_folded", False), **description}
     tensors = {name: tensor.detach().contiguous() for name, tensor in compact.state_dict().items()}
-    part = Path(f"{path}.part{os.getpid()}")
-    save_file(tensors, part, metadata={"lrpet": json.dumps(header)})
-    os.replace(part, path)
+    with write_whole(Path(path)) as file:
+        file.write(save(tensors, metadata={"lrpet": json.dumps(header | {"sha256": _digest(tensors)})}))
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes, which safetensors itself does not check."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def compact_header(path: str | Path) -> dict:
@@ -299,9 +309,12 @@ def _read(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if header is None:
         raise ValueError(f"{path} has no lrpet header; only files of save_compact can be rebuilt")
     try:
-        return json.loads(header), tensors
+        header = json.loads(header)
     except ValueError as error:
         raise ValueError(f"the header of {path} is damaged ({error}); save the compact network again") from error
+    if not isinstance(header, dict) or header.get("sha256") != _digest(tensors):
+        raise ValueError(f"{path} is damaged: its tensors are not those that were saved; save the compact network again")
+    return header, tensors
 
 
 def load_compact(path: str | Path, model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ squares the condition number, then costs no accuracy that float32 weights could 
 from __future__ import annotations
 
 import logging
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -146,12 +147,16 @@ def project_and_measure(
     tensor(0.6400, dtype=torch.float64)
     """
     _check(matrix, rank)
-    if not 0.0 <= residual <= 1.0:
+    if not isinstance(energy_transfer, bool):
+        raise ValueError(f"energy_transfer must be True or False; got {energy_transfer!r}")
+    if isinstance(residual, bool) or not isinstance(residual, (int, float)) or not 0.0 <= residual <= 1.0:
         raise ValueError(f"residual is the kept share of removed values, 0 to 1; got {residual!r}")
-    if not row_eps >= 0.0:
+    if isinstance(row_eps, bool) or not isinstance(row_eps, (int, float)) or not 0.0 <= row_eps < math.inf:
         raise ValueError(f"row_eps must be 0 (exact inverse) or positive; got {row_eps!r}")
-    if not torch.isfinite(matrix).all():
-        raise ValueError("matrix holds NaN or infinite values; the weights were lost before this projection")
+    if not torch.isfinite(matrix.double().square().sum()):
+        raise ValueError("matrix holds NaN or infinite values, or overflows when squared; the weights were lost before this projection")
+    if row_scale is not None and not (isinstance(row_scale, Tensor) and row_scale.is_floating_point()):
+        raise ValueError(f"row_scale must be a floating-point tensor or None; got {type(row_scale).__name__}")
     if row_scale is not None and row_scale.shape != matrix.shape[:-1]:
         raise ValueError(f"row_scale must have a value a row, {tuple(matrix.shape[:-1])}; got {tuple(row_scale.shape)}")
     if row_scale is not None and not torch.isfinite(row_scale).all():
@@ -333,6 +338,8 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(matrix: Tensor, rank: int) -> None:
+    if not isinstance(matrix, Tensor):
+        raise ValueError(f"matrix must be a floating-point tensor, (..., N, D); got {type(matrix).__name__}; torch.as_tensor makes one")
     if not matrix.is_floating_point() or matrix.ndim < 2:
         raise ValueError(f"matrix must be floating point, (..., N, D); got {matrix.dtype}, {tuple(matrix.shape)}")
     K = min(matrix.shape[-2:])

@@ -75,6 +75,8 @@ class LowRankProjector:
         fast: bool = False,
     ):
         self.ranks = resolve_ranks(model, ranks)
+        if not isinstance(bn_rectification, bool):
+            raise ValueError(f"bn_rectification must be True or False; got {bn_rectification!r}")
         self.settings = {"energy_transfer": energy_transfer, "residual": residual, "row_eps": row_eps}
         project_and_measure(torch.eye(2), 1, **self.settings)  # refuses bad settings here, not an epoch later
         modules = dict(model.named_modules())

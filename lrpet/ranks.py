@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from types import NoneType
 
 from torch import nn
 
@@ -24,6 +25,10 @@ def compressible_layers(model: nn.Module, layers: str | None = None) -> dict[str
     >>> compressible_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 2)))
     {'0': (8, 27)}
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__} {model!r}; build_model makes one of a name")
+    if not isinstance(layers, (str, NoneType)):
+        raise ValueError(f"layers must be null or a pattern of layer names, as '*.mlp.*'; got {layers!r}")
     shapes = {}
     for name, module in model.named_modules():
         convolution = isinstance(module, nn.Conv2d) and module.groups == 1
@@ -47,6 +52,8 @@ def rank_from_ratio(K: int, prune_ratio: float) -> int:
     >>> [rank_from_ratio(K, 0.57) for K in (16, 32, 64)]
     [6, 13, 27]
     """
+    if isinstance(K, bool) or not isinstance(K, int) or K < 1:
+        raise ValueError(f"K is the number of singular values, a whole number of 1 or more; got {K!r}")
     if isinstance(prune_ratio, bool) or not isinstance(prune_ratio, (int, float)) or not 0 <= prune_ratio < 1:
         raise ValueError(f"prune_ratio is the share of singular values to remove, 0 ≤ ratio < 1; got {prune_ratio!r}")
     return max(1, int(K - K * float(prune_ratio)))
@@ -96,6 +103,8 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) ->
     {'0': 6}
     """
     if not isinstance(ranks, Mapping):
+        if not isinstance(ranks, Sequence) or isinstance(ranks, str):
+            raise ValueError(f"ranks must be a list of whole numbers or a map of layer names to them; got {ranks!r}; ranks_from_ratio makes one")
         names = list(compressible_layers(model))
         if len(ranks) != len(names):
             raise ValueError(f"ranks has {len(ranks)} entries, but the model has {len(names)} compressible convolutions")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +23,15 @@ from lrpet.config import PROJECT, RunConfig, results_root
 from lrpet.cost import cost
 from lrpet.data import Batches, load_data
 from lrpet.factorize import compact_header, load_compact, save_compact
+from lrpet.files import write_whole
 from lrpet.filter_pruning import keep_filters
 from lrpet.methods import build_network, make_method
 from lrpet.models import build_model
 from lrpet.projector import LayerReport
-from lrpet.training import evaluate, train
+from lrpet.training import evaluate, has_checkpoint, train
+
+ANEW = "delete the folder to run it anew, or take it from where you got it"
+FILES = ("config.json", "environment.json", "history.csv", "layers.csv", "summary.json")
 
 __all__ = ["Run", "environment", "is_complete", "load_network", "load_run", "load_runs", "run"]
 
@@ -54,12 +60,33 @@ def load_run(folder: Path) -> Run:
         FileNotFoundError: the run is not complete.
         ValueError: a file of it is damaged; names the file.
     """
-    try:
-        config, summary, environment = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary", "environment"))
-        history, layers = (pd.read_csv(folder / f"{name}.csv") for name in ("history", "layers"))
-    except ValueError as error:
-        raise ValueError(f"a file in {folder} is damaged ({error}); delete the folder to run it anew") from error
+    if not is_complete(folder):
+        raise FileNotFoundError(f"{folder} holds no finished run: it has no summary.json")
+    _verify(folder)
+    config, summary, environment = (_read_json(folder / f"{name}.json") for name in ("config", "summary", "environment"))
+    history, layers = (_read(folder / f"{name}.csv", pd.read_csv) for name in ("history", "layers"))
     return Run(RunConfig.from_dict(config), summary, history, layers, environment, folder)
+
+
+def _verify(folder: Path) -> None:
+    """Refuse a run whose files are not as ``SHA256SUMS`` says, which ``sha256sum -c`` reads too; runs from before it came have none."""
+    sums = folder / "SHA256SUMS"
+    if sums.is_file():
+        told = _read(sums, lambda file: {line[66:]: line[:64] for line in file.read_text().splitlines()})
+        for name in FILES:
+            if told.get(name) != _read(folder / name, lambda file: hashlib.sha256(file.read_bytes()).hexdigest()):
+                raise ValueError(f"{folder / name} is damaged, or {sums.name} beside it: the two disagree; {ANEW}")
+
+
+def _read_json(file: Path) -> dict:
+    return _read(file, lambda file: json.loads(file.read_text()))
+
+
+def _read(file: Path, read: Callable):
+    try:
+        return read(file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}); {ANEW}") from error
 
 
 def load_runs(root: str | Path | None = None) -> pd.DataFrame:
@@ -108,6 +135,7 @@ def run(
     time_budget: float | None = None,
     progress: str = "auto",
     on_epoch: Callable[[dict], None] | None = None,
+    deterministic: bool = False,
 ) -> Run:
     """Do a run, or go on with it, or load it: whichever its folder calls for.
 
@@ -120,37 +148,80 @@ def run(
         time_budget: seconds after which to write a checkpoint and stop.
         progress: "auto", "bar" (terminal and Jupyter), "lines" (one an epoch) or "off".
         on_epoch: called with the row of each finished epoch, as ``history`` holds it; may raise to end the run.
+        deterministic: use only algorithms that give the same bits each time, which costs time on a GPU and changes nothing on a
+            CPU. What the same seed does not promise: the same bits on another device, number of threads or version of PyTorch.
 
     Returns:
         The finished run.
 
     Raises:
         Paused: the time budget ended before the run did.
+        KeyboardInterrupt: Ctrl-C, behind a checkpoint.
+        OSError: a file could not be written, as on a full disk; the checkpoint before is untouched.
+        RuntimeError: ``deterministic``, and PyTorch has no such algorithm for an operation of the network; names it.
         DataError, ValueError: data or configuration cannot be used.
         FloatingPointError: the loss became NaN or infinite.
 
     Two processes asked for the same run do not both train it: the second waits, then loads.
     """
-    if checkpoint_epochs < 1:
-        raise ValueError(f"checkpoint_epochs must be at least 1; got {checkpoint_epochs}")
+    _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic)
     deadline = None if time_budget is None else time.monotonic() + time_budget
     folder = config.folder(None if results is None else Path(results))
     say = print if progress != "off" else lambda *_, **__: None
     if not is_complete(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        where = _device(device, config)
         lock = FileLock(folder / "run.lock")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             held = lock.acquire(timeout=0)
         except Timeout:
             say(f"{config.run_id} is being trained by another process; waiting for it", flush=True)
             held = lock.acquire()
+        except OSError as error:
+            raise ValueError(f"results must be a folder that can be written; got {folder}: {error.strerror}; set LRPET_RESULTS") from error
         with held:  # released on the way out, also by an error; the kernel releases it when the process dies, however it dies
             if not is_complete(folder):
-                return _train(config, folder, data, _device(device, config), checkpoint_epochs, deadline, progress, say, on_epoch)
+                with _deterministic(deterministic):
+                    return _train(config, folder, data, where, checkpoint_epochs, deadline, progress, say, on_epoch)
     done = load_run(folder)
+    _tidy(folder)  # where it was killed between its summary and this
     e = done.environment
     say(f"{config.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}", flush=True)
     return done
+
+
+def _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic) -> None:
+    """Refuse what cannot be meant, before a folder is made."""
+    for name, value, good, wanted in (
+        ("config", config, isinstance(config, RunConfig), "a RunConfig; RunConfig.from_dict makes one of a map"),
+        ("data", data, data is None or isinstance(data, (str, Path)), "the path of a folder, or None"),
+        ("device", device, isinstance(device, str), "auto, cpu, cuda or cuda:1"),
+        ("results", results, results is None or isinstance(results, (str, Path)), "the path of a folder, or None"),
+        ("checkpoint_epochs", checkpoint_epochs, type(checkpoint_epochs) is int and checkpoint_epochs >= 1, "a whole number of at least 1"),
+        ("time_budget", time_budget, time_budget is None or (type(time_budget) in (int, float) and time_budget >= 0), "seconds, 0 or more, or None"),
+        ("progress", progress, progress in ("auto", "bar", "lines", "off"), "auto, bar, lines or off"),
+        ("on_epoch", on_epoch, on_epoch is None or callable(on_epoch), "a function of the row of an epoch, or None"),
+        ("deterministic", deterministic, isinstance(deterministic, bool), "True or False"),
+    ):
+        if not good:
+            raise ValueError(f"{name} must be {wanted}; got {value!r}")
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Let PyTorch refuse algorithms whose result varies; leave everything as it was where that is not wanted."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use in this process
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def _device(name: str, config: RunConfig) -> torch.device:
@@ -158,6 +229,8 @@ def _device(name: str, config: RunConfig) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:1; got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:1; got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU; use 'cpu' or 'auto'")
     if config.precision == "tf32" and device.type != "cuda":
@@ -169,15 +242,15 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
     images = load_data(config, data)
     origin = environment(device) | images.fingerprint
     _same_data(folder, origin)
-    _write_json(folder / "config.json", config.to_dict())
-    _write_json(folder / "environment.json", origin)
+    _write(folder / "config.json", _json(config.to_dict()))
+    _write(folder / "environment.json", _json(origin))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     torch.manual_seed(config.seed)  # before the model exists
     model = build_network(config, len(images.classes)).to(device, memory_format=torch.channels_last)
     method = make_method(model, config)
     batches = Batches(images, config.batch_size, device, config.seed)
     checkpoint = folder / "checkpoint.pt"
-    verb = "resuming" if checkpoint.is_file() else "training"
+    verb = "resuming" if has_checkpoint(checkpoint) else "training"
     say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {origin['device']}", flush=True)
     state = train(config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress, on_epoch=on_epoch)
 
@@ -212,15 +285,26 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
     compact.factorization = getattr(compact, "factorization", [])  # a dense network is one with nothing factorized
     filters = method.structure if config.method == "filter_pruning" else None
     save_compact(compact, folder / "compact.safetensors", model=config.model, num_classes=len(images.classes), filters=filters)
-    _write(folder / "history.csv", history.to_csv(index=False))
-    _write(folder / "layers.csv", pd.DataFrame(rows).to_csv(index=False))
     for name, content in state["recorder"].files().items():
         _write(folder / name, content)
-    _write_json(folder / "environment.json", origin | {"finished": _now()})
-    _write_json(folder / "summary.json", summary)
-    for name in ("checkpoint.pt", "checkpoint.previous"):
-        (folder / name).unlink(missing_ok=True)
+    content = {
+        "config.json": _json(config.to_dict()),
+        "environment.json": _json(origin | {"finished": _now()}),
+        "history.csv": history.to_csv(index=False),
+        "layers.csv": pd.DataFrame(rows).to_csv(index=False),
+        "summary.json": _json(summary),
+    }
+    content = {"SHA256SUMS": "".join(f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in content.items())} | content
+    for name, text in content.items():  # the summary last: it says that all others are there
+        _write(folder / name, text)
+    _tidy(folder)
     return load_run(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what a finished run needs no more: its checkpoints, and what it was writing when it was killed."""
+    for left in (*folder.glob("checkpoint.*"), *folder.glob("*.part*")):
+        left.unlink(missing_ok=True)
 
 
 def _layer_rows(full, deployed, factorization, projected) -> list[dict]:
@@ -261,11 +345,11 @@ def _difference(model, compact, batches) -> float:
 
 def _same_data(folder: Path, environment: dict) -> None:
     """Refuse to go on with other images than a run began with."""
-    if not (folder / "checkpoint.pt").is_file():
+    if not has_checkpoint(folder / "checkpoint.pt"):
         return
-    before = json.loads((folder / "environment.json").read_text())
+    before = _read_json(folder / "environment.json")
     for name in ("data_train_sha256", "data_test_sha256"):
-        if before[name] != environment[name]:
+        if before.get(name) != environment[name]:
             raise ValueError(f"{folder} was begun with other images ({name} differs); give the data it began with, or another results folder")
 
 
@@ -281,6 +365,7 @@ def environment(device: torch.device) -> dict:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "started": _now(),
     }
 
@@ -295,15 +380,10 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _write_json(path: Path, values: dict) -> None:
-    _write(path, json.dumps(values, indent=1) + "\n")
+def _json(values: dict) -> str:
+    return json.dumps(values, indent=1) + "\n"
 
 
 def _write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
+    with write_whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

@@ -8,7 +8,9 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from pickle import UnpicklingError  # what torch raises; nothing here unpickles by itself
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,14 @@ from torch import nn
 
 from lrpet.config import RunConfig
 from lrpet.data import Batches
+from lrpet.files import write_whole
+from lrpet.interrupt import PatientInterrupt
 from lrpet.methods import Dense
 from lrpet.progress import Progress
 from lrpet.recipes import learning_rate, make_mixer, make_optimizer, training_loss
 from lrpet.recording import Recorder
 
-__all__ = ["Paused", "evaluate", "load_checkpoint", "save_checkpoint", "train"]
+__all__ = ["Paused", "evaluate", "has_checkpoint", "load_checkpoint", "save_checkpoint", "train"]
 
 
 class Paused(Exception):
@@ -55,25 +59,30 @@ def save_checkpoint(path: Path, state: dict) -> None:
     Args:
         path: the file.
         state: tensors, numbers, strings, lists and dicts only, so that it loads without running code.
+
+    Raises:
+        OSError: the disk is full or not writable; names the file and the free space. The checkpoint before is untouched.
     """
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    with open(part, "r+b") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
-        file.seek(0, os.SEEK_END)
-        file.write(digest)
-        file.flush()
-        os.fsync(file.fileno())
+    content, part = io.BytesIO(), path.with_suffix(".part")
+    torch.save(state, content)
+    with write_whole(part) as file:
+        file.write(content.getbuffer())
+        file.write(hashlib.sha256(content.getbuffer()).digest())
     if path.is_file():
         os.replace(path, path.with_suffix(".previous"))
     os.replace(part, path)
 
 
+def has_checkpoint(path: Path) -> bool:
+    """Tell whether there is a checkpoint to go on from; between the two renames that write one only ``*.previous`` is there."""
+    return path.is_file() or path.with_suffix(".previous").is_file()
+
+
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | None:
-    """Read the newest whole checkpoint: ``path``, else the one before it; None where there is neither.
+    """Read the newest whole checkpoint: ``path``, else the one before it, which then takes its place; None where there is neither.
 
     Raises:
-        ValueError: files are there, but each is truncated or altered.
+        ValueError: files are there, but each is truncated or altered, or holds objects that would run code.
     """
     damaged = []
     for file in (path, path.with_suffix(".previous")):
@@ -83,7 +92,12 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | No
         if hashlib.sha256(content[:-32]).digest() == content[-32:]:
             for name in damaged:
                 print(f"{name} is damaged; going on from {file.name}", flush=True)
-            return torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
+            if file != path:  # else the next checkpoint would put the damaged one in its place
+                os.replace(file, path)
+            try:
+                return torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
+            except UnpicklingError as error:
+                raise ValueError(f"checkpoint {file} holds more than data and was not made by this project; refused: {error}") from error
         damaged.append(file)
     if damaged:
         raise ValueError(f"checkpoint {damaged[0]} is damaged and there is no whole one before it; delete it to start the run anew")
@@ -117,6 +131,7 @@ def train(
 
     Raises:
         Paused: the deadline passed.
+        KeyboardInterrupt: Ctrl-C; the step under way was finished and a checkpoint written, from which the same call goes on.
         FloatingPointError: the loss became NaN or infinite; names epoch, step and the norms of the layers.
 
     Source: arXiv 2204.05566, method and experimental settings.
@@ -133,12 +148,20 @@ def train(
     if state["step"]:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
-    step, history, layers = state["step"], state["history"], state["layers"]
+    step, history, layers, projected = state["step"], state["history"], state["layers"], state.get("projected", False)
     loss_sum, correct, seen = (torch.tensor(value, dtype=torch.float64, device=device) for value in state["sums"])
     clock = state.get("clock", {"train": 0.0, "projection": 0.0, "evaluation": 0.0, "recording": 0.0, "projections": 0})
     bar = Progress(config.run_id, config.epochs, steps, step, progress)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     look_every = 1 if device.type == "cpu" else 50  # reading a number off a GPU waits for it
+
+    def wanted_to_stop() -> bool:
+        return interrupt.asked or (deadline is not None and time.monotonic() > deadline)
+
+    def stopped(place: str) -> BaseException:
+        if interrupt.asked:
+            return KeyboardInterrupt(f"{config.run_id} stopped {place}; a checkpoint is written, and the same call goes on from it")
+        return Paused(f"{config.run_id} paused {place}")
 
     def keep():
         sums = [loss_sum.item(), correct.item(), seen.item()]
@@ -153,6 +176,7 @@ def train(
                 "history": history,
                 "layers": layers,
                 "records": recorder.state,
+                "projected": projected,
                 "sums": sums,
                 "clock": clock,
             },
@@ -164,9 +188,9 @@ def train(
         clock["recording"] += recording
 
     model.train()
-    try:
-        while step < config.epochs * steps:
-            epoch, in_epoch = divmod(step, steps)
+    with closing(bar), PatientInterrupt() as interrupt:
+        while len(history) < config.epochs:
+            epoch, in_epoch = len(history), step - len(history) * steps  # in_epoch = steps: only its evaluation is missing
             if method.begin_epoch(epoch):
                 model, optimizer = method.model, make_optimizer(config, method.model, device, method.undecayed)
             for group in optimizer.param_groups:
@@ -200,7 +224,8 @@ def train(
                     recording += time.perf_counter() - then
                 then = time.perf_counter()
                 reports = method.after_step(step, steps, step == config.epochs * steps)
-                if reports is not None:
+                projected = reports is not None
+                if projected:
                     layers = [vars(report) for report in reports]
                     projecting += time.perf_counter() - then
                     clock["projections"] += 1
@@ -208,15 +233,20 @@ def train(
                         then = time.perf_counter()
                         recorder.record_spectra(model, epoch, "after")
                         recording += time.perf_counter() - then
-                if deadline is not None and time.monotonic() > deadline and not last_of_epoch:
+                if wanted_to_stop() and not last_of_epoch:
                     book(began, projecting, recording)
                     keep()
-                    raise Paused(f"{config.run_id} paused at step {step} of {config.epochs * steps}")
+                    raise stopped(f"at step {step} of {config.epochs * steps}")
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             book(began, projecting, recording)
             then = time.perf_counter()
-            test_loss, top1_pct = evaluate(model, batches)
+            try:
+                with interrupt.allowed():  # a large test set takes long, and evaluation changes nothing
+                    test_loss, top1_pct = evaluate(model, batches)
+            except KeyboardInterrupt as request:
+                keep()
+                raise stopped(f"at the evaluation of epoch {epoch + 1} of {config.epochs}") from request
             clock["evaluation"] += time.perf_counter() - then
             if not math.isfinite(test_loss):
                 raise FloatingPointError(_lost(config, model, epoch, steps - 1))
@@ -229,22 +259,20 @@ def train(
                     "scored_on": "held out" if config.validation_fraction else "test",
                     "loss": test_loss,
                     "top1_pct": top1_pct,
-                    "projected": reports is not None,
+                    "projected": projected,
                     "train_seconds": round(clock["train"], 3),
                     "projection_seconds": round(clock["projection"], 3),
                 }
             ]
             loss_sum.zero_(), correct.zero_(), seen.zero_()
             bar.epoch(history[-1], step)
-            over = deadline is not None and time.monotonic() > deadline and step < config.epochs * steps
+            over = wanted_to_stop() and step < config.epochs * steps
             if (epoch + 1) % checkpoint_epochs == 0 or step == config.epochs * steps or over:
                 keep()
             if on_epoch is not None:
                 on_epoch(history[-1])
             if over:
-                raise Paused(f"{config.run_id} paused after epoch {epoch + 1} of {config.epochs}")
-    finally:
-        bar.close()
+                raise stopped(f"after epoch {epoch + 1} of {config.epochs}")
     return {"history": history, "layers": layers, "recorder": recorder, **clock}
 
 

@@ -1,10 +1,19 @@
 """What several test files need: networks with used BatchNorms, and the difference of two tensors."""
 
+import itertools
+import json
+import os
+import signal
+import sys
+
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lrpet import RunConfig, run
+from lrpet.__main__ import main
+from lrpet.training import save_checkpoint
 
 TINY = {"epochs": 2, "milestones": (1,), "batch_size": 256}  # a run of 12 steps on the digits
 
@@ -56,7 +65,51 @@ class Zoo(nn.Module):
 ZOO_RANKS = {"square": 5, "pointwise": 4, "tall": 6, "column": 3, "dilated": 7}
 
 
+def outcome(folder):
+    """Everything that a run has to say, without the seconds it took."""
+    summary = {name: value for name, value in json.loads((folder / "summary.json").read_text()).items() if not name.endswith("_seconds")}
+    history = pd.read_csv(folder / "history.csv")
+    history = history[[name for name in history.columns if not name.endswith("_seconds")]]
+    binary = ("layers.csv", "compact.safetensors", "spectra.npz", "gradients.csv")
+    return summary, history.to_csv(), *((folder / name).read_bytes() for name in binary)
+
+
 def run_and_report(fields, results, pipe):
     """Do a run, sending the row of each epoch it trains and then its summary; for a process that a test starts."""
     done = run(RunConfig.from_dict(fields), results=results, device="cpu", progress="off", on_epoch=pipe.send)
     pipe.send(done.summary)
+
+
+def die_at_change(number):
+    """Let this process be killed at the n-th moment, counted from here, at which a file is about to change."""
+    left = itertools.count(1)
+
+    def deadly(function):
+        def wrapped(*given, **options):
+            if next(left) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given, **options)
+
+        return wrapped
+
+    for name in ("fsync", "replace", "unlink"):
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+def command(arguments, die_at=None):
+    """Be ``python -m lrpet``, for a process that a test starts."""
+    if die_at is not None:
+        die_at_change(die_at)
+    sys.exit(main(arguments))
+
+
+def save_and_die(path, state, die_at):
+    """Write a checkpoint, and be killed at the n-th moment at which a file is about to change."""
+    die_at_change(die_at)
+    save_checkpoint(path, state)
+
+
+def in_folders(places, function, *arguments):
+    """Call a function with the environment variables of a test, for a process that it starts."""
+    os.environ.update(places)
+    function(*arguments)

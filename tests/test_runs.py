@@ -10,7 +10,7 @@ import time
 import pandas as pd
 import pytest
 import torch
-from helpers import TINY, run_and_report
+from helpers import TINY, outcome, run_and_report
 
 import lrpet.runs
 from lrpet import RunConfig, build_model, cost, load_runs, ranks_from_ratio, run
@@ -20,15 +20,8 @@ from lrpet.runs import is_complete, load_network, load_run
 from lrpet.training import Paused, evaluate
 
 CONFIG = RunConfig(**TINY)
-FILES = {"config.json", "environment.json", "history.csv", "layers.csv", "summary.json", "compact.safetensors", "spectra.npz", "gradients.csv"}
-
-
-def outcome(folder):
-    """Everything that a run has to say, without the seconds it took."""
-    summary = {name: value for name, value in json.loads((folder / "summary.json").read_text()).items() if not name.endswith("_seconds")}
-    history = pd.read_csv(folder / "history.csv")
-    history = history[[name for name in history.columns if not name.endswith("_seconds")]]
-    return summary, history.to_csv(), *[(folder / name).read_bytes() for name in sorted(FILES) if not name.endswith("json") and name != "history.csv"]
+RECORDED = {"spectra.npz", "gradients.csv"}
+FILES = {"config.json", "environment.json", "history.csv", "layers.csv", "summary.json", "SHA256SUMS", "compact.safetensors"} | RECORDED
 
 
 def files(folder):
@@ -130,11 +123,13 @@ def test_lines_are_one_an_epoch_behind_one_that_names_the_run(tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "environment.json", "history.csv"])
-def test_a_damaged_file_is_an_error_that_names_the_folder(undisturbed, tmp_path, name):
+def test_a_damaged_file_of_a_run_from_before_checksums_is_an_error_that_names_it(undisturbed, tmp_path, name):
     folder = tmp_path / "damaged"
     shutil.copytree(undisturbed.folder, folder)
+    (folder / "SHA256SUMS").unlink()
+    assert load_run(folder).summary == undisturbed.summary
     (folder / name).write_text("" if name.endswith("csv") else "{")
-    with pytest.raises(ValueError, match=r"a file in .*damaged is damaged .*delete the folder"):
+    with pytest.raises(ValueError, match=f"damaged/{name} is damaged .*delete the folder"):
         load_run(folder)
 
 
@@ -211,7 +206,7 @@ def test_going_on_with_other_images_is_refused(monkeypatch, tmp_path):
     ("options", "config", "words"),
     [
         ({"device": "gpu"}, CONFIG, "device must be auto, cpu, cuda or cuda:1; got 'gpu'"),
-        ({"checkpoint_epochs": 0}, CONFIG, "checkpoint_epochs must be at least 1; got 0"),
+        ({"checkpoint_epochs": 0}, CONFIG, "checkpoint_epochs must be a whole number of at least 1; got 0"),
         ({"progress": "line"}, CONFIG, "progress must be auto, bar, lines or off; got 'line'"),
         ({"device": "cpu"}, dataclasses.replace(CONFIG, precision="tf32"), "precision 'tf32' exists on CUDA GPUs only"),
         ({"device": "cpu"}, dataclasses.replace(CONFIG, prune_ratio=None, ranks=[1, 2]), "ranks has 2 entries, but the model has 7"),

@@ -40,13 +40,15 @@ def build_model(name: str, num_classes: int = 10, width: float = 1.0) -> nn.Modu
         A module that maps (B, 3, H, W) float images to (B, num_classes) logits.
 
     Raises:
-        ValueError: unknown name, or a width that the network does not come in.
+        ValueError: unknown name, no number of classes, or a width that the network does not come in.
 
     Source: named in each file; torchvision.models for the larger ones.
 
     >>> build_model("resnet20").fc.out_features
     10
     """
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes must be a whole number of 1 or more; got {num_classes!r}")
     if width != 1.0 and name not in SCALABLE:
         raise ValueError(f"width must be 1 for {name!r}; only {', '.join(SCALABLE)} come narrower; got {width!r}")
     if name in BUILDERS:

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Look every package of requirements.lock up in the public database of known vulnerabilities; needs the network.
+# Exit status 0 means that each was found there and none is known to be vulnerable. pip-audit itself lives in a
+# folder of its own, which goes afterwards: it is no dependency of this project.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+# shellcheck source=scripts/environment.sh
+. "$ROOT/scripts/environment.sh"
+tools=$(mktemp -d)
+trap 'rm -rf "$tools"' EXIT
+"$PYTHON" -m venv "$tools"
+"$tools/bin/python" -m pip --disable-pip-version-check install --quiet "pip-audit>=2.10"
+# --strict: a package that could not be looked up is a failure, not a pass
+"$tools/bin/pip-audit" --strict --no-deps --disable-pip --progress-spinner off --requirement "$ROOT/requirements.lock" "$@"

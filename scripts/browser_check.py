@@ -1,0 +1,159 @@
+"""Open the notebooks as a reader does: JupyterLab on this machine behind its token, and Chromium, which runs all cells and moves the slider.
+
+browser_check.py FOLDER writes a screenshot of each notebook there; exit status 0 means that no cell failed and that
+the slider changed the picture. Needs playwright and an installed Chromium or Chrome, the path of which CHROMIUM may give.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+from playwright.sync_api import Page, sync_playwright
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+SHORT = {"epochs": 2, "milestones": [1], "batch_size": 256, "seed": 7}  # parameters of the freshly parameterized notebook
+MINUTES = 60_000  # in the milliseconds that playwright counts
+
+
+def chromium() -> str | None:
+    """Return the path of an installed Chromium or Chrome, or None."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+
+
+@contextmanager
+def jupyterlab(folder: Path) -> Iterator[tuple[str, str]]:
+    """Serve a folder on loopback; yield the address and the token, without which it answers nothing."""
+    place, token = folder / ".jupyter", secrets.token_urlsafe()
+    settings = place / "settings" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)
+    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')  # cells out of sight are on the page, too
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--ServerApp.root_dir={folder}"]
+    if os.name == "posix" and os.geteuid() == 0:
+        command.append("--allow-root")
+    environment = {
+        **os.environ,
+        "JUPYTER_TOKEN": token,
+        "JUPYTER_RUNTIME_DIR": str(place),
+        "JUPYTER_CONFIG_DIR": str(place),
+        "JUPYTER_DATA_DIR": str(place),
+        "JUPYTERLAB_SETTINGS_DIR": str(place / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(place),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH")])),
+    }
+    with open(place / "log", "w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        while not (files := list(place.glob("jpserver-*.json"))) or not files[0].stat().st_size:
+            if server.poll() is not None:
+                raise SystemExit(f"JupyterLab did not start: {(place / 'log').read_text()[-2000:]}")
+            time.sleep(0.1)
+        where = json.loads(files[0].read_text())
+        if where["hostname"] != "127.0.0.1":
+            raise SystemExit(f"JupyterLab listens on {where['hostname']}, not on loopback alone")
+        if _status(f"{where['url']}api/contents") != 403:
+            raise SystemExit("JupyterLab answers without its token")
+        yield where["url"], token
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _status(url: str) -> int:
+    """Return the status of a page, once its server answers."""
+    for _ in range(600):
+        try:
+            return urllib.request.urlopen(url).status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except urllib.error.URLError:  # the file that names the address is there before the server is
+            time.sleep(0.1)
+    raise SystemExit(f"nothing answers at {url}")
+
+
+def run_all_cells(page: Page, url: str, token: str, notebook: Path) -> None:
+    """Open a notebook, run all cells, and raise where one has failed."""
+    page.goto(f"{url}lab/tree/{notebook.name}?token={token}&reset")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=2 * MINUTES)
+    idle = f"async () => (await (await fetch('{url}api/kernels')).json()).every(kernel => kernel.execution_state === 'idle' && kernel.connections)"
+    page.wait_for_function(f"async () => document.querySelector('[data-status=idle]') && await ({idle})()", timeout=2 * MINUTES)
+    page.wait_for_timeout(3000)  # the menu is there before it acts on the notebook
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.wait_for_timeout(1000)
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.wait_for_timeout(1000)
+    if page.locator("dialog.jp-Dialog").count():
+        raise SystemExit(f"JupyterLab asks: {page.locator('dialog.jp-Dialog').inner_text()}")
+    prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.innerText.trim())"
+    error = page.locator('.jp-CodeCell [data-mime-type="application/vnd.jupyter.error"]')
+    while not all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in page.evaluate(prompts)):
+        if error.count():
+            raise SystemExit(f"a cell of {notebook.name} failed: {error.first.inner_text()[-500:]}")
+        page.wait_for_timeout(200)
+    if error.count() or page.evaluate(prompts) != [f"[{i + 1}]:" for i in range(len(page.evaluate(prompts)))]:
+        raise SystemExit(f"{notebook.name} did not run to its end, in order: {page.evaluate(prompts)}")
+    print(f"{notebook.name}: {len(page.evaluate(prompts))} cells, none failed")
+
+
+def move_slider(page: Page) -> None:
+    """Move the slider of the rank by the keyboard, and raise where text and picture below it stay as they were."""
+    text = "() => document.querySelector('.widget-vbox .widget-html-content').innerText"
+    picture = "async () => Array.from(new Uint8Array(await (await fetch(document.querySelector('.widget-vbox img').src)).arrayBuffer())).join()"
+    page.locator(".widget-vbox .noUi-handle").scroll_into_view_if_needed()
+    before = page.evaluate(text), page.evaluate(picture)
+    page.locator(".widget-vbox .noUi-handle").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"before => ({text})() !== before", arg=before[0], timeout=MINUTES)
+    for _ in range(100):
+        if page.evaluate(picture) != before[1]:
+            print(f"slider: {before[0][:20]!r} became {page.evaluate(text)[:20]!r}, and the picture another one")
+            return
+        page.wait_for_timeout(100)
+    raise SystemExit("the slider moved and the picture stayed as it was")
+
+
+def main(folder: Path) -> None:
+    """Check both notebooks; leave them and their screenshots in a folder."""
+    path = chromium()
+    if path is None:
+        raise SystemExit("no Chromium or Chrome found; install one, or set CHROMIUM to its path")
+    folder.mkdir(parents=True, exist_ok=True)
+    method = nbformat.read(NOTEBOOKS / "00_method.ipynb", as_version=4)
+    for cell in method.cells:
+        if cell.cell_type == "code":
+            cell.execution_count, cell.outputs = None, []
+    nbformat.write(method, folder / "00_method.ipynb")
+    parameters = [text for name, value in SHORT.items() for text in ("-y", f"{name}: {value}")]
+    papermill = [sys.executable, "-m", "papermill", "--prepare-only", NOTEBOOKS / "01_cifar10.ipynb", folder / "01_cifar10.ipynb", *parameters]
+    subprocess.run(papermill, check=True, capture_output=True)
+    with jupyterlab(folder) as (url, token), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        page = browser.new_page(viewport={"width": 1400, "height": 1200})
+        try:
+            run_all_cells(page, url, token, folder / "00_method.ipynb")
+            move_slider(page)
+            page.screenshot(path=folder / "00_method.png")
+            run_all_cells(page, url, token, folder / "01_cifar10.ipynb")
+        finally:
+            page.screenshot(path=folder / "last.png")  # of 01_cifar10, or of where it failed
+            browser.close()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]).absolute())

@@ -1,0 +1,66 @@
+"""The parameterized notebooks, executed with parameters that are not their defaults, say the same when they are run again."""
+
+import os
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import yaml
+from helpers import TINY
+
+from lrpet import RunConfig, run
+from lrpet.config import PROJECT
+
+SETS = {  # notebook, parameters; each once as it comes and once with much changed
+    "a short run": ("01_cifar10", {**TINY, "milestones": [1], "seed": 3}),
+    "another method": (
+        "01_cifar10",
+        {**TINY, "milestones": [1], "method": "lrp", "prune_ratio": 0.7, "projection_unit": "iteration", "recipe": "adamw"},
+    ),
+    "tables of smoke": ("08_tables", {"profile": "smoke"}),
+    "tables of paper": ("08_tables", {"profile": "paper"}),
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), SETS.values(), ids=SETS)
+def test_papermill_then_nbval_strict(tmp_path, name, parameters):
+    if name == "01_cifar10":  # trained here, so that the notebook loads it each time: the seconds that training took are then the same, too
+        run(RunConfig.from_dict(parameters), device="cpu", progress="off")
+    environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": str(PROJECT)}
+    executed = tmp_path / f"{name}.ipynb"
+    command = ["papermill", PROJECT / "notebooks" / f"{name}.ipynb", executed, "--kernel", "python3", "--no-progress-bar"]
+    made = subprocess.run([sys.executable, "-m", *command, "-y", yaml.safe_dump(parameters)], env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum(bool(cell.outputs) for cell in cells) > 3  # there is something to compare
+    nbval = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval",
+        "--nbval-current-env",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        tmp_path,
+        "-c",
+        os.devnull,
+        executed,
+    ]
+    again = subprocess.run(nbval, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout
+    assert f"{len(cells)} passed" in again.stdout
+
+
+def test_nbval_finds_an_output_that_changed(tmp_path):
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
+    notebook.cells = [
+        nbformat.v4.new_code_cell(
+            "1 + 1", execution_count=1, outputs=[nbformat.v4.new_output("execute_result", {"text/plain": "3"}, execution_count=1)]
+        )
+    ]
+    nbformat.write(notebook, tmp_path / "wrong.ipynb")
+    nbval = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider", "-c", os.devnull, tmp_path / "wrong.ipynb"]
+    assert subprocess.run(nbval, cwd=tmp_path, capture_output=True, text=True).returncode == 1
