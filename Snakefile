@@ -6,8 +6,7 @@ import sys
 import yaml
 
 from lrpet.config import PROJECT, results_root
-from lrpet.experiments import load_profile
-from lrpet.tables import MAIN
+from lrpet.experiments import MAIN, load_profile
 
 # What every job inherits.
 os.environ["PYTHON"] = sys.executable

@@ -11,7 +11,9 @@ import yaml
 
 from lrpet.config import PROFILES, PROJECT, RunConfig
 
-__all__ = ["Experiment", "Profile", "load_profile", "select"]
+__all__ = ["MAIN", "Experiment", "Profile", "load_profile", "select"]
+
+MAIN = "cifar10"  # what an experiment of the main table feeds
 
 
 @dataclass(frozen=True)

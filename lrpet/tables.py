@@ -15,7 +15,7 @@ import pandas as pd
 
 from lrpet.config import METHODS, PROJECT, RunConfig, results_root
 from lrpet.cost import cost
-from lrpet.experiments import load_profile
+from lrpet.experiments import MAIN, load_profile
 from lrpet.methods import build_network, ranks_of, target_macs
 from lrpet.models import MODELS, build_model
 from lrpet.ranks import compressible_layers, ranks_from_ratio
@@ -58,7 +58,7 @@ METHOD_NAMES = {
     "filter_pruning": "filter pruning",
     "narrow": "narrow network",
 }
-MAIN, COMPETITORS, ABLATIONS = "cifar10", "competitors", "ablations"  # which table an experiment feeds, where one differs
+COMPETITORS, ABLATIONS = "competitors", "ablations"  # what experiments beside the main table feed
 MACS_TOLERANCE = 0.02  # two networks whose multiply-adds differ by less are compared as equal
 PUBLISHED_NAMES = {"dense": "baseline"}  # where the published tables use another word
 
