@@ -25,6 +25,10 @@ from playwright.sync_api import Page, sync_playwright
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 SHORT = {"epochs": 2, "milestones": [1], "batch_size": 256, "seed": 7}  # parameters of the freshly parameterized notebook
+SETTINGS = {
+    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": '{"windowingMode": "none"}',  # cells out of sight are on the page, too
+    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": '{"fetchNews": "false", "checkForUpdates": false}',
+}
 MINUTES = 60_000  # in the milliseconds that playwright counts
 
 
@@ -38,9 +42,9 @@ def chromium() -> str | None:
 def jupyterlab(folder: Path) -> Iterator[tuple[str, str]]:
     """Serve a folder on loopback; yield the address and the token, without which it answers nothing."""
     place, token = folder / ".jupyter", secrets.token_urlsafe()
-    settings = place / "settings" / "@jupyterlab" / "notebook-extension"
-    settings.mkdir(parents=True)
-    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')  # cells out of sight are on the page, too
+    for name, setting in SETTINGS.items():
+        (place / "settings" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "settings" / name).write_text(setting)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--ServerApp.root_dir={folder}"]
     if os.name == "posix" and os.geteuid() == 0:
         command.append("--allow-root")
@@ -99,12 +103,13 @@ def run_all_cells(page: Page, url: str, token: str, notebook: Path) -> None:
     if page.locator("dialog.jp-Dialog").count():
         raise SystemExit(f"JupyterLab asks: {page.locator('dialog.jp-Dialog').inner_text()}")
     prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.innerText.trim())"
-    error = page.locator('.jp-CodeCell [data-mime-type="application/vnd.jupyter.error"]')
-    while not all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in page.evaluate(prompts)):
-        if error.count():
-            raise SystemExit(f"a cell of {notebook.name} failed: {error.first.inner_text()[-500:]}")
+    stream = ".jp-CodeCell [data-mime-type='application/vnd.jupyter"  # a traceback is in red, among what goes to stderr
+    error = page.locator(f"{stream}.stderr']:has(.ansi-red-fg), {stream}.error']")
+    while not error.count() and not all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in page.evaluate(prompts)):
         page.wait_for_timeout(200)
-    if error.count() or page.evaluate(prompts) != [f"[{i + 1}]:" for i in range(len(page.evaluate(prompts)))]:
+    if error.count():
+        raise SystemExit(f"a cell of {notebook.name} failed: {error.first.inner_text()[-500:]}")
+    if page.evaluate(prompts) != [f"[{i + 1}]:" for i in range(len(page.evaluate(prompts)))]:
         raise SystemExit(f"{notebook.name} did not run to its end, in order: {page.evaluate(prompts)}")
     print(f"{notebook.name}: {len(page.evaluate(prompts))} cells, none failed")
 

@@ -182,43 +182,36 @@ def run_all(project):
 
 def test_a_grid_killed_again_and_again_completes_by_itself_with_the_same_bits(grid):
     draw, kills = random.Random(4), 0
-    runs = grid / "results" / "smoke" / "runs"
+    runs, told = grid / "results" / "smoke" / "runs", lambda: (grid / "log").read_text()
+    newest = lambda: max((file.stat().st_mtime_ns for file in runs.glob("*/checkpoint.pt")), default=0)
     while kills < KILLS:
-        process = run_all(grid)
-        began = time.monotonic()
+        before, begun, process = newest(), told().count("begins") if kills else 0, run_all(grid)
         if kills == 1:  # a second instance is refused while the first is alive
-            while not (grid / "results" / "smoke" / "notebooks").is_dir() or not list((grid / "results/smoke/notebooks").glob("*.log")):
-                assert process.poll() is None, (grid / "log").read_text()
+            while told().count("begins") == begun:
+                assert process.poll() is None, told()
                 time.sleep(0.1)
-            second = run_all(grid)
-            assert second.wait(120) == 1
-            assert "another run_all.sh" in (grid / "log").read_text()
-        if kills > 1:  # not before runs have begun, so that there is something to lose
-            while not list(runs.glob("*/config.json")) and time.monotonic() < began + 60:
-                time.sleep(0.1)
+            assert run_all(grid).wait(120) == 1
+            assert "another run_all.sh" in told()
+        if kills % 2:  # every other time while it trains
+            while newest() <= before and process.poll() is None:
+                time.sleep(0.01)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(draw.uniform(0.5, 12))
+            process.wait(draw.uniform(0.5, 2 if kills % 2 else 10))
         if process.poll() is not None:
             break  # all done before it could be killed again
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
     assert kills >= 2
-    assert run_all(grid).wait(600) == 0, (grid / "log").read_text()
-    assert "4 of 4 complete" in (grid / "log").read_text()
+    assert run_all(grid).wait(600) == 0, told()
+    assert "4 of 4 complete" in told()
     settings = yaml.safe_load((grid / "experiments.yaml").read_text())["smoke"]["settings"]
-    for name, experiment in GRID.items():
+    for experiment in GRID.values():
         config = RunConfig.from_dict({**settings, **{key: value for key, value in experiment.items() if key != "feeds"}})
-        assert_as_undisturbed(runs / config.run_id, run(config, device="cpu", progress="off")), name
+        assert_as_undisturbed(runs / config.run_id, run(config, device="cpu", progress="off"))
 
 
 # ---------------------------------------------------------------- a full disk
-
-
-def intact(folder):
-    """The newest checkpoint's step; it must be whole."""
-    content = torch.load(folder / "checkpoint.pt", weights_only=True) if (folder / "checkpoint.pt").is_file() else None
-    return load_checkpoint(folder / "checkpoint.pt")["step"] if content is not None else 0
 
 
 @pytest.fixture
