@@ -5,16 +5,41 @@ Runs of one network are given as method → table, with the tables of :mod:`lrpe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-__all__ = ["describe_energy", "describe_gradients", "describe_projections", "energy_shares", "gradient_ratios", "read_recorded"]
+from lrpet.experiments import Experiment, Profile, select
+
+__all__ = ["choose_runs", "describe_energy", "describe_gradients", "describe_projections", "energy_shares", "gradient_ratios", "read_recorded"]
 
 COLUMNS = ("gradient", "norm_product", "bound")
 TINY = 1e-12  # a gradient norm below this counts as this, so that it has a logarithm
+
+
+def choose_runs(profile: Profile, network: str, methods: Sequence[str], seed: int | None = None) -> list[Experiment]:
+    """Return the experiments ``<network>-<method>-s<seed>`` of one seed, an experiment a method.
+
+    Args:
+        profile: of :func:`lrpet.experiments.load_profile`.
+        network: a network of the profile.
+        methods: names of methods.
+        seed: None takes the first seed whose runs have all recorded their spectra, else the first.
+
+    Raises:
+        ValueError: the profile has no such experiments.
+
+    >>> from lrpet.experiments import load_profile
+    >>> [e.name for e in choose_runs(load_profile("smoke"), "resnet8", ["lrp", "lrpet"], 2)]
+    ['resnet8-lrp-s2', 'resnet8-lrpet-s2']
+    """
+    has = lambda seed: all(any(e.name == f"{network}-{method}-s{seed}" for e in profile.experiments) for method in methods)
+    seeds = [s for s in sorted({e.config.seed for e in profile.experiments}) if has(s)] if seed is None else []
+    candidates = [select(profile, [f"{network}-{method}-s{s}" for method in methods]) for s in seeds or [seed or 1]]
+    recorded = [chosen for chosen in candidates if all((e.config.folder() / "spectra.npz").is_file() for e in chosen)]
+    return (recorded or candidates)[0]
 
 
 def read_recorded(load: Callable[[Path], pd.DataFrame], folders: Mapping[str, Path]) -> dict[str, pd.DataFrame]:

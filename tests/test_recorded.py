@@ -9,9 +9,10 @@ from test_figures import COLOUR_BLINDNESS, _lab, _linear
 
 from lrpet import RunConfig, build_model, ranks_from_ratio, run
 from lrpet import figures_recorded as figures
+from lrpet.experiments import load_profile
 from lrpet.figures import save_figure
 from lrpet.gradients import compare_projections
-from lrpet.recorded import describe_energy, describe_gradients, describe_projections, energy_shares, gradient_ratios, read_recorded
+from lrpet.recorded import choose_runs, describe_energy, describe_gradients, describe_projections, energy_shares, gradient_ratios, read_recorded
 from lrpet.recording import load_gradients, load_spectra
 
 METHODS = ("dense", "lrp", "lrpet")
@@ -221,3 +222,18 @@ def test_one_run_and_one_epoch_are_enough():
         assert len(figure.png()) > 5000
     figures.plot_energy_kept(energy_shares(only, ranks)).png()
     figures.plot_gradients({"lrp": gradients(3, epochs=(1,))["lrp"]}).png()
+
+
+def test_the_first_seed_that_is_recorded_is_shown(monkeypatch, tmp_path):
+    monkeypatch.setenv("LRPET_RESULTS", str(tmp_path))
+    profile = load_profile("smoke")
+    choose = lambda *args: {e.name for e in choose_runs(profile, "resnet8", ["lrp", "lrpet"], *args)}
+    assert choose() == {"resnet8-lrp-s1", "resnet8-lrpet-s1"}  # nothing is recorded yet
+    for experiment in profile.experiments:
+        if experiment.name in ("resnet8-lrp-s2", "resnet8-lrpet-s2", "resnet8-lrp-s1"):
+            experiment.config.folder().mkdir(parents=True)
+            (experiment.config.folder() / "spectra.npz").touch()
+    assert choose() == {"resnet8-lrp-s2", "resnet8-lrpet-s2"}
+    assert choose(1) == {"resnet8-lrp-s1", "resnet8-lrpet-s1"}
+    with pytest.raises(ValueError, match="no experiment of profile 'smoke' is called 'resnet56-lrp-s1'"):
+        choose_runs(profile, "resnet56", ["lrp"])
