@@ -265,7 +265,7 @@ def compare_final(study: optuna.Study, config: RunConfig, epochs: int, **where) 
         A row an allocation: MACs in millions and accuracy on the test images in percent, one seed.
     """
     size = DATASETS[config.dataset]
-    full = dataclasses.replace(config, epochs=epochs, milestones=(epochs // 2, epochs * 3 // 4), validation_fraction=0.0)
+    full = dataclasses.replace(config, epochs=epochs, milestones=tuple(sorted({epochs // 2, epochs * 3 // 4} - {0})), validation_fraction=0.0)
     searched = study.best_trial.user_attrs["ranks"]
     model = build_model(config.model)
     saved = cost(model, (3, size, size), searched)
