@@ -1,6 +1,7 @@
 # One job a run of the profile, then the tables. Started by run_all.sh; by hand: snakemake --cores 2 --config profile=smoke
 # What Snakemake calls a core is a place for one run; the runs of one time share the machine's cores and its GPU.
 import os
+import shlex
 import sys
 
 import yaml
@@ -20,6 +21,20 @@ RUNS = {experiment.config.run_id: experiment for experiment in reversed(PROFILE.
 ALONE = ["00_method"] + ["06_rank_search"] * (PROFILE.name == "smoke")  # with no run of the grid behind them; the search costs hours elsewhere
 STORE = ["03_ablations", "04_singular_values", "05_gradient_norms", "08_tables"]
 SUMMARIES = [experiment.config.folder() / "summary.json" for experiment in RUNS.values()]
+
+
+def trace_of(experiment):
+    """Runs of the main table leave an executed notebook; all others do without, which saves each of them ten seconds."""
+    return EXECUTED / f"{experiment.name}.{'ipynb' if experiment.feeds == MAIN else 'log'}"
+
+
+def command_of(experiment):
+    if experiment.feeds != MAIN:
+        command = ["scripts/told.sh", trace_of(experiment), sys.executable, "-m", "lrpet", "run", experiment.name, "--profile", PROFILE.name]
+    else:  # YAML and not JSON, whose 1e-05 papermill reads as text. All fields: nothing depends on a notebook's defaults.
+        fields = yaml.safe_dump(experiment.config.to_dict(), default_flow_style=True, width=10**6).strip()
+        command = ["scripts/execute.sh", "notebooks/01_cifar10.ipynb", trace_of(experiment), "-y", fields]
+    return shlex.join(map(str, command))
 
 
 workdir: PROJECT
@@ -69,7 +84,6 @@ rule store:  # notebooks that read what the runs left
 
 # A run has no input: it is done when its summary.json is there, whatever has changed since.
 # update() keeps Snakemake from deleting the summary of a finished run when something behind it fails.
-# Those of the main table leave an executed notebook; all others do without, which saves each of them ten seconds.
 for place, experiment in enumerate(RUNS.values()):  # the last first: what experiments.yaml names first has priority
 
     rule:
@@ -78,16 +92,11 @@ for place, experiment in enumerate(RUNS.values()):  # the last first: what exper
         output:
             update(experiment.config.folder() / "summary.json"),
         log:
-            EXECUTED / f"{experiment.name}.{'ipynb' if experiment.feeds == MAIN else 'log'}",
+            trace_of(experiment),
         params:
-            # YAML and not JSON, whose 1e-05 papermill reads as text. All fields: nothing depends on a notebook's defaults.
-            fields=yaml.safe_dump(experiment.config.to_dict(), default_flow_style=True, width=10**6).strip(),
-            name=experiment.name,
-            profile=PROFILE.name,
+            command=command_of(experiment),
         priority: place + 1
         resources:
             gpu=1,  # a share of the one device, not a device: run_all.sh gives out as many as it runs at a time
         shell:
-            "scripts/execute.sh notebooks/01_cifar10.ipynb {log:q} -y {params.fields:q}"
-            if experiment.feeds == MAIN
-            else 'scripts/told.sh {log:q} "$PYTHON" -m lrpet run {params.name} --profile {params.profile}'
+            "{params.command}"
