@@ -386,7 +386,7 @@ def claims_table(runs: pd.DataFrame) -> pd.DataFrame:
     A claim holds where the mean difference over at least three seeds is above twice its standard error, it does not hold here where
     it is below minus that, is undecided between or with fewer seeds, and not tested without a run. Accuracy is compared
     in points of the last epoch, gradients in the decimal logarithm of the ratio LRPET to LRP of the first layer's
-    ‖∂L/∂M‖, averaged over the recorded epochs.
+    ‖M‖·‖∂L/∂M‖, averaged over the recorded epochs; the gradient alone would grow where a BatchNorm follows a smaller M.
 
     Args:
         runs: of :func:`profile_runs`, for one profile.
@@ -410,19 +410,20 @@ def claims_table(runs: pd.DataFrame) -> pd.DataFrame:
         both = [runs[(runs.network == network) & (runs.label == label)] for label in ("LRPET", "LRP")]
         if all(map(len, both)) and both[0].iloc[0].feeds in (MAIN, "gradients"):
             result = _decide(_gradient_ratios(*both), words)
-            rows.append({"claim": "gradients fade less", "network": network, "evidence": "log10 of ‖∂L/∂M‖, first layer: LRPET − LRP", **result})
+            rows.append({"claim": "gradients fade less", "network": network, "evidence": "log10 of ‖M‖·‖∂L/∂M‖, first layer: LRPET − LRP", **result})
     return pd.DataFrame(rows, columns=["claim", "network", "evidence", "difference", "standard_error", "n", "verdict"])
 
 
 def _gradient_ratios(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
-    """Return the mean difference of the logarithm of the first layer's gradient norm, for each seed that recorded it on both sides."""
+    """Return the mean difference of the logarithm of the first layer's ‖M‖·‖∂L/∂M‖, for each seed that recorded it on both sides."""
 
     def logarithms(side: pd.DataFrame) -> dict[int, float]:
         values = {}
         for row in side.dropna(subset="top1_pct").itertuples():
             if (Path(row.folder) / "gradients.csv").is_file():
                 table = load_gradients(row.folder)
-                norms = table[table.layer == table.layer.iloc[0]].gradient_norm
+                first = table[table.layer == table.layer.iloc[0]]
+                norms = first.gradient_norm * first.weight_norm
                 values[row.config.seed] = float(np.log10(norms.clip(lower=1e-30)).mean())
         return values
 
