@@ -122,7 +122,7 @@ def test_train_does_one_run_pauses_and_loads(capsys):
         (["train", "dataset=imagefolder"], "give it by --data or LRPET_DATA"),
         (["train", "dataset=imagefolder", "--data", "no such folder"], "no such folder is no folder; it must hold train/"),
         (["train", "--device", "gpu"], "device must be auto, cpu, cuda or cuda:1; got 'gpu'"),
-        (["train", "--checkpoint-epochs", "0"], "checkpoint_epochs must be at least 1; got 0"),
+        (["train", "--checkpoint-epochs", "0"], "checkpoint_epochs must be a whole number of at least 1; got 0"),
         (["train", "method=dense", "epochs=8", "milestones=[]", "learning_rate=100", "momentum=0.9999", "batch_size=32"], "no longer finite: epoch"),
     ],
 )

@@ -196,7 +196,7 @@ def test_a_malicious_experiments_file_is_refused(tmp_path, marker):
 
 
 def test_jupyter_is_told_nowhere_to_give_up_its_token_or_to_leave_loopback():
-    wrong = r"token=(['\"]{2}|\s|$)|password=['\"]{2}|0\.0\.0\.0|--ip[= ]\*|--allow-root|disable_check_xsrf|allow_origin"
+    wrong = r"token=(['\"]{2}|\s|$)|password=['\"]{2}|0\.0\.0\.0|--ip[= ]\*|disable_check_xsrf|allow_origin"
     texts = [file for place in (".", "lrpet", "scripts", "notebooks", "results") for file in (PROJECT / place).glob("*") if file.suffix in KINDS]
     assert len(texts) > 30
     for file in texts:
