@@ -111,7 +111,7 @@ def select(profile: Profile, patterns: list[str]) -> list[Experiment]:
     Raises:
         ValueError: a pattern that matches nothing.
 
-    >>> [e.name for e in select(load_profile("smoke"), ["*-lrp-*"])]
+    >>> [e.name for e in select(load_profile("smoke"), ["resnet8-lrp-s*"])]
     ['resnet8-lrp-s1', 'resnet8-lrp-s2']
     """
     names = [e.name for e in profile.experiments]

@@ -141,6 +141,7 @@ class LowRankProjector:
                 reports.append(LayerReport(name, rank, math.nan, "left alone", reason))
             else:
                 reports.append(LayerReport(name, rank, shares.get(name, 1.0), "projected", "followed" if name in followed else ""))
+        self._scales = {}
         return reports + self._dense
 
     def _stack(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:

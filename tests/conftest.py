@@ -1,5 +1,7 @@
 """Every test has folders of its own and starts from the same random state."""
 
+import signal
+
 import pytest
 import torch
 
@@ -17,3 +19,9 @@ def own_folders(monkeypatch, tmp_path):
 @pytest.fixture(autouse=True)
 def same_random_state():
     torch.manual_seed(0)
+
+
+def pytest_configure():
+    """Give Ctrl-C its usual meaning, which a shell takes from what it starts in the background; the tests of faults send it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,7 +22,8 @@ smoke = pytest.mark.parametrize("config", SMOKE.values(), ids=SMOKE)
 
 def shortened(config):
     """The same run in two epochs, or as few as it can be."""
-    return dataclasses.replace(config, epochs=2, milestones=(1,) if config.recipe == "sgd" else (), batch_size=256)
+    dense_first = {"pretrain_epochs": 1} if config.pretrain_epochs else {}
+    return dataclasses.replace(config, epochs=2, milestones=(1,) if config.recipe == "sgd" else (), batch_size=256, **dense_first)
 
 
 # ---------------------------------------------------------------- determinism
