@@ -9,7 +9,7 @@ usage: ./run_all.sh [--profile P] [--jobs N] [--data DIR] [--dry-run]
 Trains every run of profile P that is not complete yet, then makes the tables and figures of P. It can be
 interrupted at any time: started again, it goes on from the last checkpoint of each run.
 
-  --profile P   a profile of experiments.yaml: smoke (default), short, paper, imagenet
+  --profile P   a profile of experiments.yaml: smoke (default), short, paper, imagenette, imagenet
   --jobs N      runs at a time, all on one device (default: 2, or 1 on a single core)
   --data DIR    folder of the images, for profiles that need one (default: LRPET_DATA)
   --dry-run     only tell what would be done

@@ -34,7 +34,7 @@ METHODS = {  # which fields of a RunConfig a method reads besides those of train
 METHOD_DEFAULTS = {name: [reads[name] for reads in METHODS.values() if name in reads] for reads in METHODS.values() for name in reads}
 PRETRAINED_SHARE = {"svd_finetune": 2, "svd_training": 2, "filter_pruning": 2, "warmup_switch": 4}  # epochs divided by this, unless given
 RANK_RULES = ("given", "stable_rank")
-PROFILES = ("smoke", "short", "paper", "imagenet")
+PROFILES = ("smoke", "short", "paper", "imagenette", "imagenet")
 SMALLEST = {"vgg16": 32, "vit": 32}  # pixels that a network needs
 RECIPES = ("sgd", "adamw")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -122,7 +122,7 @@ class RunConfig:
     recipe: str = _later("sgd")  # sgd | adamw (with cosine, mixup, …; see recipes.py)
     seed: int = 1
     precision: str = "fp32"  # fp32 | tf32 (CUDA) | bf16 (autocast)
-    profile: str = "smoke"  # smoke | short | paper | imagenet
+    profile: str = "smoke"  # smoke | short | paper | imagenette | imagenet
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -50,7 +50,7 @@ def load_profile(name: str, path: Path | None = None) -> Profile:
     """Read one profile and validate every configuration in it.
 
     Args:
-        name: smoke, short, paper or imagenet.
+        name: smoke, short, paper, imagenette or imagenet.
         path: another file than the project's ``experiments.yaml``.
 
     Raises:

@@ -847,7 +847,7 @@ def save_figure(figure: ProjectFigure, name: str, profile: str) -> tuple[Path, P
     Args:
         figure: of a function of this module.
         name: file name without its ending; letters, digits, "-", "_" and ".".
-        profile: smoke, short, paper or imagenet; the folder below ``figures_root()``.
+        profile: smoke, short, paper, imagenette or imagenet; the folder below ``figures_root()``.
 
     Returns:
         The paths of the PNG and of the SVG file.

@@ -104,7 +104,7 @@ def profile_runs(profile: str, results: Path | None = None) -> pd.DataFrame:
     """Return a row for every run a profile asks for, finished or not, in the order of ``experiments.yaml``.
 
     Args:
-        profile: smoke, short, paper or imagenet.
+        profile: smoke, short, paper, imagenette or imagenet.
         results: root of the store.
 
     Returns:

@@ -18,7 +18,7 @@ REFUSED = [
     ("model", "resnet21", "one of resnet8"),
     ("model", 20, "str"),
     ("method", "LRPET", "one of dense, lrp, lrpet"),
-    ("profile", "big", "one of smoke, short, paper, imagenet"),
+    ("profile", "big", "one of smoke, short, paper, imagenette, imagenet"),
     ("precision", "fp16", "one of fp32, tf32, bf16"),
     ("precision", 32, "str"),
     ("image_size", 8.0, "int"),
