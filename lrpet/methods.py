@@ -29,6 +29,7 @@ __all__ = [
     "SVDTraining",
     "TrainedRankPruning",
     "build_network",
+    "is_due",
     "make_method",
     "ranks_of",
     "target_macs",
@@ -144,14 +145,21 @@ class LowRankProjection(Dense):
         """Project when the schedule says so and after the last step of all; see :class:`Dense`."""
         if step < (self.config.pretrain_epochs or 0) * steps_per_epoch:
             return None
-        return self.projector.step(exact=last) if last or _is_due(self.config, step, steps_per_epoch) else None
+        return self.projector.step(exact=last) if last or is_due(self.config, step, steps_per_epoch) else None
 
     def compact(self) -> nn.Module:
         """Return the factorized network."""
         return factorize(self.model, self.ranks)
 
 
-def _is_due(config: RunConfig, step: int, steps_per_epoch: int) -> bool:
+def is_due(config: RunConfig, step: int, steps_per_epoch: int) -> bool:
+    """Tell whether the schedule of projections has one after optimizer step number ``step`` (from 1).
+
+    >>> is_due(RunConfig(), step=40, steps_per_epoch=20), is_due(RunConfig(method="dense"), step=40, steps_per_epoch=20)
+    (True, False)
+    """
+    if config.projection_interval is None:
+        return False
     return step % (config.projection_interval * (steps_per_epoch if config.projection_unit == "epoch" else 1)) == 0
 
 
@@ -194,7 +202,7 @@ class TrainedRankPruning(Dense):
     @torch.no_grad()
     def after_step(self, step: int, steps_per_epoch: int, last: bool) -> list[LayerReport] | None:
         """Cut each layer when the schedule says so and after the last step of all; see :class:`Dense`."""
-        if not last and not _is_due(self.config, step, steps_per_epoch):
+        if not last and not is_due(self.config, step, steps_per_epoch):
             return None
         reports = []
         for name, weight in self.weights.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrpet.config import RunConfig
 
-__all__ = ["learning_rate", "make_mixer", "make_optimizer", "training_loss"]
+__all__ = ["learning_rate", "make_mixer", "make_optimizer", "set_learning_rate", "training_loss"]
 
 WARMUP_SHARE = 0.05  # of the epochs, for AdamW
 LABEL_SMOOTHING, MIXUP, CUTMIX, ERASING = 0.1, 0.8, 1.0, 0.25  # usual for small vision transformers: arXiv 2012.12877, table 9
@@ -60,7 +60,24 @@ def make_optimizer(config: RunConfig, model: nn.Module, device: torch.device, un
     groups = [group for group in groups if group["params"]]
     if config.recipe == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, capturable=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float, device: torch.device) -> None:
+    """Set the learning rate of all parameters; on a GPU as a tensor, which a recorded step reads anew each time.
+
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    >>> set_learning_rate(optimizer, 0.01, torch.device("cpu"))
+    >>> optimizer.param_groups[0]["lr"]
+    0.01
+    """
+    for group in optimizer.param_groups:
+        if device.type == "cpu":
+            group["lr"] = value
+        elif isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = torch.tensor(value, device=device)
 
 
 def make_mixer(config: RunConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -20,10 +20,11 @@ from lrpet.config import RunConfig
 from lrpet.data import Batches
 from lrpet.files import write_whole
 from lrpet.interrupt import PatientInterrupt
-from lrpet.methods import Dense
+from lrpet.methods import Dense, is_due
 from lrpet.progress import Progress
-from lrpet.recipes import learning_rate, make_mixer, make_optimizer, training_loss
+from lrpet.recipes import learning_rate, make_mixer, make_optimizer, set_learning_rate
 from lrpet.recording import Recorder
+from lrpet.step import Step
 
 __all__ = ["Paused", "evaluate", "has_checkpoint", "load_checkpoint", "save_checkpoint", "train"]
 
@@ -149,11 +150,11 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
     step, history, layers, projected = state["step"], state["history"], state["layers"], state.get("projected", False)
-    loss_sum, correct, seen = (torch.tensor(value, dtype=torch.float64, device=device) for value in state["sums"])
+    totals = torch.tensor(state["sums"], dtype=torch.float64, device=device)  # of the epoch: sum of losses, correct answers, images
     clock = state.get("clock", {"train": 0.0, "projection": 0.0, "evaluation": 0.0, "recording": 0.0, "projections": 0})
     bar = Progress(config.run_id, config.epochs, steps, step, progress)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    look_every = 1 if device.type == "cpu" else 50  # reading a number off a GPU waits for it
+    on_gpu = device.type == "cuda"
+    make_step = lambda: Step(config, model, optimizer, totals, graphs=on_gpu)
 
     def wanted_to_stop() -> bool:
         return interrupt.asked or (deadline is not None and time.monotonic() > deadline)
@@ -164,7 +165,6 @@ def train(
         return Paused(f"{config.run_id} paused {place}")
 
     def keep():
-        sums = [loss_sum.item(), correct.item(), seen.item()]
         save_checkpoint(
             checkpoint,
             {
@@ -177,7 +177,7 @@ def train(
                 "layers": layers,
                 "records": recorder.state,
                 "projected": projected,
-                "sums": sums,
+                "sums": totals.tolist(),
                 "clock": clock,
             },
         )
@@ -188,40 +188,37 @@ def train(
         clock["recording"] += recording
 
     model.train()
+    trainer = make_step()
     with closing(bar), PatientInterrupt() as interrupt:
         while len(history) < config.epochs:
             epoch, in_epoch = len(history), step - len(history) * steps  # in_epoch = steps: only its evaluation is missing
             if method.begin_epoch(epoch):
                 model, optimizer = method.model, make_optimizer(config, method.model, device, method.undecayed)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, epoch)
+                trainer = make_step()
+            set_learning_rate(optimizer, learning_rate(config, epoch), device)
             began, projecting, recording = time.perf_counter(), 0.0, 0.0
             for x, y in batches.epoch(epoch, in_epoch):
                 x, target = mix(x, y)
-                with autocast:
-                    logits = model(x)
-                    loss = training_loss(config, logits, target)
-                optimizer.zero_grad()
-                loss.backward()
-                loss_sum += loss.detach() * len(y)
-                correct += (logits.detach().argmax(1) == y).sum()
-                seen += len(y)
+                trainer.backward(x, target, y)
                 last_of_epoch = (step + 1) % steps == 0
-                if (step + 1) % look_every == 0 or last_of_epoch:
-                    mean_loss = (loss_sum / seen).item()
-                    if not math.isfinite(mean_loss):
+                sums = totals.tolist() if last_of_epoch else trainer.look()
+                if sums is not None:
+                    loss_sum, correct, seen = sums
+                    if not math.isfinite(loss_sum):
                         raise FloatingPointError(_lost(config, model, epoch, step % steps))
-                    bar.step(epoch, mean_loss, 100 * (correct / seen).item(), step + 1)
+                    bar.step(epoch, loss_sum / seen, 100 * correct / seen, step + 1)
                 then = time.perf_counter()
                 recorder.record_gradients(model, epoch, step % steps, last_of_epoch)
                 recording += time.perf_counter() - then
                 method.regularize()
-                optimizer.step()
+                trainer.update()
                 step += 1
                 then = time.perf_counter()
                 if last_of_epoch:
                     recorder.record_spectra(model, epoch, "before")
                     recording += time.perf_counter() - then
+                if on_gpu and (last_of_epoch or is_due(config, step, steps)):
+                    torch.cuda.synchronize(device)  # else the projection's clock would run for steps that are still under way
                 then = time.perf_counter()
                 reports = method.after_step(step, steps, step == config.epochs * steps)
                 projected = reports is not None
@@ -237,7 +234,7 @@ def train(
                     book(began, projecting, recording)
                     keep()
                     raise stopped(f"at step {step} of {config.epochs * steps}")
-            if device.type == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize(device)
             book(began, projecting, recording)
             then = time.perf_counter()
@@ -250,12 +247,13 @@ def train(
             clock["evaluation"] += time.perf_counter() - then
             if not math.isfinite(test_loss):
                 raise FloatingPointError(_lost(config, model, epoch, steps - 1))
+            loss_sum, correct, seen = totals.tolist()
             history = history + [
                 {
                     "epoch": epoch + 1,
                     "learning_rate": learning_rate(config, epoch),
-                    "train_loss": (loss_sum / seen).item(),
-                    "train_top1_pct": 100 * (correct / seen).item(),
+                    "train_loss": loss_sum / seen,
+                    "train_top1_pct": 100 * correct / seen,
                     "scored_on": "held out" if config.validation_fraction else "test",
                     "loss": test_loss,
                     "top1_pct": top1_pct,
@@ -264,7 +262,7 @@ def train(
                     "projection_seconds": round(clock["projection"], 3),
                 }
             ]
-            loss_sum.zero_(), correct.zero_(), seen.zero_()
+            totals.zero_()
             bar.epoch(history[-1], step)
             over = wanted_to_stop() and step < config.epochs * steps
             if (epoch + 1) % checkpoint_epochs == 0 or step == config.epochs * steps or over:
