@@ -7,6 +7,7 @@ import torch
 
 import lrpet.bench.inference
 import lrpet.bench.scaling
+import lrpet.bench.training
 from lrpet import bench
 from lrpet.bench.__main__ import main
 from lrpet.config import results_root
@@ -62,10 +63,34 @@ def test_tables_hold_what_was_measured_and_say_what_was_not(monkeypatch):
     assert (missing["network"], missing["n"], missing["speedup"]) == ("resnet20", "not run", "")
     verdicts = bench.verdicts(results)
     assert verdicts["verdict"][0] == "met"
-    assert verdicts["verdict"].tolist()[2:] == ["not run", "not run"]
+    assert set(verdicts["verdict"].tolist()[2:]) == {"not run"}
     assert bench.describe(results)["file"].tolist() == ["projection-resnet8-cpu.json"]
     with pytest.raises(ValueError, match="not run: python -m lrpet.bench inference --model resnet8 --device cpu"):
         bench.find(results, "inference", "resnet8")
+
+
+def test_training_benchmark_and_what_is_concluded_from_it(monkeypatch):
+    monkeypatch.setattr(lrpet.bench.training, "SEEDS", (1,))
+    assert main(["training", "--model", "resnet8", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--epochs", "1"]) == 0
+    kept = result("training-resnet8-cpu.json")
+    assert list(kept["timings"]) == ["plain", "ours_fp32", "ours_bf16"]
+    assert kept["images_per_second"]["plain"] == pytest.approx(8 / kept["timings"]["plain"]["median_seconds"])
+    assert kept["epoch_seconds"]["plain"] == pytest.approx(50_000 / kept["images_per_second"]["plain"])
+    assert [len(values) for values in kept["top1_pct"].values()] == [1, 1]
+    timed = lambda seconds: {"n": 3, "median_seconds": seconds, "ratio_to_first": seconds / 4}
+    ways = {"timings": {"plain": timed(4.0), "ours_bf16": timed(2.0)}, "steps": 20, "threads": 2}
+    ways |= {"images_per_second": {"plain": 1, "ours_bf16": 2}, "epoch_seconds": {"plain": 9, "ours_bf16": 4}}
+    training = {"benchmark": "training", "model": "resnet56", "kind": "cpu"} | ways
+    projection = {"benchmark": "projection", "model": "resnet56", "kind": "cpu", "threads": 2, "followed": 1, "layers": 1}
+    projection["timings"] = {"svd": timed(1.0), "svd_thin": timed(1.0), "exact": timed(0.2), "fast": timed(0.1)}
+    projection["memory"] = {"exact_step_bytes": 1, "fast_step_bytes": 1, "bases_bytes": 1, "model_bytes": 1}
+    verdicts = bench.verdicts([training, projection]).set_index("what")
+    row = verdicts.loc["training of resnet56 on cpu, times the throughput of a plain loop"]
+    assert row.tolist() == ["2.00", "≥ 1.5", "met"]
+    assert verdicts.loc["projection of resnet56 on cpu after every epoch (exact), % of the training time", "measured"] == "0.51"  # 0.2 of 39.3
+    row = verdicts.loc["projection of resnet56 on cpu every ten iterations (fast), % of the training time"]
+    assert row.tolist() == ["9.09", "≤ 10", "met"]  # 0.1 of 1.1
+    assert bench.training_table([training])["way"].tolist() == ["plain", "ours_bf16", "not run"]
 
 
 def test_scaling_benchmark_covers_every_axis(monkeypatch):

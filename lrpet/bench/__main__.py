@@ -12,11 +12,12 @@ import torch
 from lrpet.bench.inference import bench_inference
 from lrpet.bench.projection import bench_projection
 from lrpet.bench.scaling import bench_scaling
+from lrpet.bench.training import bench_training
 from lrpet.config import results_root
 from lrpet.models import MODELS
 from lrpet.runs import environment
 
-BENCHMARKS = {"projection": bench_projection, "inference": bench_inference, "scaling": bench_scaling}
+BENCHMARKS = {"projection": bench_projection, "training": bench_training, "inference": bench_inference, "scaling": bench_scaling}
 
 
 def main(arguments: list[str] | None = None) -> int:
