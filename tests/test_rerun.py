@@ -1,6 +1,7 @@
 """The parameterized notebooks, executed with parameters that are not their defaults, say the same when they are run again."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -18,9 +19,30 @@ SETS = {  # notebook, parameters; each once as it comes and once with much chang
         "01_cifar10",
         {**TINY, "milestones": [1], "method": "lrp", "prune_ratio": 0.7, "projection_unit": "iteration", "recipe": "adamw"},
     ),
-    "tables of smoke": ("08_tables", {"profile": "smoke"}),
+    "ablations of smoke": ("03_ablations", {"profile": "smoke"}),
+    "ablations of short": ("03_ablations", {"profile": "short"}),
+    "spectra": ("04_singular_values", {"profile": "short", "seed": 2, "methods": ["lrp", "lrpet"]}),
+    "spectra of one method": ("04_singular_values", {"profile": "short", "seed": 2, "methods": ["lrpet"], "layers_shown": 2}),
+    "gradients": ("05_gradient_norms", {"profile": "short", "seed": 2, "methods": ["lrp", "lrpet"], "draws": 2}),
+    "gradients of another plain network": (
+        "05_gradient_norms",
+        {"profile": "short", "seed": 2, "methods": ["lrp", "lrpet"], "draws": 1, "prune_ratio": 0.7, "plain_learning_rate": 0.002},
+    ),
     "a small search": ("06_rank_search", {"trials": 4, "search_epochs": 1, "final_epochs": 2, "batch_size": 256}),
+    "a search a layer": ("06_rank_search", {"trials": 2, "search_epochs": 1, "final_epochs": 1, "batch_size": 256, "per_layer": True, "seed": 2}),
+    "speed": ("07_speed", {}),
+    "speed of another network": ("07_speed", {"model": "resnet18"}),
+    "tables of smoke": ("08_tables", {"profile": "smoke"}),
+    "tables of short": ("08_tables", {"profile": "short"}),
+    "a report of smoke": ("09_report", {"profile": "smoke"}),
+    "a report of short": ("09_report", {"profile": "short"}),
 }
+
+
+@pytest.fixture(autouse=True)
+def committed_results(monkeypatch, tmp_path):
+    """A copy of the results that came with the repository, to which a notebook may add."""
+    shutil.copytree(PROJECT / "results", tmp_path / "results", ignore=lambda _, names: {"smoke"} & set(names))
 
 
 @pytest.mark.parametrize(("name", "parameters"), SETS.values(), ids=SETS)
