@@ -37,6 +37,7 @@ RANK_RULES = ("given", "stable_rank")
 PROFILES = ("smoke", "short", "paper", "imagenette", "imagenet")
 SMALLEST = {"vgg16": 32, "vit": 32}  # pixels that a network needs
 RECIPES = ("sgd", "adamw")
+CROPS = ("square", "whole")
 PRECISIONS = ("fp32", "tf32", "bf16")
 BOUNDS = {  # of the numbers that only some methods read
     "residual": (0.0, 1.0),
@@ -119,6 +120,7 @@ class RunConfig:
     weight_decay: float = 0.0001
     milestones: tuple[int, ...] = (10, 15)  # epochs at which the learning rate falls to a tenth
     validation_fraction: float = 0.0  # share of training images held out; above 0 they, not the test set, are scored
+    crops: str = _later("square")  # imagefolder, training: of the central square, kept at 8/7 of image_size | whole: of the image, as in the paper
     recipe: str = _later("sgd")  # sgd | adamw (with cosine, mixup, …; see recipes.py)
     seed: int = 1
     precision: str = "fp32"  # fp32 | tf32 (CUDA) | bf16 (autocast)
@@ -131,6 +133,7 @@ class RunConfig:
         self._choose("model", MODELS)
         self._choose("method", METHODS)
         self._choose("recipe", RECIPES)
+        self._choose("crops", CROPS)
         self._choose("precision", PRECISIONS)
         self._choose("profile", PROFILES)
         self._normalize()
@@ -144,6 +147,8 @@ class RunConfig:
         self._bound("validation_fraction", 0.0, 0.9)
         if self.dataset != "imagefolder" and self.image_size != DATASETS[self.dataset]:
             self._refuse("image_size", f"{DATASETS[self.dataset]} for {self.dataset}; another size needs dataset='imagefolder'")
+        if self.crops != "square" and self.dataset != "imagefolder":
+            self._refuse("crops", "'square' but for dataset='imagefolder'; the other data sets have crops of their own")
         if self.image_size < SMALLEST.get(self.model, 0):
             self._refuse("image_size", f"{SMALLEST[self.model]} or more for {self.model}; take another model or dataset")
         if any(b <= a for a, b in zip((0, *self.milestones), self.milestones, strict=False)) or any(m >= self.epochs for m in self.milestones):

@@ -21,13 +21,15 @@ from filelock import FileLock, Timeout
 
 from lrpet.config import PROJECT, RunConfig, results_root
 from lrpet.cost import cost
-from lrpet.data import Batches, load_data
+from lrpet.data import ON_CORRUPT
 from lrpet.factorize import compact_header, load_compact, save_compact
 from lrpet.files import write_whole
 from lrpet.filter_pruning import keep_filters
 from lrpet.methods import build_network, make_method
 from lrpet.models import build_model
 from lrpet.projector import LayerReport
+from lrpet.streaming import StreamData, load_images, make_batches
+from lrpet.throughput import measure, throughput_line
 from lrpet.training import evaluate, has_checkpoint, train
 
 ANEW = "delete the folder to run it anew, or take it from where you got it"
@@ -136,6 +138,7 @@ def run(
     progress: str = "auto",
     on_epoch: Callable[[dict], None] | None = None,
     deterministic: bool = False,
+    on_corrupt: str = "stop",
 ) -> Run:
     """Do a run, or go on with it, or load it: whichever its folder calls for.
 
@@ -150,6 +153,8 @@ def run(
         on_epoch: called with the row of each finished epoch, as ``history`` holds it; may raise to end the run.
         deterministic: use only algorithms that give the same bits each time, which costs time on a GPU and changes nothing on a
             CPU. What the same seed does not promise: the same bits on another device, number of threads or version of PyTorch.
+        on_corrupt: "stop" ends the run at an image that cannot be decoded, "skip" goes on without such images; each is named, and
+            the summary counts them. For imagefolder.
 
     Returns:
         The finished run.
@@ -164,12 +169,12 @@ def run(
 
     Two processes asked for the same run do not both train it: the second waits, then loads.
     """
-    _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic)
+    _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, on_corrupt)
     deadline = None if time_budget is None else time.monotonic() + time_budget
     folder = config.folder(None if results is None else Path(results))
     say = print if progress != "off" else lambda *_, **__: None
     if not is_complete(folder):
-        where = _device(device, config)
+        where = device_of(device, config)
         lock = FileLock(folder / "run.lock")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +187,7 @@ def run(
         with held:  # released on the way out, also by an error; the kernel releases it when the process dies, however it dies
             if not is_complete(folder):
                 with _deterministic(deterministic):
-                    return _train(config, folder, data, where, checkpoint_epochs, deadline, progress, say, on_epoch)
+                    return _train(config, folder, data, where, checkpoint_epochs, deadline, progress, say, on_epoch, on_corrupt)
     done = load_run(folder)
     _tidy(folder)  # where it was killed between its summary and this
     e = done.environment
@@ -190,7 +195,7 @@ def run(
     return done
 
 
-def _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic) -> None:
+def _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, on_corrupt) -> None:
     """Refuse what cannot be meant, before a folder is made."""
     for name, value, good, wanted in (
         ("config", config, isinstance(config, RunConfig), "a RunConfig; RunConfig.from_dict makes one of a map"),
@@ -202,6 +207,7 @@ def _check_arguments(config, data, device, results, checkpoint_epochs, time_budg
         ("progress", progress, progress in ("auto", "bar", "lines", "off"), "auto, bar, lines or off"),
         ("on_epoch", on_epoch, on_epoch is None or callable(on_epoch), "a function of the row of an epoch, or None"),
         ("deterministic", deterministic, isinstance(deterministic, bool), "True or False"),
+        ("on_corrupt", on_corrupt, on_corrupt in ON_CORRUPT, " or ".join(ON_CORRUPT)),
     ):
         if not good:
             raise ValueError(f"{name} must be {wanted}; got {value!r}")
@@ -222,7 +228,8 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
-def _device(name: str, config: RunConfig) -> torch.device:
+def device_of(name: str, config: RunConfig) -> torch.device:
+    """Return the device that a name means, after checking that it is there and can do what the configuration asks for."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
@@ -236,18 +243,22 @@ def _device(name: str, config: RunConfig) -> torch.device:
     return device
 
 
-def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, say, on_epoch) -> Run:
-    images = load_data(config, data)
+def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, say, on_epoch, on_corrupt) -> Run:
+    images = load_images(config, data, device=device, on_corrupt=on_corrupt, streamed=_was_streamed(folder))
     origin = environment(device) | images.fingerprint
+    if images.corrupt:
+        origin["corrupt_images"] = list(images.corrupt)
     _same_data(folder, origin)
     _write(folder / "config.json", _json(config.to_dict()))
     _write(folder / "environment.json", _json(origin))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    checkpoint = folder / "checkpoint.pt"
+    batches = make_batches(images, config.batch_size, device, config.seed)
+    if isinstance(images, StreamData) and not has_checkpoint(checkpoint):
+        say(throughput_line(measure(config, batches)), flush=True)
     torch.manual_seed(config.seed)  # before the model exists
     model = build_network(config, len(images.classes)).to(device, memory_format=torch.channels_last)
     method = make_method(model, config)
-    batches = Batches(images, config.batch_size, device, config.seed)
-    checkpoint = folder / "checkpoint.pt"
     verb = "resuming" if has_checkpoint(checkpoint) else "training"
     say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {origin['device']}", flush=True)
     state = train(config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress, on_epoch=on_epoch)
@@ -273,6 +284,7 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
         "macs_by_rank": counted.macs if method.ranks else deployed.macs,
         "dense_params": counted.dense_params,
         "dense_macs": counted.dense_macs,
+        "corrupt_images": len(images.corrupt),
         "dead_layers": sum(row["action"] == "constant" for row in rows),
         "projections": state["projections"],
         "train_seconds": round(state["train"], 3),
@@ -339,6 +351,13 @@ def _difference(model, compact, batches) -> float:
     model.eval(), compact.eval()
     reference = model(x)
     return ((compact(x) - reference).abs().max() / reference.abs().max()).item()
+
+
+def _was_streamed(folder: Path) -> bool | None:
+    """Tell how the images of a run to be resumed were read; the same again, however much memory is free now. None: nothing to resume."""
+    if not has_checkpoint(folder / "checkpoint.pt"):
+        return None
+    return _read_json(folder / "environment.json")["data_train_sha256"].startswith("files:")
 
 
 def _same_data(folder: Path, environment: dict) -> None:
