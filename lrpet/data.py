@@ -344,21 +344,23 @@ class Batches:
     """Serves normalized, augmented batches of a data set that lives on the device.
 
     The order of an epoch and every random crop and flip are drawn at its start on the CPU from (seed, epoch)
-    alone: the same on every device, and an epoch can be entered at any step.
+    alone: the same on every device, and an epoch can be entered at any step. Where several processes train together each is
+    served its part of the same batches, so an epoch can also be entered by another number of them.
 
     Args:
         data: the images.
         batch_size: images a batch; the last batch of an epoch may be smaller, as in the usual loaders.
         device: where batches are made and served.
         seed: of the run.
+        rank, world: which process this is, of how many; it serves every ``world``-th image of a batch, possibly none of the last one.
 
     >>> x, y = next(Batches(load_data(RunConfig()), 64, "cpu", seed=1).epoch(0))
     >>> x.shape, y.shape
     (torch.Size([64, 3, 8, 8]), torch.Size([64]))
     """
 
-    def __init__(self, data: ImageData, batch_size: int, device: str | torch.device, seed: int):
-        self.data, self.batch_size, self.device, self.seed = data, batch_size, torch.device(device), seed
+    def __init__(self, data: ImageData, batch_size: int, device: str | torch.device, seed: int, rank: int = 0, world: int = 1):
+        self.data, self.batch_size, self.device, self.seed, self.rank, self.world = data, batch_size, torch.device(device), seed, rank, world
         self.labels = data.train_labels.to(self.device)
         self.scale = torch.tensor([1 / (255 * s) for s in data.std], device=self.device)
         self.shift = torch.tensor([m / s for m, s in zip(data.mean, data.std, strict=True)], device=self.device)
@@ -382,13 +384,24 @@ class Batches:
         numbers = torch.rand(n, 5, generator=draw)
         return order, numbers, (numbers[:, 0] < 0.5) if self.data.flip else torch.zeros(n, dtype=torch.bool)
 
+    def size(self, step: int) -> int:
+        """Return how many images the batch of a step (of an epoch, from 0) has in all processes together."""
+        return min(self.batch_size, len(self.labels) - step * self.batch_size)
+
     def _part(self, step: int) -> slice:
-        """Return which places in the order of an epoch make up the batch of a step."""
-        return slice(step * self.batch_size, (step + 1) * self.batch_size)
+        """Return which places in the order of an epoch make up this process's part of the batch of a step."""
+        return slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
+
+    def _test_parts(self, batch_size: int) -> list[slice]:
+        """Return which held-out images make up each of this process's batches."""
+        return [slice(i, i + batch_size * self.world, self.world) for i in range(self.rank, len(self.data.test_labels), batch_size * self.world)]
 
     def _resample(self, pixels: Tensor, maps: Tensor) -> Tensor:
         """Normalize (B, H, W, 3) uint8 and show of each image what its affine map (B, 2, 3) says: (B, 3, size, size)."""
-        x, size = self._normalize(pixels), self.data.image_size
+        size = self.data.image_size
+        if not len(pixels):  # affine_grid refuses it
+            return self._normalize(pixels[:, :size, :size])
+        x = self._normalize(pixels)
         grid = F.affine_grid(maps, [len(x), 3, size, size], align_corners=False)
         return F.grid_sample(x, grid, padding_mode="border", align_corners=False).contiguous(memory_format=torch.channels_last)
 
@@ -413,10 +426,9 @@ class Batches:
             yield x, self.labels[which]
 
     def test(self, batch_size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the held-out images in order, unaugmented."""
-        for i in range(0, len(self.data.test_labels), batch_size):
-            x = self._normalize(self.data.test_images[i : i + batch_size].to(self.device))
-            yield x, self.data.test_labels[i : i + batch_size].to(self.device)
+        """Yield the held-out images in order, unaugmented; of several processes each gets its part of them."""
+        for part in self._test_parts(batch_size):
+            yield self._normalize(self.data.test_images[part].to(self.device)), self.data.test_labels[part].to(self.device)
 
 
 def _crop_maps(numbers: Tensor, flip: Tensor) -> Tensor:

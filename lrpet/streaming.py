@@ -124,9 +124,9 @@ def load_images(
     return StreamData(folder, train_x, train_y, test_x, test_y, classes, size, config.crops, corrupt)
 
 
-def make_batches(data: ImageData | StreamData, batch_size: int, device: str | torch.device, seed: int) -> Batches:
-    """Return what serves the batches of a data set: from memory, or streamed."""
-    return (StreamBatches if isinstance(data, StreamData) else Batches)(data, batch_size, device, seed)
+def make_batches(data: ImageData | StreamData, batch_size: int, device: str | torch.device, seed: int, rank: int = 0, world: int = 1) -> Batches:
+    """Return what serves the batches of a data set, from memory or streamed; see :class:`lrpet.data.Batches`."""
+    return (StreamBatches if isinstance(data, StreamData) else Batches)(data, batch_size, device, seed, rank, world)
 
 
 def worker_count() -> int:
@@ -155,7 +155,8 @@ class _Decoder(Dataset):
     def __getitem__(self, job: tuple[str, list[str], list[int]]) -> tuple[Tensor, str]:
         kind, files, seeds = job
         try:
-            return torch.from_numpy(np.stack([self._decode(kind, *one) for one in zip(files, seeds, strict=True)])), ""
+            pixels = [self._decode(kind, *one) for one in zip(files, seeds, strict=True)]
+            return torch.from_numpy(np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), np.uint8)), ""
         except DataError as error:
             return torch.empty(0), str(error)  # raised where the batch is wanted, without the worker's traceback
 
@@ -175,6 +176,7 @@ class StreamBatches(Batches):
         batch_size: images a batch.
         device: where batches are served.
         seed: of the run.
+        rank, world: which process this is, of how many.
     """
 
     data: StreamData
@@ -220,9 +222,9 @@ class StreamBatches(Batches):
             yield x, self.labels[order[part]]
 
     def test(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the held-out images in order, unaugmented."""
+        """Yield the held-out images in order, unaugmented; of several processes each gets its part of them."""
         files, labels = self.data.test_files, self.data.test_labels.to(self.device)
-        parts = [slice(i, i + batch_size) for i in range(0, len(files), batch_size)]
+        parts = self._test_parts(batch_size)
         jobs = [("test", files[part], [0] * len(files[part])) for part in parts]
         for part, pixels in zip(parts, self._decoded(jobs), strict=True):
             yield self._normalize(pixels), labels[part]

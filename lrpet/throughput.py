@@ -13,8 +13,9 @@ import torch
 from lrpet.config import RunConfig, results_root
 from lrpet.data import Batches
 from lrpet.methods import build_network, make_method
-from lrpet.recipes import make_mixer, make_optimizer, training_loss
-from lrpet.streaming import StreamBatches, worker_count
+from lrpet.recipes import learning_rate, make_mixer, make_optimizer, set_learning_rate
+from lrpet.step import Step
+from lrpet.streaming import StreamBatches
 
 __all__ = ["keep", "measure", "throughput_line"]
 
@@ -43,13 +44,12 @@ def measure(config: RunConfig, batches: Batches, seconds: float = 3.0) -> dict:
     method.model.train()
     optimizer, mix = make_optimizer(config, method.model, device, method.undecayed), make_mixer(config, len(batches.data.classes))
 
+    set_learning_rate(optimizer, learning_rate(config, 0), device)
+    trainer = Step(config, method.model, optimizer, torch.zeros(3, dtype=torch.float64, device=device), graphs=device.type == "cuda")
+
     def step(x: torch.Tensor, y: torch.Tensor) -> None:
-        x, target = mix(x, y)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = training_loss(config, method.model(x), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        trainer.backward(*mix(x, y), y)
+        trainer.update()
 
     def wait() -> None:
         if device.type == "cuda":
@@ -68,7 +68,7 @@ def measure(config: RunConfig, batches: Batches, seconds: float = 3.0) -> dict:
         wait()
         return images / (time.perf_counter() - began)
 
-    workers = worker_count() if isinstance(batches, StreamBatches) else 0
+    workers = batches.loader.num_workers if isinstance(batches, StreamBatches) else 0
     endless = lambda: itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
     one = next(batches.epoch(0))
     rates = {
