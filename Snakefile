@@ -18,22 +18,22 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (wo
 PROFILE = load_profile(config.get("profile", "smoke"))
 EXECUTED = results_root() / PROFILE.name / "notebooks"
 RUNS = {experiment.config.run_id: experiment for experiment in reversed(PROFILE.experiments)}  # once, if two names mean one run
-ALONE = ["00_method"] + ["06_rank_search"] * (PROFILE.name == "smoke")  # with no run of the grid behind them; the search costs hours elsewhere
+ALONE = ["00_method"] + ["02_imagenet", "06_rank_search"] * (PROFILE.name == "smoke")  # with no run of the grid behind them; they cost hours elsewhere
 STORE = ["03_ablations", "04_singular_values", "05_gradient_norms", "08_tables"]
 SUMMARIES = [experiment.config.folder() / "summary.json" for experiment in RUNS.values()]
 
 
 def trace_of(experiment):
     """Runs of the main table leave an executed notebook; all others do without, which saves each of them ten seconds."""
-    return EXECUTED / f"{experiment.name}.{'ipynb' if experiment.feeds == MAIN else 'log'}"
+    return EXECUTED / f"{experiment.name}.{'ipynb' if experiment.feeds in MAIN else 'log'}"
 
 
 def command_of(experiment):
-    if experiment.feeds != MAIN:
+    if experiment.feeds not in MAIN:
         command = ["scripts/told.sh", trace_of(experiment), sys.executable, "-m", "lrpet", "run", experiment.name, "--profile", PROFILE.name]
     else:  # YAML and not JSON, whose 1e-05 papermill reads as text. All fields: nothing depends on a notebook's defaults.
         fields = yaml.safe_dump(experiment.config.to_dict(), default_flow_style=True, width=10**6).strip()
-        command = ["scripts/execute.sh", "notebooks/01_cifar10.ipynb", trace_of(experiment), "-y", fields]
+        command = ["scripts/execute.sh", f"notebooks/{MAIN[experiment.feeds]}.ipynb", trace_of(experiment), "-y", fields]
     return shlex.join(map(str, command))
 
 

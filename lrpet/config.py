@@ -37,7 +37,6 @@ RANK_RULES = ("given", "stable_rank")
 PROFILES = ("smoke", "short", "paper", "imagenette", "imagenet")
 SMALLEST = {"vgg16": 32, "vit": 32}  # pixels that a network needs
 RECIPES = ("sgd", "adamw")
-CROPS = ("square", "whole")
 PRECISIONS = ("fp32", "tf32", "bf16")
 BOUNDS = {  # of the numbers that only some methods read
     "residual": (0.0, 1.0),
@@ -120,7 +119,7 @@ class RunConfig:
     weight_decay: float = 0.0001
     milestones: tuple[int, ...] = (10, 15)  # epochs at which the learning rate falls to a tenth
     validation_fraction: float = 0.0  # share of training images held out; above 0 they, not the test set, are scored
-    crops: str = _later("square")  # imagefolder, training: of the central square, kept at 8/7 of image_size | whole: of the image, as in the paper
+    crops: str | None = _later(None)  # imagefolder, training: square (null: of the central one, kept at 8/7 of image_size) | whole (as in the paper)
     recipe: str = _later("sgd")  # sgd | adamw (with cosine, mixup, …; see recipes.py)
     seed: int = 1
     precision: str = "fp32"  # fp32 | tf32 (CUDA) | bf16 (autocast)
@@ -133,7 +132,6 @@ class RunConfig:
         self._choose("model", MODELS)
         self._choose("method", METHODS)
         self._choose("recipe", RECIPES)
-        self._choose("crops", CROPS)
         self._choose("precision", PRECISIONS)
         self._choose("profile", PROFILES)
         self._normalize()
@@ -147,8 +145,10 @@ class RunConfig:
         self._bound("validation_fraction", 0.0, 0.9)
         if self.dataset != "imagefolder" and self.image_size != DATASETS[self.dataset]:
             self._refuse("image_size", f"{DATASETS[self.dataset]} for {self.dataset}; another size needs dataset='imagefolder'")
-        if self.crops != "square" and self.dataset != "imagefolder":
-            self._refuse("crops", "'square' but for dataset='imagefolder'; the other data sets have crops of their own")
+        if self.crops not in (None, "whole"):
+            self._refuse("crops", "one of square, whole")
+        if self.crops is not None and self.dataset != "imagefolder":
+            self._refuse("crops", "left out but for dataset='imagefolder'; the other data sets have crops of their own")
         if self.image_size < SMALLEST.get(self.model, 0):
             self._refuse("image_size", f"{SMALLEST[self.model]} or more for {self.model}; take another model or dataset")
         if any(b <= a for a, b in zip((0, *self.milestones), self.milestones, strict=False)) or any(m >= self.epochs for m in self.milestones):
@@ -174,6 +174,8 @@ class RunConfig:
             if "float" in field.type and getattr(self, field.name) is not None:
                 put(field.name, float(getattr(self, field.name)))
         put("milestones", tuple(self.milestones) if self.recipe == "sgd" else ())
+        if self.crops == "square":
+            put("crops", None)
         if self.image_size is None:
             put("image_size", DATASETS[self.dataset])
         reads = METHODS[self.method]

@@ -86,7 +86,7 @@ def load_data(config: RunConfig, root: str | Path | None = None, on_corrupt: str
     elif config.dataset == "cifar10":
         data = _cifar10(root)
     else:
-        if config.crops != "square":
+        if config.crops is not None:
             raise DataError(f"crops {config.crops!r} cannot be taken from memory, where a square of each image is kept; use lrpet.streaming")
         data = _imagefolder(root, config.image_size, on_corrupt)
     return _hold_out(data, config.validation_fraction) if config.validation_fraction else data

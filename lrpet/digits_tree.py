@@ -15,7 +15,7 @@ from lrpet.data import cache_folder, load_data
 __all__ = ["make_digits_tree"]
 
 
-def make_digits_tree(folder: str | Path | None = None, *, classes: int = 6, train: int = 40, val: int = 10) -> Path:
+def make_digits_tree(folder: str | Path | None = None, *, classes: int = 6, train: int = 32, val: int = 10) -> Path:
     """Draw digits as JPEG files of 48 to 120 pixels, none square alike, into ``train/`` and ``val/``, a folder a digit.
 
     Args:

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from lrpet.config import PROJECT, RunConfig, results_root
 from lrpet.cost import cost
-from lrpet.data import ON_CORRUPT
+from lrpet.data import ON_CORRUPT, data_folder
 from lrpet.factorize import compact_header, load_compact, save_compact
 from lrpet.files import write_whole
 from lrpet.filter_pruning import keep_filters
@@ -189,6 +189,7 @@ def run(
                 with _deterministic(deterministic):
                     return _train(config, folder, data, where, checkpoint_epochs, deadline, progress, say, on_epoch, on_corrupt)
     done = load_run(folder)
+    _same_classes(done, data)
     _tidy(folder)  # where it was killed between its summary and this
     e = done.environment
     say(f"{config.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}", flush=True)
@@ -246,6 +247,8 @@ def device_of(name: str, config: RunConfig) -> torch.device:
 def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, say, on_epoch, on_corrupt) -> Run:
     images = load_images(config, data, device=device, on_corrupt=on_corrupt, streamed=_was_streamed(folder))
     origin = environment(device) | images.fingerprint
+    if config.dataset == "imagefolder":
+        origin["data_classes_sha256"] = _digest(images.classes)
     if images.corrupt:
         origin["corrupt_images"] = list(images.corrupt)
     _same_data(folder, origin)
@@ -370,6 +373,22 @@ def _same_data(folder: Path, environment: dict) -> None:
     for name in ("data_train_sha256", "data_test_sha256"):
         if before.get(name) != environment[name]:
             raise ValueError(f"{folder} was begun with other images ({name} differs); give the data it began with, or another results folder")
+
+
+def _same_classes(done: Run, data: str | Path | None) -> None:
+    """Refuse to show a finished run for a tree of other classes: which images it saw is no part of its name."""
+    root, seen = data_folder(data), done.environment.get("data_classes_sha256")
+    if seen is None or root is None or not root.is_dir():
+        return
+    place = root / "train" if (root / "train").is_dir() else root
+    if _digest(sorted(entry.name for entry in place.iterdir() if entry.is_dir())) != seen:
+        raise ValueError(
+            f"{done.folder} is a finished run on images of other classes than {root}; give another seed or results folder (LRPET_RESULTS)"
+        )
+
+
+def _digest(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def environment(device: torch.device) -> dict:

@@ -113,7 +113,7 @@ def load_images(
         return load_data(config, root)
     folder, size = data_folder(root), config.image_size
     train, test, classes, corrupt = list_images(folder, on_corrupt)
-    if config.crops == "square":
+    if config.crops is None:
         nbytes = 3 * (len(train) * stored_side(size) ** 2 + len(test) * size**2)
         if not streamed if streamed is not None else fits_in_memory(nbytes, torch.device(device)):
             return load_data(config, folder, on_corrupt)
@@ -121,7 +121,7 @@ def load_images(
         held, rest = held_out(len(train), config.validation_fraction)
         train, test = [train[i] for i in rest], [train[i] for i in held]
     (train_x, train_y), (test_x, test_y) = (([path for path, _ in part], torch.tensor([y for _, y in part])) for part in (train, test))
-    return StreamData(folder, train_x, train_y, test_x, test_y, classes, size, config.crops, corrupt)
+    return StreamData(folder, train_x, train_y, test_x, test_y, classes, size, config.crops or "square", corrupt)
 
 
 def make_batches(data: ImageData | StreamData, batch_size: int, device: str | torch.device, seed: int, rank: int = 0, world: int = 1) -> Batches:

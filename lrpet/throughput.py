@@ -20,7 +20,7 @@ from lrpet.streaming import StreamBatches
 __all__ = ["keep", "measure", "throughput_line"]
 
 
-def measure(config: RunConfig, batches: Batches, seconds: float = 3.0) -> dict:
+def measure(config: RunConfig, batches: Batches, seconds: float = 1.0) -> dict:
     """Measure how fast batches are served and trained on, with a network of its own that is thrown away.
 
     Loading alone includes decoding, transfer and augmentation; training alone repeats one batch; projections and evaluation are
@@ -29,7 +29,7 @@ def measure(config: RunConfig, batches: Batches, seconds: float = 3.0) -> dict:
     Args:
         config: of the run.
         batches: its data.
-        seconds: of each of the three measurements, at least three batches each.
+        seconds: of each of the three measurements, at least three batches each and one of every worker.
 
     Returns:
         ``loading_images_per_second``, ``training_images_per_second``, ``both_images_per_second``, ``workers`` and ``batch_size``.
