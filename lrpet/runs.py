@@ -382,9 +382,7 @@ def _same_classes(done: Run, data: str | Path | None) -> None:
         return
     place = root / "train" if (root / "train").is_dir() else root
     if _digest(sorted(entry.name for entry in place.iterdir() if entry.is_dir())) != seen:
-        raise ValueError(
-            f"{done.folder} is a finished run on images of other classes than {root}; give another seed or results folder (LRPET_RESULTS)"
-        )
+        raise ValueError(f"{done.folder} is a finished run on other classes than {root} holds; give another seed or results folder (LRPET_RESULTS)")
 
 
 def _digest(names: Iterable[str]) -> str:
