@@ -185,8 +185,13 @@ def _counted(row: pd.Series) -> tuple[int | None, int | None, int]:
     """Return MACs, parameters and dense MACs: measured on the finished network, else by rank; None where only training tells."""
     if not pd.isna(row.macs):
         return row.macs, row.params, row.dense_macs
-    config, shape = row.config, (3, row.config.image_size, row.config.image_size)
-    model, classes = build_model(row.network, _num_classes(config)), _num_classes(config)
+    return _expected(row.config)
+
+
+@cache
+def _expected(config: RunConfig) -> tuple[int | None, int | None, int]:
+    shape, classes = (3, config.image_size, config.image_size), _num_classes(config)
+    model = build_model(config.model, classes)
     counted = cost(build_network(config, classes), shape, ranks_of(model, config) if config.method != "narrow" else None)
     dense = cost(model, shape).macs
     known = config.method in ("dense", "narrow") or config.ranks is not None or (config.prune_ratio is not None and config.method != "filter_pruning")
