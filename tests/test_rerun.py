@@ -9,16 +9,21 @@ import nbformat
 import pytest
 import yaml
 from helpers import TINY
+from test_notebooks import parameters as notebook_parameters
 
 from lrpet import RunConfig, run
 from lrpet.config import PROJECT
+from lrpet.digits_tree import make_digits_tree
 
+IMAGES = {"dataset": "imagefolder", "model": "resnet8", "image_size": 16, "crops": "whole", "epochs": 1, "milestones": [], "batch_size": 64}
 SETS = {  # notebook, parameters; each once as it comes and once with much changed
     "a short run": ("01_cifar10", {**TINY, "milestones": [1], "seed": 3}),
     "another method": (
         "01_cifar10",
         {**TINY, "milestones": [1], "method": "lrp", "prune_ratio": 0.7, "projection_unit": "iteration", "recipe": "adamw"},
     ),
+    "larger images": ("02_imagenet", IMAGES | {"method": "lrp"}),
+    "larger images, square crops": ("02_imagenet", IMAGES | {"crops": "square", "seed": 2, "prune_ratio": 0.7}),
     "ablations of smoke": ("03_ablations", {"profile": "smoke"}),
     "ablations of short": ("03_ablations", {"profile": "short"}),
     "spectra": ("04_singular_values", {"profile": "short", "seed": 2, "methods": ["lrp", "lrpet"]}),
@@ -50,6 +55,10 @@ def test_papermill_then_nbval_strict(tmp_path, name, parameters):
     """The second execution loads what the first has trained, so all but its own words about that must be the same, seconds included."""
     if name == "01_cifar10":  # which says whether it has trained or loaded
         run(RunConfig.from_dict(parameters), device="cpu", progress="off")
+    if name == "02_imagenet":
+        _, defaults = notebook_parameters(PROJECT / "notebooks" / f"{name}.ipynb")
+        fields = {key: value for key, value in (defaults | parameters).items() if key not in ("data", "device", "on_corrupt")}
+        run(RunConfig.from_dict(fields), data=make_digits_tree(), device="cpu", progress="off")
     environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": str(PROJECT)}
     executed = tmp_path / f"{name}.ipynb"
     command = ["papermill", PROJECT / "notebooks" / f"{name}.ipynb", executed, "--kernel", "python3", "--no-progress-bar"]
