@@ -69,7 +69,8 @@ def measure(config: RunConfig, batches: Batches, seconds: float = 1.0) -> dict:
         return images / (time.perf_counter() - began)
 
     workers = batches.loader.num_workers if isinstance(batches, StreamBatches) else 0
-    endless = lambda: itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
+    epochs = lambda: itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
+    endless = lambda: (batch for batch in epochs() if len(batch[1]))  # one of several processes may get none of a last batch
     one = next(batches.epoch(0))
     rates = {
         "loading": rate(endless(), lambda x, y: None),
