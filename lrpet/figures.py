@@ -649,13 +649,17 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
 
     Returns:
         A panel a question, a line a setting; LRPET as it is has the filled marker, and a dotted line stands at its mean.
-        A setting that was not run says so.
+        A setting that was not run says so, and so does a profile without ablations.
 
     >>> columns = ["question", "setting", "experiment", "verdict"]
     >>> rows = pd.DataFrame([["residual factor", "0", "a", "LRPET as it is"]], columns=columns)
     >>> plot_ablations(rows, pd.DataFrame({"experiment": ["a"], "top1_pct": [90.0]})).axes[0].get_xlabel()
     'top-1 accuracy, %'
     """
+    if table.empty:
+        figure = ProjectFigure(0.6)
+        figure.text(0.5, 0.5, "this profile has no ablations", ha="center", va="center", color="#666666")
+        return figure
     questions = list(dict.fromkeys(table.question))
     sizes = [(table.question == question).sum() + 0.7 for question in questions]
     figure = ProjectFigure(0.5 + 0.22 * sum(sizes) + 0.25 * len(sizes))

@@ -11,7 +11,7 @@ from test_notebooks import execute, parameters
 from test_tables import experiment, put
 from torch import nn
 
-from lrpet import RunConfig, load_runs, run, tables
+from lrpet import RunConfig, figures, load_runs, run, tables
 from lrpet.config import PROJECT, results_root
 from lrpet.data import Batches, load_data
 from lrpet.digits_tree import make_digits_tree
@@ -167,6 +167,13 @@ def test_pages_and_folders_of_tables_have_the_table(tmp_path):
     assert text.count("| resnet18") == 3
     for name in ("imagenet", "imagenette"):
         assert (results_root() / name / "tables" / "imagenet.md").read_text().startswith("| network")
+
+
+def test_a_profile_without_ablations_says_so(tmp_path):
+    runs = tables.profile_runs("imagenette", tmp_path)
+    table = tables.ablation_table(runs)
+    assert [text.get_text() for text in figures.plot_ablations(table, runs).texts] == ["this profile has no ablations"]
+    assert "0 of 0 changed settings" in tables.summary_of_ablations(table)
 
 
 # ---------------------------------------------------------------- the notebook
