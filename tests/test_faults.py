@@ -417,7 +417,11 @@ def test_ctrl_c_at_any_moment_leaves_a_checkpoint_from_which_the_same_bits_come(
         return wrapped
 
     with monkeypatch.context() as patch:
-        places = {"step": (lrpet.step, "training_loss"), "evaluation": (lrpet.training, "evaluate"), "checkpoint": (lrpet.training, "save_checkpoint")}
+        places = {  # kind: where it is called from
+            "step": (lrpet.step, "training_loss"),
+            "evaluation": (lrpet.training, "evaluate"),
+            "checkpoint": (lrpet.training, "save_checkpoint"),
+        }
         for kind, (module, name) in places.items():
             patch.setattr(module, name, interrupting(kind, getattr(module, name)))
         with pytest.raises(KeyboardInterrupt) as stopped:
