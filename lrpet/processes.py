@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["Processes", "divide", "join_processes"]
 
@@ -25,14 +26,13 @@ class Processes:
 
     What one of them calls, all must call, in the same order: every method here is a conversation, and costs nothing where one is alone.
 
-    >>> Processes().first, Processes().any(True), Processes().share(lambda: "made here")
-    (True, True, 'made here')
+    >>> Processes().first, Processes().any(True, False), Processes().share(lambda: "made here")
+    (True, [True, False], 'made here')
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0  # on its machine
-    device: torch.device = torch.device("cpu")  # where what they tell each other lies
 
     @classmethod
     def now(cls) -> Processes:
@@ -40,8 +40,7 @@ class Processes:
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         rank = dist.get_rank()
-        device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
-        return cls(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)), device)
+        return cls(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
 
     @property
     def first(self) -> bool:
@@ -53,7 +52,7 @@ class Processes:
         if self.world == 1:
             return make()
         made = [make() if self.first else None]
-        dist.broadcast_object_list(made, device=self.device)
+        dist.broadcast_object_list(made, device="cpu")
         return made[0]
 
     def sum(self, values: Tensor) -> Tensor:
@@ -63,9 +62,26 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def any(self, here: bool) -> bool:
-        """Tell whether something holds in at least one process."""
-        return here if self.world == 1 else bool(self.sum(torch.tensor(float(here), device=self.device)) > 0)
+    def any(self, *here: bool) -> list[bool]:
+        """Tell of each of some things whether it holds in at least one process."""
+        return list(here) if self.world == 1 else [count > 0 for count in self.sum(torch.tensor(here, dtype=torch.int64)).tolist()]
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Tell whether tensors, all on one device, hold the same bits in every process."""
+        first = [tensor.detach().clone() for tensor in tensors] if self.world > 1 else []
+        self.copy_from(0, first)
+        as_bits = lambda tensor: tensor.detach().contiguous().view(-1).view(torch.uint8)
+        return not self.any(not all(torch.equal(as_bits(a), as_bits(b)) for a, b in zip(first, tensors, strict=False)))[0]
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """Return the model so wrapped that backward leaves in each process the mean of the gradients of all; alone, the model itself.
+
+        BatchNorm's running statistics are left to each process: those of the first are copied where they are read.
+        """
+        if self.world == 1:
+            return model
+        device = next(model.parameters()).device
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
 
     @torch.no_grad()
     def copy_from(self, source: int, tensors: Sequence[Tensor]) -> None:
@@ -84,6 +100,22 @@ class Processes:
             for tensor, part in zip(tensors, flat.split([t.nbytes for t in tensors]), strict=True):
                 tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
 
+    def own_device(self, device: torch.device) -> torch.device:
+        """Return the device of this process: of several on a machine with GPUs, each takes one.
+
+        Raises:
+            ValueError: there are more processes than GPUs, or one GPU was named for all processes.
+        """
+        if self.world == 1 or device.type != "cuda":
+            return device
+        gpus = torch.cuda.device_count()
+        if device.index is not None:
+            raise ValueError(f"device must be auto, cpu or cuda where several processes train together, each on a GPU of its own; got '{device}'")
+        if self.local_rank >= gpus:
+            raise ValueError(f"torchrun --nproc-per-node must be at most {gpus}, the GPUs of this machine; got at least {self.local_rank + 1}")
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """Let one process of each machine go through the body before the others of it: what it leaves in a cache, they find there."""
@@ -94,38 +126,23 @@ class Processes:
                 self.any(False)  # returns when all are here
 
 
-def join_processes(device: torch.device, environ: Mapping[str, str] = os.environ) -> tuple[Processes, torch.device]:
-    """Meet the other processes of a run where torchrun started several: over NCCL on GPUs, over gloo on CPUs.
+def join_processes(environ: Mapping[str, str] = os.environ) -> Processes:
+    """Meet the other processes of a run where torchrun started several; what lies on GPUs then goes over NCCL, all else over gloo.
 
     Args:
-        device: "cuda" without a number becomes the GPU of this process: as many of a machine's GPUs are used as it runs processes.
         environ: where torchrun says who this is: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``.
 
     Returns:
-        This process among the others, and its device.
+        This process among the others.
 
-    Raises:
-        ValueError: the machine has fewer GPUs than processes, or all were given the same one.
-
-    >>> join_processes(torch.device("cpu"), environ={})[0].world
+    >>> join_processes(environ={}).world
     1
     """
-    world, local_rank = int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0))
-    if world == 1 and not dist.is_initialized():
-        return Processes(), device
-    if device.type == "cuda":
-        if device.index is not None and int(environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-            raise ValueError(f"device must be 'cuda' or 'auto' where several processes share a machine: each takes a GPU of its own; got '{device}'")
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"torchrun --nproc-per-node must be at most {torch.cuda.device_count()}, the GPUs of this machine; got process {local_rank + 1}"
-            )
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    if int(environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
         atexit.register(dist.destroy_process_group)
-    return Processes.now(), device
+    return Processes.now()
 
 
 def divide(costs: Mapping[str, float], parts: int) -> list[list[str]]:

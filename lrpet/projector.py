@@ -165,7 +165,8 @@ class LowRankProjector:
     def _tell_all(self, shares: dict[str, float], followed: set[str]) -> dict[str, tuple[float, bool]]:
         """Return (energy kept, followed) of every projected layer, whichever process projected it."""
         names = [name for names in self._shares for name in names]
-        told = torch.tensor([[shares.get(name, 0.0), name in followed] for name in names], dtype=torch.float64, device=self._processes.device)
+        told = torch.tensor([[shares.get(name, 0.0), name in followed] for name in names], dtype=torch.float64)
+        told = told.to(next(iter(self._weights.values())).device)  # where the processes can talk of it
         return {name: (share, bool(yes)) for name, (share, yes) in zip(names, self._processes.sum(told).tolist(), strict=True)}
 
     def _stack(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
