@@ -215,7 +215,7 @@ def _check_arguments(config, data, device, results, checkpoint_epochs, time_budg
         ("progress", progress, progress in ("auto", "bar", "lines", "off"), "auto, bar, lines or off"),
         ("on_epoch", on_epoch, on_epoch is None or callable(on_epoch), "a function of the row of an epoch, or None"),
         ("deterministic", deterministic, isinstance(deterministic, bool), "True or False"),
-        ("device_batch", device_batch, device_batch is None or (type(device_batch) is int and device_batch >= 1), "a whole number of images, or None"),
+        ("device_batch", device_batch, device_batch is None or (type(device_batch) is int and device_batch >= 1), "a number of images, or None"),
     ):
         if not good:
             raise ValueError(f"{name} must be {wanted}; got {value!r}")

@@ -2,21 +2,33 @@
 
 import contextlib
 import copy
+import dataclasses
 import multiprocessing
 import os
+import re
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import ZOO_RANKS, Zoo, randomize_batchnorms
+import yaml
+from helpers import TINY, ZOO_RANKS, Zoo, outcome, randomize_batchnorms
 from torch import nn
 
-from lrpet import LowRankProjector, RunConfig, build_model, ranks_from_ratio
-from lrpet.data import Batches, ImageData
+import lrpet.runs
+from lrpet import LowRankProjector, RunConfig, build_model, ranks_from_ratio, run
+from lrpet.config import METHODS, PROJECT
+from lrpet.data import Batches, ImageData, load_data
 from lrpet.processes import Processes, divide, join_processes
+from lrpet.runs import is_complete, load_network, load_run
+from lrpet.step import Step
+from lrpet.training import Paused, evaluate
 
-CPU = torch.device("cpu")
 FORK = multiprocessing.get_context("forkserver")  # imports everything once, so that a process starts in no time
 FORK.set_forkserver_preload(["lrpet.__main__", "sklearn.datasets"])
 
@@ -31,8 +43,7 @@ def be(environment, file, function, arguments):
     """Be one of several processes, and leave what the function returns in a file."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    processes, _ = join_processes(CPU)
-    torch.save(function(processes, *arguments), file)
+    torch.save(function(join_processes(), *arguments), file)
 
 
 def together(folder, world, function, *arguments):
@@ -63,13 +74,15 @@ def assert_same(states):
 
 
 def converse(processes):
-    rank, mixed = processes.rank, [torch.full((3,), processes.rank), torch.tensor(1.5 * processes.rank), torch.ones(2, 2).mT.bfloat16() * processes.rank]
+    rank = processes.rank
+    mixed = [torch.full((3,), rank), torch.tensor(1.5 * rank), torch.ones(2, 2).mT.bfloat16() * rank]
     processes.copy_from(1, mixed)
     return {
         "now": processes,
         "share": processes.share(lambda: f"made by {rank}"),
         "sum": processes.sum(torch.tensor([rank, 1])).tolist(),
-        "any": [processes.any(rank == 1), processes.any(False)],
+        "any": processes.any(rank == 1, False),
+        "same": [processes.same([torch.tensor(float("nan"))]), processes.same([torch.tensor(1), torch.tensor(float(rank))])],
         "mixed": [t.float().mean().item() for t in mixed],
     }
 
@@ -77,7 +90,7 @@ def converse(processes):
 def test_what_processes_tell_each_other(tmp_path):
     heard = together(tmp_path, 3, converse)
     assert [h.pop("now") for h in heard] == [Processes(rank, 3, rank) for rank in range(3)]
-    assert heard == [{"share": "made by 0", "sum": [3, 3], "any": [True, False], "mixed": [1.0, 1.5, 1.0]}] * 3
+    assert heard == [{"share": "made by 0", "sum": [3, 3], "any": [True, False], "same": [True, False], "mixed": [1.0, 1.5, 1.0]}] * 3
 
 
 def take_turns(processes, folder):
@@ -203,3 +216,203 @@ def test_an_epoch_that_another_number_of_processes_goes_on_with_serves_every_ima
             for _, y in list(part.epoch(1, steps.start))[: 2 if steps.stop else None]:
                 seen.update(y.tolist())
     assert seen == Counter(range(50))
+
+
+# ---------------------------------------------------------------- training
+
+
+def gradients(processes, batch, device_batch):
+    """The gradients of a network without BatchNorm for one batch, and the totals."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    x, y, totals = torch.randn(batch, 3, 4, 4), torch.arange(batch) % 3, torch.zeros(3, dtype=torch.float64)
+    optimizer, part = torch.optim.SGD(model.parameters(), lr=0.1), slice(processes.rank, None, processes.world)
+    step = Step(RunConfig(), processes.parallel(model), optimizer, totals, world=processes.world, device_batch=device_batch)
+    for _ in range(2):
+        step.backward(x[part], y[part], y[part], batch)
+    return {name: p.grad for name, p in model.named_parameters()}, processes.sum(totals)
+
+
+@pytest.mark.parametrize("device_batch", [None, 2])
+@pytest.mark.parametrize("batch", [9, 7, 2])  # even, uneven, and one process without an image
+def test_the_loss_is_the_mean_over_the_whole_batch_however_it_is_divided(tmp_path, batch, device_batch):
+    expected, totals = gradients(Processes(), batch, None)
+    for divided, sums in (gradients(Processes(), batch, device_batch), *together(tmp_path, 3, gradients, batch, device_batch)):
+        for name, gradient in divided.items():
+            torch.testing.assert_close(gradient, expected[name])
+        torch.testing.assert_close(sums, totals)
+
+
+def start_run(processes, results, fields, options, spy=False):
+    """Do a run, of which each process has a results folder of its own; return what it returned or raised, and the labels it trained on."""
+    seen, backward = [], Step.backward
+    if spy:
+        torch.manual_seed(0)
+        data = dataclasses.replace(load_data(RunConfig()), train_images=torch.randint(256, (50, 8, 8, 3), dtype=torch.uint8))
+        data = dataclasses.replace(data, train_labels=torch.arange(50), classes=tuple(map(str, range(50))))
+        lrpet.runs.load_data = lambda *_: data
+        Step.backward = lambda self, x, target, y, images: (seen.append(y.tolist()), backward(self, x, target, y, images))[1]
+    rows = []
+    try:
+        done = run(RunConfig(**fields), results=results / str(processes.rank), device="cpu", progress="off", on_epoch=rows.append, **options)
+    except Paused as pause:
+        return str(pause), rows, seen
+    finally:
+        Step.backward = backward
+    return done.folder, rows, seen
+
+
+def forget_seconds(rows):
+    return [{name: value for name, value in row.items() if not name.endswith("_seconds")} for row in rows]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_do_a_run_together_and_the_first_alone_writes_it(tmp_path, world):
+    told = together(tmp_path, world, start_run, tmp_path / "results", TINY, {"device_batch": 40})
+    folder = RunConfig(**TINY).folder(tmp_path / "results" / "0")
+    assert [place.name for place in (tmp_path / "results").iterdir()] == ["0"]
+    assert [place for place, *_ in told] == [folder] * world
+    assert [forget_seconds(rows) for _, rows, _ in told] == [forget_seconds(told[0][1])] * world
+    finished = load_run(folder)
+    assert finished.environment["processes"] == world
+    assert not list(folder.glob("checkpoint.*"))
+    data = load_data(finished.config)
+    assert evaluate(load_network(finished), Batches(data, 1, "cpu", 0))[1] == finished.summary["compact_top1_pct"]  # all images, once
+    assert finished.summary["top1_pct"] > 20  # chance is 10
+    again = together(tmp_path, world, start_run, tmp_path / "results", TINY, {})
+    assert again == [(folder, [], [])] * world  # loaded, also where the folder is not to be seen
+
+
+def test_a_run_that_other_numbers_of_processes_go_on_with_sees_every_image_once_an_epoch(tmp_path):
+    fields, seen, worlds = {"epochs": 2, "milestones": (1,), "batch_size": 16, "method": "lrpet"}, [], [2, 4, 1, 3, 2, 1, 4, 2]
+    for step, world in enumerate(worlds, start=1):
+        told = together(tmp_path / str(step), world, start_run, tmp_path / "results", fields, {"time_budget": 0.0}, True)
+        seen += [sum((label for _, _, steps in told for label in steps), [])]
+        if step % 4:  # the end of an epoch, in which four processes had a part of two images, is behind
+            assert [words for words, *_ in told] == [f"{RunConfig(**fields).run_id} paused at step {step} of 8"] * world
+    assert [len(labels) for labels in seen] == [16, 16, 16, 2] * 2
+    for epoch in (seen[:4], seen[4:]):
+        assert Counter(sum(epoch, [])) == Counter(range(50))
+    folder = RunConfig(**fields).folder(tmp_path / "results" / "0")
+    assert {place for place, *_ in told} == {folder} and is_complete(folder)
+
+
+def do_all(processes, results, methods):
+    """Train with several methods one after the other; train() itself compares the weights of the processes after each epoch."""
+    fields = {"epochs": 2, "milestones": (1,), "batch_size": 256}
+    return {name: start_run(processes, results, fields | {"method": name}, {})[1][-1]["loss"] for name in methods}
+
+
+def test_every_method_keeps_the_processes_alike(tmp_path):
+    losses = together(tmp_path, 2, do_all, tmp_path / "results", list(METHODS))
+    assert losses[0] == losses[1] and losses[0].keys() == METHODS.keys()
+
+
+def test_data_that_differ_between_processes_are_refused(tmp_path):
+    assert together(tmp_path, 2, with_other_data, tmp_path / "results") == ["data must hold the same images for every process; got others"] * 2
+
+
+def with_other_data(processes, results):
+    data = load_data(RunConfig())
+    lrpet.runs.load_data = lambda *_: dataclasses.replace(data, train_labels=data.train_labels.roll(processes.rank))
+    with pytest.raises(ValueError) as refused:
+        run(RunConfig(**TINY), results=results, device="cpu", progress="off")
+    return str(refused.value).partition(" on another")[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("cuda:0", "device must be auto, cpu or cuda where several processes train together, each on a GPU of its own; got 'cuda:0'")],
+)
+def test_a_gpu_for_all_processes_is_refused(device, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Processes(1, 2, 1).own_device(torch.device(device))
+
+
+def test_synchronized_batchnorm_is_refused_on_cpus(tmp_path):
+    assert together(tmp_path, 2, with_sync_batchnorm, tmp_path / "results") == ["sync_batchnorm needs CUDA GPUs"] * 2
+
+
+def with_sync_batchnorm(_, results):
+    with pytest.raises(ValueError) as refused:
+        run(RunConfig(sync_batchnorm=True, **TINY), results=results, device="cpu", progress="off")
+    return str(refused.value).partition(" where")[0]
+
+
+# ---------------------------------------------------------------- torchrun
+
+LONG = {"epochs": 8, "milestones": (5,), "batch_size": 64}
+
+
+def torchrun(results, fields, *options, world=2):
+    arguments = [f"{name}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for name, value in RunConfig(**fields).to_dict().items()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", free_port(), *options]
+    return subprocess.Popen(
+        [*launch, "-m", "lrpet", "train", *arguments, "--device", "cpu"],
+        env={**os.environ, "LRPET_RESULTS": str(results), "PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def workers(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_for(path, process):
+    while not path.is_file():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What comes of the run where nothing happens."""
+    results = tmp_path_factory.mktemp("undisturbed")
+    process = torchrun(results, LONG)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert said.count("training 8 epochs of 21 steps on 2 × CPU") == said.count(" % test accuracy at ") == said.count("epoch   8/8") == 1  # not by each
+    return RunConfig(**LONG).folder(results)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_where_one_process_dies_the_job_fails_and_its_checkpoint_goes_on_to_the_same_end(tmp_path, undisturbed, victim):
+    folder = RunConfig(**LONG).folder(tmp_path)
+    process = torchrun(tmp_path, LONG)
+    wait_for(folder / "checkpoint.pt", process)
+    os.kill(workers(process)[victim], signal.SIGKILL)
+    said = process.communicate()[0]
+    assert process.returncode not in (0, None)
+    assert (folder / "checkpoint.pt").is_file() and not is_complete(folder), said
+    process = torchrun(tmp_path, LONG)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert said.count("resuming 8 epochs") == 1
+    assert outcome(folder) == outcome(undisturbed)
+
+
+def test_torchrun_restarts_what_died_and_it_goes_on_to_the_same_end(tmp_path, undisturbed):
+    folder = RunConfig(**LONG).folder(tmp_path)
+    process = torchrun(tmp_path, LONG, "--max-restarts", "1", "--monitor-interval", "0.1")
+    wait_for(folder / "checkpoint.pt", process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert said.count("resuming 8 epochs") == 1
+    assert outcome(folder) == outcome(undisturbed)
+
+
+def test_ctrl_c_stops_all_processes_behind_one_checkpoint(tmp_path, undisturbed):
+    folder = RunConfig(**LONG).folder(tmp_path)
+    process = torchrun(tmp_path, LONG)
+    wait_for(folder / "checkpoint.pt", process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[0]
+    assert process.returncode not in (0, None)
+    assert said.count("a checkpoint is written, and the same call goes on from it") == 1, said
+    process = torchrun(tmp_path, LONG, world=2)
+    assert process.wait() == 0, process.communicate()[0]
+    assert outcome(folder) == outcome(undisturbed)
