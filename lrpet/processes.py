@@ -76,12 +76,12 @@ class Processes:
     def parallel(self, model: nn.Module) -> nn.Module:
         """Return the model so wrapped that backward leaves in each process the mean of the gradients of all; alone, the model itself.
 
-        BatchNorm's running statistics are left to each process: those of the first are copied where they are read.
+        Before each step it takes over the first process's BatchNorm statistics, and each then adds those of its own part.
         """
         if self.world == 1:
             return model
         device = next(model.parameters()).device
-        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     @torch.no_grad()
     def copy_from(self, source: int, tensors: Sequence[Tensor]) -> None:

@@ -220,7 +220,7 @@ def train(
 
     model.train()
     trainer = make_step()
-    with closing(bar), PatientInterrupt() as interrupt:
+    with closing(bar), PatientInterrupt(may_insist=processes.world == 1) as interrupt:
         while len(history) < config.epochs:
             epoch, in_epoch = len(history), step - len(history) * steps  # in_epoch = steps: only its evaluation is missing
             if method.begin_epoch(epoch):
@@ -270,7 +270,7 @@ def train(
             book(began, projecting, recording)
             if not processes.same(list(model.parameters())):
                 raise RuntimeError(f"the weights of {config.run_id} differ between processes after epoch {epoch + 1}; use machines of one kind")
-            processes.copy_from(0, list(model.buffers()))  # running statistics, which each process kept of its own parts
+            processes.copy_from(0, list(model.buffers()))  # the first's running statistics: those of this process have its own part of the last batch
             then = time.perf_counter()
             try:  # a large test set takes long, and evaluation changes nothing; but several processes must leave it together
                 with interrupt.allowed() if processes.world == 1 else nullcontext():
