@@ -61,7 +61,7 @@ if [ -z "$cluster" ]; then
     snakemake+=(--cores "$jobs" --resources "gpu=$((jobs * gpus))")
 else
     command -v sbatch >/dev/null || die "--cluster slurm needs sbatch, which is not here; start this on a login node"
-    snakemake+=("cluster=$cluster" --profile "$ROOT/profiles/slurm" --jobs "$jobs" --slurm-logdir "$results/slurm")
+    snakemake+=("cluster=$cluster" --profile "$ROOT/profiles/slurm" --jobs "$jobs" --slurm-logdir "$results/slurm" --quiet host reason rules)
 fi
 if [ -n "$dry_run" ]; then
     exec "${snakemake[@]}" --dry-run --quiet host reason rules </dev/null

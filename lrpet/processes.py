@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,9 +142,33 @@ def join_processes(environ: Mapping[str, str] = os.environ) -> Processes:
     """
     if int(environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(_agree_on_name(store, rank, world), store)
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
         atexit.register(dist.destroy_process_group)
     return Processes.now()
+
+
+def _agree_on_name(store: dist.Store, rank: int, world: int) -> str:
+    """Return a new name for this start of the processes, the same in all of them.
+
+    torchrun's store outlives the processes that it restarts, and would give the new ones the addresses of those that have died.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"asks {rank}", mine)
+        name = store.get(f"answer to {mine}").decode()  # waits for it
+        store.set(f"{rank} has {name}", "")
+        return name
+    waiting = set(range(1, world))
+    while waiting:
+        for other in waiting:
+            if store.check([f"asks {other}"]):  # perhaps still one that has died; the answer to it is read by nobody
+                store.set(f"answer to {store.get(f'asks {other}').decode()}", mine)
+        waiting = {other for other in waiting if not store.check([f"{other} has {mine}"])}
+        time.sleep(0.01)
+    return mine
 
 
 def divide(costs: Mapping[str, float], parts: int) -> list[list[str]]:
