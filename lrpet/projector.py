@@ -166,7 +166,8 @@ class LowRankProjector:
         """Return (energy kept, followed) of every projected layer, whichever process projected it."""
         names = [name for names in self._shares for name in names]
         told = torch.tensor([[shares.get(name, 0.0), name in followed] for name in names], dtype=torch.float64)
-        told = told.to(next(iter(self._weights.values())).device)  # where the processes can talk of it
+        if self._processes.world > 1:
+            told = told.to(next(iter(self._weights.values())).device)  # where a process group of GPUs alone can add it up
         return {name: (share, bool(yes)) for name, (share, yes) in zip(names, self._processes.sum(told).tolist(), strict=True)}
 
     def _stack(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:

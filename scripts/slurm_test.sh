@@ -47,6 +47,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
+MinJobAge=3600
 MpiDefault=none
 GresTypes=gpu
 SlurmdParameters=config_overrides
