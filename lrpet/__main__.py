@@ -1,4 +1,7 @@
-"""The command line: ``python -m lrpet list | check | headline | run NAME… | train FIELD=VALUE… | tables | export RUN``; no Jupyter needed."""
+"""The command line: ``python -m lrpet list | check | headline | run NAME… | train FIELD=VALUE… | tables | export RUN``; no Jupyter needed.
+
+``torchrun --nproc-per-node 4 -m lrpet run NAME`` trains one network in four processes.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import yaml
 from lrpet.config import PROFILES, RunConfig
 from lrpet.experiments import load_profile, select
 from lrpet.export import FORMATS, export_run
+from lrpet.processes import Processes, join_processes
 from lrpet.runs import is_complete, load_run, run
 from lrpet.training import Paused, has_checkpoint
 
@@ -49,18 +53,23 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
         sub.add_argument("--time-budget", type=float, metavar="SECONDS", help="stop at a checkpoint after this time")
         sub.add_argument("--checkpoint-epochs", type=int, default=1, metavar="N", help="epochs between checkpoints")
+        sub.add_argument("--device-batch", type=int, metavar="N", help="images that a device takes at a time (default: all of its batch)")
     args = parser.parse_args(arguments)
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         actions = {"run": _run, "train": _train, "tables": _tables, "export": _export, "headline": _headline}
         return actions.get(args.verb, _list)(args)
     except Paused as pause:
-        print(pause)
+        if rank == 0:
+            print(pause)
         return PAUSED
     except KeyboardInterrupt as stop:
-        print(stop.args[0] if stop.args else "stopped; what was trained so far is kept", file=sys.stderr)
+        if rank == 0:
+            print(stop.args[0] if stop.args else "stopped; what was trained so far is kept", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, FloatingPointError, OSError, yaml.YAMLError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f" in process {rank + 1} of {world}" if world > 1 else ""
+        print(f"error{where}: {error}", file=sys.stderr)
         return 1
 
 
@@ -105,14 +114,16 @@ def _export(args) -> int:
 def _train(args) -> int:
     fields = dict(field.partition("=")[::2] for field in args.fields)
     config = RunConfig.from_dict({name: yaml.safe_load(value) for name, value in fields.items()})
-    done = _do(config, args)
+    done = _do(config, args, args.time_budget)
     s = done.summary
-    print(f"{s['top1_pct']:.2f} % {s['scored_on']} accuracy at {s['macs'] / 1e6:.2f} M MACs; all files: {done.folder}")
+    if Processes.now().first:
+        print(f"{s['top1_pct']:.2f} % {s['scored_on']} accuracy at {s['macs'] / 1e6:.2f} M MACs; all files: {done.folder}")
     return 0
 
 
-def _do(config: RunConfig, args):
-    return run(config, data=args.data, device=args.device, time_budget=args.time_budget, checkpoint_epochs=args.checkpoint_epochs)
+def _do(config: RunConfig, args, time_budget: float | None):
+    options = {"checkpoint_epochs": args.checkpoint_epochs, "device_batch": args.device_batch}
+    return run(config, data=args.data, device=args.device, time_budget=time_budget, **options)
 
 
 def _run(args) -> int:
@@ -121,21 +132,26 @@ def _run(args) -> int:
     profile = load_profile(args.profile)
     chosen = select(profile, args.names)
     todo = [e for e in chosen if not is_complete(e.config.folder())]
-    print(f"profile {profile.name}: {len(chosen)} runs asked for, {len(chosen) - len(todo)} complete, cost of all: {profile.cost}", flush=True)
-    began = time.monotonic()
-    if len(chosen) == 1:
-        _do(chosen[0].config, args)
+    processes, began = join_processes(), time.monotonic()
+    if processes.first:
+        print(f"profile {profile.name}: {len(chosen)} runs asked for, {len(chosen) - len(todo)} complete, cost of all: {profile.cost}", flush=True)
+    left = lambda: None if args.time_budget is None else max(0.0, args.time_budget - (time.monotonic() - began))
+    if len(chosen) == 1 or processes.world > 1:  # torchrun's processes do one run after the other, all of them together
+        if args.jobs > 1 and processes.world > 1:
+            raise ValueError(f"--jobs must be 1 under torchrun, whose processes share one run; got {args.jobs}")
+        for experiment in chosen:
+            _do(experiment.config, args, left())
         return 0
 
     def one(experiment) -> int:
         """Do one run in a process of its own, so that its threads and memory are its own."""
         command = [sys.executable, "-m", "lrpet", "run", experiment.name, "--profile", profile.name, "--device", args.device]
         command += ["--checkpoint-epochs", str(args.checkpoint_epochs)] + (["--data", args.data] if args.data else [])
+        command += ["--device-batch", str(args.device_batch)] if args.device_batch else []
         if args.time_budget is not None:
-            left = args.time_budget - (time.monotonic() - began)
-            if left <= 0:
+            if left() == 0:
                 return PAUSED
-            command += ["--time-budget", str(left)]
+            command += ["--time-budget", str(left())]
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // args.jobs))
         return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, check=False).returncode
 

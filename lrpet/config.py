@@ -121,6 +121,7 @@ class RunConfig:
     validation_fraction: float = 0.0  # share of training images held out; above 0 they, not the test set, are scored
     recipe: str = _later("sgd")  # sgd | adamw (with cosine, mixup, …; see recipes.py)
     seed: int = 1
+    sync_batchnorm: bool = _later(False)  # BatchNorm statistics over the batches of all processes; false: over each one's part
     precision: str = "fp32"  # fp32 | tf32 (CUDA) | bf16 (autocast)
     profile: str = "smoke"  # smoke | short | paper | imagenette | imagenet
 

@@ -251,21 +251,23 @@ class Batches:
     """Serves normalized, augmented batches of a data set that lives on the device.
 
     The order of an epoch and every random crop and flip are drawn at its start on the CPU from (seed, epoch)
-    alone: the same on every device, and an epoch can be entered at any step.
+    alone: the same on every device, and an epoch can be entered at any step. Where several processes train together each is
+    served its part of the same batches, so an epoch can also be entered by another number of them.
 
     Args:
         data: the images.
         batch_size: images a batch; the last batch of an epoch may be smaller, as in the usual loaders.
         device: where batches are made and served.
         seed: of the run.
+        rank, world: which process this is, of how many; it serves every ``world``-th image of a batch, possibly none of the last one.
 
     >>> x, y = next(Batches(load_data(RunConfig()), 64, "cpu", seed=1).epoch(0))
     >>> x.shape, y.shape
     (torch.Size([64, 3, 8, 8]), torch.Size([64]))
     """
 
-    def __init__(self, data: ImageData, batch_size: int, device: str | torch.device, seed: int):
-        self.data, self.batch_size, self.device, self.seed = data, batch_size, torch.device(device), seed
+    def __init__(self, data: ImageData, batch_size: int, device: str | torch.device, seed: int, rank: int = 0, world: int = 1):
+        self.data, self.batch_size, self.device, self.seed, self.rank, self.world = data, batch_size, torch.device(device), seed, rank, world
         self.images = data.train_images.to(self.device)
         if data.pad:
             self.images = F.pad(self.images, (0, 0, data.pad, data.pad, data.pad, data.pad))  # zeros, in height and width
@@ -277,6 +279,10 @@ class Batches:
     def _normalize(self, pixels: Tensor) -> Tensor:
         """Turn (B, H, W, 3) uint8 or float into (B, 3, H, W) float32 in channels_last memory."""
         return (pixels * self.scale - self.shift).permute(0, 3, 1, 2)
+
+    def size(self, step: int) -> int:
+        """Return how many images the batch of a step (of an epoch, from 0) has in all processes together."""
+        return min(self.batch_size, len(self.labels) - step * self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (x (B, 3, H, W) float32, y (B,)) of one epoch, from step ``start`` on."""
@@ -294,8 +300,11 @@ class Batches:
             rows, columns = rows.to(self.device), columns.to(self.device)
         order = order.to(self.device)
         for i in range(start * self.batch_size, n, self.batch_size):
-            which, here = order[i : i + self.batch_size], slice(i, i + self.batch_size)
-            if self.data.pad is None:
+            here = slice(i + self.rank, i + self.batch_size, self.world)
+            which = order[here]
+            if not len(which):  # affine_grid refuses it
+                x = self._normalize(self.images[which][:, :size, :size])
+            elif self.data.pad is None:
                 x = self._normalize(self.images[which])
                 grid = F.affine_grid(geometry[here], [len(which), 3, size, size], align_corners=False)
                 x = F.grid_sample(x, grid, padding_mode="border", align_corners=False).contiguous(memory_format=torch.channels_last)
@@ -304,10 +313,11 @@ class Batches:
             yield x, self.labels[which]
 
     def test(self, batch_size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the held-out images in order, unaugmented."""
-        for i in range(0, len(self.data.test_labels), batch_size):
-            x = self._normalize(self.data.test_images[i : i + batch_size].to(self.device))
-            yield x, self.data.test_labels[i : i + batch_size].to(self.device)
+        """Yield the held-out images in order, unaugmented; of several processes each gets its part of them."""
+        for i in range(self.rank, len(self.data.test_labels), batch_size * self.world):
+            here = slice(i, i + batch_size * self.world, self.world)
+            x = self._normalize(self.data.test_images[here].to(self.device))
+            yield x, self.data.test_labels[here].to(self.device)
 
 
 def _resized_crops(numbers: Tensor, flip: Tensor) -> Tensor:

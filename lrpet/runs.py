@@ -10,14 +10,14 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from lrpet.config import PROJECT, RunConfig, results_root
 from lrpet.cost import cost
@@ -27,6 +27,7 @@ from lrpet.files import write_whole
 from lrpet.filter_pruning import keep_filters
 from lrpet.methods import build_network, make_method
 from lrpet.models import build_model
+from lrpet.processes import join_processes
 from lrpet.projector import LayerReport
 from lrpet.training import evaluate, has_checkpoint, train
 
@@ -136,8 +137,12 @@ def run(
     progress: str = "auto",
     on_epoch: Callable[[dict], None] | None = None,
     deterministic: bool = False,
+    device_batch: int | None = None,
 ) -> Run:
     """Do a run, or go on with it, or load it: whichever its folder calls for.
+
+    Under torchrun its processes train together, each on its part of every batch; all of them call this, and get the same. Only
+    the first reads and writes the folder. A checkpoint knows the number of steps done, nothing of processes: any number goes on from it.
 
     Args:
         config: what to run.
@@ -150,6 +155,8 @@ def run(
         on_epoch: called with the row of each finished epoch, as ``history`` holds it; may raise to end the run.
         deterministic: use only algorithms that give the same bits each time, which costs time on a GPU and changes nothing on a
             CPU. What the same seed does not promise: the same bits on another device, number of threads or version of PyTorch.
+        device_batch: images that a device takes at a time; a larger part of a batch is taken in pieces, whose gradients add up, so that
+            a batch means the same on fewer or smaller devices (but for BatchNorm, which sees a piece). None: whatever its part is.
 
     Returns:
         The finished run.
@@ -164,33 +171,39 @@ def run(
 
     Two processes asked for the same run do not both train it: the second waits, then loads.
     """
-    _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic)
+    _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, device_batch)
     deadline = None if time_budget is None else time.monotonic() + time_budget
     folder = config.folder(None if results is None else Path(results))
-    say = print if progress != "off" else lambda *_, **__: None
-    if not is_complete(folder):
-        where = _device(device, config)
-        lock = FileLock(folder / "run.lock")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            say(f"{config.run_id} is being trained by another process; waiting for it", flush=True)
-            held = lock.acquire()
-        except OSError as error:
-            raise ValueError(f"results must be a folder that can be written; got {folder}: {error.strerror}; set LRPET_RESULTS") from error
-        with held:  # released on the way out, also by an error; the kernel releases it when the process dies, however it dies
-            if not is_complete(folder):
+    processes = join_processes()
+    say = print if progress != "off" and processes.first else lambda *_, **__: None
+    if not processes.share(lambda: is_complete(folder)):
+        where = processes.own_device(_device(device, config, processes.world > 1))
+        with _hold(folder, say) if processes.first else nullcontext():
+            if not processes.share(lambda: is_complete(folder)):
                 with _deterministic(deterministic):
-                    return _train(config, folder, data, where, checkpoint_epochs, deadline, progress, say, on_epoch)
-    done = load_run(folder)
-    _tidy(folder)  # where it was killed between its summary and this
+                    return _train(config, folder, data, where, processes, checkpoint_epochs, deadline, progress, say, on_epoch, device_batch)
+    done = processes.share(lambda: load_run(folder))
+    if processes.first:
+        _tidy(folder)  # where it was killed between its summary and this
     e = done.environment
     say(f"{config.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}", flush=True)
     return done
 
 
-def _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic) -> None:
+def _hold(folder: Path, say: Callable) -> AcquireReturnProxy:
+    """Return the lock of a run, held; it is released on the way out of it, also by an error, and by the kernel when the process dies."""
+    lock = FileLock(folder / "run.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{folder.name} is being trained by another process; waiting for it", flush=True)
+        return lock.acquire()
+    except OSError as error:
+        raise ValueError(f"results must be a folder that can be written; got {folder}: {error.strerror}; set LRPET_RESULTS") from error
+
+
+def _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, device_batch) -> None:
     """Refuse what cannot be meant, before a folder is made."""
     for name, value, good, wanted in (
         ("config", config, isinstance(config, RunConfig), "a RunConfig; RunConfig.from_dict makes one of a map"),
@@ -202,6 +215,7 @@ def _check_arguments(config, data, device, results, checkpoint_epochs, time_budg
         ("progress", progress, progress in ("auto", "bar", "lines", "off"), "auto, bar, lines or off"),
         ("on_epoch", on_epoch, on_epoch is None or callable(on_epoch), "a function of the row of an epoch, or None"),
         ("deterministic", deterministic, isinstance(deterministic, bool), "True or False"),
+        ("device_batch", device_batch, device_batch is None or (type(device_batch) is int and device_batch >= 1), "a number of images, or None"),
     ):
         if not good:
             raise ValueError(f"{name} must be {wanted}; got {value!r}")
@@ -222,7 +236,7 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
-def _device(name: str, config: RunConfig) -> torch.device:
+def _device(name: str, config: RunConfig, several: bool) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
@@ -231,28 +245,56 @@ def _device(name: str, config: RunConfig) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:1; got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU; use 'cpu' or 'auto'")
+    if config.sync_batchnorm and device.type != "cuda" and several:
+        raise ValueError("sync_batchnorm needs CUDA GPUs where several processes train together: PyTorch has it for no other device; got 'cpu'")
     if config.precision == "tf32" and device.type != "cuda":
         raise ValueError("precision 'tf32' exists on CUDA GPUs only; use 'fp32' or 'bf16' on a CPU")
     return device
 
 
-def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, say, on_epoch) -> Run:
-    images = load_data(config, data)
-    origin = environment(device) | images.fingerprint
-    _same_data(folder, origin)
-    _write(folder / "config.json", _json(config.to_dict()))
-    _write(folder / "environment.json", _json(origin))
+def _train(config, folder, data, device, processes, checkpoint_epochs, deadline, progress, say, on_epoch, device_batch) -> Run:
+    with processes.in_turn():
+        images = load_data(config, data)
+    origin = environment(device) | {"processes": processes.world} | images.fingerprint
+    if processes.any(processes.share(lambda: images.fingerprint) != images.fingerprint)[0]:
+        raise ValueError("data must hold the same images for every process; got others on another machine: give them the same copy by --data")
+    if processes.first:
+        _same_data(folder, origin)
+        _write(folder / "config.json", _json(config.to_dict()))
+        _write(folder / "environment.json", _json(origin))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     torch.manual_seed(config.seed)  # before the model exists
-    model = build_network(config, len(images.classes)).to(device, memory_format=torch.channels_last)
+    model = build_network(config, len(images.classes))
+    if config.sync_batchnorm and processes.world > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(device, memory_format=torch.channels_last)
     method = make_method(model, config)
-    batches = Batches(images, config.batch_size, device, config.seed)
+    batches = Batches(images, config.batch_size, device, config.seed, processes.rank, processes.world)
     checkpoint = folder / "checkpoint.pt"
-    verb = "resuming" if has_checkpoint(checkpoint) else "training"
-    say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {origin['device']}", flush=True)
-    state = train(config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress, on_epoch=on_epoch)
+    verb, times = "resuming" if has_checkpoint(checkpoint) else "training", f"{processes.world} × " * (processes.world > 1)
+    say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {times}{origin['device']}", flush=True)
+    state = train(
+        config,
+        method,
+        batches,
+        checkpoint,
+        checkpoint_epochs=checkpoint_epochs,
+        deadline=deadline,
+        progress=progress,
+        on_epoch=on_epoch,
+        processes=processes,
+        device_batch=device_batch,
+    )
 
     compact = method.compact()
+    compact_top1_pct = evaluate(compact, batches, processes)[1]
+    if processes.first:
+        _finish(config, folder, images, batches, method, state, compact, compact_top1_pct, origin)
+    return processes.share(lambda: load_run(folder))
+
+
+def _finish(config, folder, images, batches, method, state, compact, compact_top1_pct, origin) -> None:
+    """Write what a run leaves, its summary last."""
     shape = (3, config.image_size, config.image_size)
     full = build_model(config.model, len(images.classes))
     deployed, counted = cost(compact, shape), cost(full, shape, method.ranks)
@@ -265,7 +307,7 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
         "top1_pct": state["history"][-1]["top1_pct"],
         "best_top1_pct": float(history["top1_pct"][best]),
         "best_epoch": int(history["epoch"][best]),
-        "compact_top1_pct": evaluate(compact, batches)[1],
+        "compact_top1_pct": compact_top1_pct,
         "compact_max_relative_error": _difference(method.model, compact, batches),
         "train_loss": state["history"][-1]["train_loss"],
         "params": deployed.params,
@@ -296,7 +338,6 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
     for name, text in content.items():  # the summary last: it says that all others are there
         _write(folder / name, text)
     _tidy(folder)
-    return load_run(folder)
 
 
 def _tidy(folder: Path) -> None:

@@ -169,6 +169,7 @@ OTHER = {
     "validation_fraction": {"validation_fraction": 0.1},
     "recipe": {"recipe": "adamw"},
     "seed": {"seed": 2},
+    "sync_batchnorm": {"sync_batchnorm": True},
     "precision": {"precision": "bf16"},
     "profile": {"profile": "short"},
 }
