@@ -24,14 +24,14 @@ elif IN_JOB:
 PROFILE = load_profile(config.get("profile", "smoke"))
 EXECUTED = results_root() / PROFILE.name / "notebooks"
 RUNS = {experiment.config.run_id: experiment for experiment in reversed(PROFILE.experiments)}  # once, if two names mean one run
-ALONE = ["00_method"] + ["06_rank_search"] * (PROFILE.name == "smoke")  # with no run of the grid behind them; the search costs hours elsewhere
+ALONE = ["00_method"] + ["02_imagenet", "06_rank_search"] * (PROFILE.name == "smoke")  # with no run of the grid behind them; they cost hours elsewhere
 STORE = ["03_ablations", "04_singular_values", "05_gradient_norms", "08_tables"]
 SUMMARIES = [experiment.config.folder() / "summary.json" for experiment in RUNS.values()]
 
 
 def in_notebook(experiment):
     """Runs of the main table leave an executed notebook; all others do without, which saves each of them ten seconds, and so must torchrun."""
-    return experiment.feeds == MAIN and GPUS <= 1
+    return experiment.feeds in MAIN and GPUS <= 1
 
 
 def trace_of(experiment):
@@ -44,7 +44,7 @@ def command_of(experiment):
         command = ["scripts/told.sh", trace_of(experiment), sys.executable, *launch, "-m", "lrpet", "run", experiment.name, "--profile", PROFILE.name]
     else:  # YAML and not JSON, whose 1e-05 papermill reads as text. All fields: nothing depends on a notebook's defaults.
         fields = yaml.safe_dump(experiment.config.to_dict(), default_flow_style=True, width=10**6).strip()
-        command = ["scripts/execute.sh", "notebooks/01_cifar10.ipynb", trace_of(experiment), "-y", fields]
+        command = ["scripts/execute.sh", f"notebooks/{MAIN[experiment.feeds]}.ipynb", trace_of(experiment), "-y", fields]
     return shlex.join(map(str, command))
 
 

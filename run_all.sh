@@ -88,7 +88,7 @@ missing() {
     echo "missing: $1, not begun"
 }
 awk '/ (not run|started)$/ { print $1 }' <<<"$state" | while read -r name; do missing "$name"; done
-for name in 00_method $([ "$profile" != smoke ] || echo 06_rank_search) 03_ablations 04_singular_values 05_gradient_norms 08_tables; do
+for name in 00_method $([ "$profile" != smoke ] || echo 02_imagenet 06_rank_search) 03_ablations 04_singular_values 05_gradient_norms 08_tables; do
     [ -f "$results/notebooks/$name.done" ] || missing "$name"
 done
 [ "$status" = 0 ] || echo "not everything was done; lines above with 'failed' tell why and where"

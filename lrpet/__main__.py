@@ -1,6 +1,7 @@
-"""The command line: ``python -m lrpet list | check | headline | run NAME… | train FIELD=VALUE… | tables | export RUN``; no Jupyter needed.
+"""The command line, no Jupyter needed: ``python -m lrpet list | check | headline | run NAME… | train FIELD=VALUE… | tables | export RUN``.
 
-``torchrun --nproc-per-node 4 -m lrpet run NAME`` trains one network in four processes.
+``torchrun --nproc-per-node 4 -m lrpet run NAME`` trains one network in four processes. For large trees of images: ``throughput NAME…`` and
+``shrink DIR COPY``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 import yaml
 
 from lrpet.config import PROFILES, RunConfig
+from lrpet.data import ON_CORRUPT
 from lrpet.experiments import load_profile, select
 from lrpet.export import FORMATS, export_run
 from lrpet.processes import Processes, join_processes
-from lrpet.runs import is_complete, load_run, run
+from lrpet.runs import device_of, environment, is_complete, load_run, run
+from lrpet.streaming import load_images, make_batches, shrink_tree
+from lrpet.throughput import keep, measure, throughput_line
 from lrpet.training import Paused, has_checkpoint
 
 PAUSED = 75  # exit status: "temporary failure, try again" of sysexits.h
@@ -54,10 +58,24 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("--time-budget", type=float, metavar="SECONDS", help="stop at a checkpoint after this time")
         sub.add_argument("--checkpoint-epochs", type=int, default=1, metavar="N", help="epochs between checkpoints")
         sub.add_argument("--device-batch", type=int, metavar="N", help="images that a device takes at a time (default: all of its batch)")
+        sub.add_argument("--on-corrupt", default="stop", choices=ON_CORRUPT, help="an image that cannot be decoded ends the run, or is left out")
+    sub = verbs.add_parser("throughput", help="measure loading and training of the named runs of a profile, alone and together")
+    sub.add_argument("names", nargs="+", metavar="NAME", help="as 'list' shows them")
+    sub.add_argument("--profile", default="imagenet", choices=PROFILES)
+    sub.add_argument("--data", metavar="DIR", help="folder of the images (default: LRPET_DATA)")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    sub.add_argument("--seconds", type=float, default=20.0, help="of each of the three measurements")
+    sub.add_argument("--keep", action="store_true", help="write results/bench/throughput-*.json, which the tables estimate times from")
+    sub = verbs.add_parser("shrink", help="copy a tree of images with shorter sides of fewer pixels, which decodes faster")
+    sub.add_argument("source", metavar="DIR")
+    sub.add_argument("target", metavar="COPY")
+    sub.add_argument("--short", type=int, default=256, metavar="PIXELS", help="of the shorter side (default: 256)")
+    sub.add_argument("--on-corrupt", default="stop", choices=ON_CORRUPT, help="an image that cannot be decoded ends it, or is left out")
     args = parser.parse_args(arguments)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         actions = {"run": _run, "train": _train, "tables": _tables, "export": _export, "headline": _headline}
+        actions |= {"throughput": _throughput, "shrink": _shrink}
         return actions.get(args.verb, _list)(args)
     except Paused as pause:
         if rank == 0:
@@ -111,6 +129,26 @@ def _export(args) -> int:
     return 0
 
 
+def _throughput(args) -> int:
+    for experiment in select(load_profile(args.profile), args.names):
+        config = experiment.config
+        where = device_of(args.device, config)
+        batches = make_batches(load_images(config, args.data, device=where), config.batch_size, where, config.seed)
+        result = measure(config, batches, args.seconds)
+        print(f"{experiment.name}: {throughput_line(result)}", flush=True)
+        if args.keep:
+            print(f"kept in {keep(config, result, environment(where))}")
+    return 0
+
+
+def _shrink(args) -> int:
+    if args.short < 1:
+        raise ValueError(f"--short must be at least 1; got {args.short}")
+    count = shrink_tree(args.source, args.target, args.short, args.on_corrupt)
+    print(f"{args.target} holds {count} images with shorter sides of {args.short} pixels at most")
+    return 0
+
+
 def _train(args) -> int:
     fields = dict(field.partition("=")[::2] for field in args.fields)
     config = RunConfig.from_dict({name: yaml.safe_load(value) for name, value in fields.items()})
@@ -122,7 +160,7 @@ def _train(args) -> int:
 
 
 def _do(config: RunConfig, args, time_budget: float | None):
-    options = {"checkpoint_epochs": args.checkpoint_epochs, "device_batch": args.device_batch}
+    options = {"checkpoint_epochs": args.checkpoint_epochs, "device_batch": args.device_batch, "on_corrupt": args.on_corrupt}
     return run(config, data=args.data, device=args.device, time_budget=time_budget, **options)
 
 
@@ -146,7 +184,8 @@ def _run(args) -> int:
     def one(experiment) -> int:
         """Do one run in a process of its own, so that its threads and memory are its own."""
         command = [sys.executable, "-m", "lrpet", "run", experiment.name, "--profile", profile.name, "--device", args.device]
-        command += ["--checkpoint-epochs", str(args.checkpoint_epochs)] + (["--data", args.data] if args.data else [])
+        command += ["--checkpoint-epochs", str(args.checkpoint_epochs), "--on-corrupt", args.on_corrupt]
+        command += ["--data", args.data] if args.data else []
         command += ["--device-batch", str(args.device_batch)] if args.device_batch else []
         if args.time_budget is not None:
             if left() == 0:

@@ -119,6 +119,7 @@ class RunConfig:
     weight_decay: float = 0.0001
     milestones: tuple[int, ...] = (10, 15)  # epochs at which the learning rate falls to a tenth
     validation_fraction: float = 0.0  # share of training images held out; above 0 they, not the test set, are scored
+    crops: str | None = _later(None)  # imagefolder, training: square (null: of the central one, kept at 8/7 of image_size) | whole (as in the paper)
     recipe: str = _later("sgd")  # sgd | adamw (with cosine, mixup, …; see recipes.py)
     seed: int = 1
     sync_batchnorm: bool = _later(False)  # BatchNorm statistics over the batches of all processes; false: over each one's part
@@ -145,6 +146,10 @@ class RunConfig:
         self._bound("validation_fraction", 0.0, 0.9)
         if self.dataset != "imagefolder" and self.image_size != DATASETS[self.dataset]:
             self._refuse("image_size", f"{DATASETS[self.dataset]} for {self.dataset}; another size needs dataset='imagefolder'")
+        if self.crops not in (None, "whole"):
+            self._refuse("crops", "one of square, whole")
+        if self.crops is not None and self.dataset != "imagefolder":
+            self._refuse("crops", "left out but for dataset='imagefolder'; the other data sets have crops of their own")
         if self.image_size < SMALLEST.get(self.model, 0):
             self._refuse("image_size", f"{SMALLEST[self.model]} or more for {self.model}; take another model or dataset")
         if any(b <= a for a, b in zip((0, *self.milestones), self.milestones, strict=False)) or any(m >= self.epochs for m in self.milestones):
@@ -170,6 +175,8 @@ class RunConfig:
             if "float" in field.type and getattr(self, field.name) is not None:
                 put(field.name, float(getattr(self, field.name)))
         put("milestones", tuple(self.milestones) if self.recipe == "sgd" else ())
+        if self.crops == "square":
+            put("crops", None)
         if self.image_size is None:
             put("image_size", DATASETS[self.dataset])
         reads = METHODS[self.method]

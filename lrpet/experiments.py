@@ -13,7 +13,7 @@ from lrpet.config import PROFILES, PROJECT, RunConfig
 
 __all__ = ["MAIN", "Experiment", "Profile", "load_profile", "select"]
 
-MAIN = "cifar10"  # what an experiment of the main table feeds
+MAIN = {"cifar10": "01_cifar10", "imagenet": "02_imagenet"}  # what an experiment of a main table feeds → the notebook that shows one run
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from lrpet.config import PROJECT, RunConfig, results_root
 from lrpet.cost import cost
-from lrpet.data import Batches, load_data
+from lrpet.data import ON_CORRUPT, data_folder
 from lrpet.factorize import compact_header, load_compact, save_compact
 from lrpet.files import write_whole
 from lrpet.filter_pruning import keep_filters
@@ -29,6 +29,8 @@ from lrpet.methods import build_network, make_method
 from lrpet.models import build_model
 from lrpet.processes import join_processes
 from lrpet.projector import LayerReport
+from lrpet.streaming import StreamData, load_images, make_batches
+from lrpet.throughput import measure, throughput_line
 from lrpet.training import evaluate, has_checkpoint, train
 
 ANEW = "delete the folder to run it anew, or take it from where you got it"
@@ -138,6 +140,7 @@ def run(
     on_epoch: Callable[[dict], None] | None = None,
     deterministic: bool = False,
     device_batch: int | None = None,
+    on_corrupt: str = "stop",
 ) -> Run:
     """Do a run, or go on with it, or load it: whichever its folder calls for.
 
@@ -157,6 +160,8 @@ def run(
             CPU. What the same seed does not promise: the same bits on another device, number of threads or version of PyTorch.
         device_batch: images that a device takes at a time; a larger part of a batch is taken in pieces, whose gradients add up, so that
             a batch means the same on fewer or smaller devices (but for BatchNorm, which sees a piece). None: whatever its part is.
+        on_corrupt: "stop" ends the run at an image that cannot be decoded, "skip" goes on without such images; each is named, and
+            the summary counts them. For imagefolder.
 
     Returns:
         The finished run.
@@ -171,18 +176,20 @@ def run(
 
     Two processes asked for the same run do not both train it: the second waits, then loads.
     """
-    _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, device_batch)
+    _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, device_batch, on_corrupt)
     deadline = None if time_budget is None else time.monotonic() + time_budget
     folder = config.folder(None if results is None else Path(results))
     processes = join_processes()
     say = print if progress != "off" and processes.first else lambda *_, **__: None
     if not processes.share(lambda: is_complete(folder)):
-        where = processes.own_device(_device(device, config, processes.world > 1))
+        where = processes.own_device(device_of(device, config, processes.world > 1))
         with _hold(folder, say) if processes.first else nullcontext():
             if not processes.share(lambda: is_complete(folder)):
                 with _deterministic(deterministic):
-                    return _train(config, folder, data, where, processes, checkpoint_epochs, deadline, progress, say, on_epoch, device_batch)
+                    schedule = {"checkpoint_epochs": checkpoint_epochs, "deadline": deadline, "progress": progress, "on_epoch": on_epoch}
+                    return _train(config, folder, data, where, processes, say, on_corrupt, schedule | {"device_batch": device_batch})
     done = processes.share(lambda: load_run(folder))
+    _same_classes(done, data)
     if processes.first:
         _tidy(folder)  # where it was killed between its summary and this
     e = done.environment
@@ -203,7 +210,9 @@ def _hold(folder: Path, say: Callable) -> AcquireReturnProxy:
         raise ValueError(f"results must be a folder that can be written; got {folder}: {error.strerror}; set LRPET_RESULTS") from error
 
 
-def _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, device_batch) -> None:
+def _check_arguments(
+    config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, device_batch, on_corrupt
+) -> None:
     """Refuse what cannot be meant, before a folder is made."""
     for name, value, good, wanted in (
         ("config", config, isinstance(config, RunConfig), "a RunConfig; RunConfig.from_dict makes one of a map"),
@@ -216,6 +225,7 @@ def _check_arguments(config, data, device, results, checkpoint_epochs, time_budg
         ("on_epoch", on_epoch, on_epoch is None or callable(on_epoch), "a function of the row of an epoch, or None"),
         ("deterministic", deterministic, isinstance(deterministic, bool), "True or False"),
         ("device_batch", device_batch, device_batch is None or (type(device_batch) is int and device_batch >= 1), "a number of images, or None"),
+        ("on_corrupt", on_corrupt, on_corrupt in ON_CORRUPT, " or ".join(ON_CORRUPT)),
     ):
         if not good:
             raise ValueError(f"{name} must be {wanted}; got {value!r}")
@@ -236,7 +246,11 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
-def _device(name: str, config: RunConfig, several: bool) -> torch.device:
+def device_of(name: str, config: RunConfig, several: bool = False) -> torch.device:
+    """Return the device that a name means, after checking that it is there and can do what the configuration asks for.
+
+    With ``several``, for processes that train together.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
@@ -252,42 +266,40 @@ def _device(name: str, config: RunConfig, several: bool) -> torch.device:
     return device
 
 
-def _train(config, folder, data, device, processes, checkpoint_epochs, deadline, progress, say, on_epoch, device_batch) -> Run:
+def _train(config, folder, data, device, processes, say, on_corrupt, schedule) -> Run:
+    checkpoint = folder / "checkpoint.pt"
+    streamed, resumed = processes.share(lambda: (_was_streamed(folder), has_checkpoint(checkpoint)))
     with processes.in_turn():
-        images = load_data(config, data)
+        images = load_images(config, data, device=device, on_corrupt=on_corrupt, streamed=streamed)
+    if processes.any(isinstance(images, StreamData))[0] and not isinstance(images, StreamData):  # there was room for them in this process only
+        images = load_images(config, data, device=device, on_corrupt=on_corrupt, streamed=True)
     origin = environment(device) | {"processes": processes.world} | images.fingerprint
     if processes.any(processes.share(lambda: images.fingerprint) != images.fingerprint)[0]:
         raise ValueError("data must hold the same images for every process; got others on another machine: give them the same copy by --data")
+    if config.dataset == "imagefolder":
+        origin["data_classes_sha256"] = _digest(images.classes)
+    if images.corrupt:
+        origin["corrupt_images"] = list(images.corrupt)
     if processes.first:
         _same_data(folder, origin)
         _write(folder / "config.json", _json(config.to_dict()))
         _write(folder / "environment.json", _json(origin))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    batches = make_batches(images, config.batch_size, device, config.seed, processes.rank, processes.world)
+    if isinstance(images, StreamData) and not resumed:
+        say(throughput_line(measure(config, batches)), flush=True)
     torch.manual_seed(config.seed)  # before the model exists
     model = build_network(config, len(images.classes))
     if config.sync_batchnorm and processes.world > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device, memory_format=torch.channels_last)
     method = make_method(model, config)
-    batches = Batches(images, config.batch_size, device, config.seed, processes.rank, processes.world)
-    checkpoint = folder / "checkpoint.pt"
-    verb, times = "resuming" if has_checkpoint(checkpoint) else "training", f"{processes.world} × " * (processes.world > 1)
+    verb, times = "resuming" if resumed else "training", f"{processes.world} × " * (processes.world > 1)
     say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {times}{origin['device']}", flush=True)
-    state = train(
-        config,
-        method,
-        batches,
-        checkpoint,
-        checkpoint_epochs=checkpoint_epochs,
-        deadline=deadline,
-        progress=progress,
-        on_epoch=on_epoch,
-        processes=processes,
-        device_batch=device_batch,
-    )
+    state = train(config, method, batches, checkpoint, processes=processes, **schedule)
 
     compact = method.compact()
-    compact_top1_pct = evaluate(compact, batches, processes)[1]
+    compact_top1_pct = evaluate(compact, batches, processes)["top1_pct"]
     if processes.first:
         _finish(config, folder, images, batches, method, state, compact, compact_top1_pct, origin)
     return processes.share(lambda: load_run(folder))
@@ -305,6 +317,7 @@ def _finish(config, folder, images, batches, method, state, compact, compact_top
         "run_id": config.run_id,
         "scored_on": state["history"][-1]["scored_on"],
         "top1_pct": state["history"][-1]["top1_pct"],
+        **{name: state["history"][-1][name] for name in ("top5_pct",) if name in history},  # of more than five classes
         "best_top1_pct": float(history["top1_pct"][best]),
         "best_epoch": int(history["epoch"][best]),
         "compact_top1_pct": compact_top1_pct,
@@ -315,6 +328,8 @@ def _finish(config, folder, images, batches, method, state, compact, compact_top
         "macs_by_rank": counted.macs if method.ranks else deployed.macs,
         "dense_params": counted.dense_params,
         "dense_macs": counted.dense_macs,
+        "num_classes": len(images.classes),
+        "corrupt_images": len(images.corrupt),
         "dead_layers": sum(row["action"] == "constant" for row in rows),
         "projections": state["projections"],
         "train_seconds": round(state["train"], 3),
@@ -382,6 +397,13 @@ def _difference(model, compact, batches) -> float:
     return ((compact(x) - reference).abs().max() / reference.abs().max()).item()
 
 
+def _was_streamed(folder: Path) -> bool | None:
+    """Tell how the images of a run to be resumed were read; the same again, however much memory is free now. None: nothing to resume."""
+    if not has_checkpoint(folder / "checkpoint.pt"):
+        return None
+    return _read_json(folder / "environment.json")["data_train_sha256"].startswith("files:")
+
+
 def _same_data(folder: Path, environment: dict) -> None:
     """Refuse to go on with other images than a run began with."""
     if not has_checkpoint(folder / "checkpoint.pt"):
@@ -390,6 +412,20 @@ def _same_data(folder: Path, environment: dict) -> None:
     for name in ("data_train_sha256", "data_test_sha256"):
         if before.get(name) != environment[name]:
             raise ValueError(f"{folder} was begun with other images ({name} differs); give the data it began with, or another results folder")
+
+
+def _same_classes(done: Run, data: str | Path | None) -> None:
+    """Refuse to show a finished run for a tree of other classes: which images it saw is no part of its name."""
+    root, seen = data_folder(data), done.environment.get("data_classes_sha256")
+    if seen is None or root is None or not root.is_dir():
+        return
+    place = root / "train" if (root / "train").is_dir() else root
+    if _digest(sorted(entry.name for entry in place.iterdir() if entry.is_dir())) != seen:
+        raise ValueError(f"{done.folder} is a finished run on other classes than {root} holds; give another seed or results folder (LRPET_RESULTS)")
+
+
+def _digest(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def environment(device: torch.device) -> dict:

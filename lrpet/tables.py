@@ -30,6 +30,7 @@ __all__ = [
     "cost_table",
     "differences",
     "headline",
+    "imagenet_table",
     "profile_runs",
     "projection_share",
     "provenance",
@@ -60,6 +61,7 @@ METHOD_NAMES = {
 }
 COMPETITORS, ABLATIONS = "competitors", "ablations"  # what experiments beside the main table feed
 MACS_TOLERANCE = 0.02  # two networks whose multiply-adds differ by less are compared as equal
+USUAL_INTERVALS = {"imagenet": (250, "iteration"), "imagenette": (50, "iteration")}  # between projections, where it is not the methods' own
 PUBLISHED_NAMES = {"dense": "baseline"}  # where the published tables use another word
 
 
@@ -85,7 +87,8 @@ def _variant(config: RunConfig) -> list[str]:
         words.append("without BN rectification")
     if config.method in ("lrp", "lrpet") and config.pretrain_epochs:
         words.append("from a trained network")
-    if differs("projection_interval") or differs("projection_unit"):
+    usual = USUAL_INTERVALS.get(config.profile, (defaults.get("projection_interval"), defaults.get("projection_unit")))
+    if config.projection_unit is not None and (config.projection_interval, config.projection_unit) != usual:
         words.append(f"every {config.projection_interval} {config.projection_unit}s".replace("every 1 epochs", "every epoch"))
     if differs("residual"):
         words.append(f"residual {config.residual:g}")
@@ -155,8 +158,8 @@ def accuracy_table(runs: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
         first, done = seeds.iloc[0], seeds["top1_pct"].dropna()
         macs, params, dense = _counted(seeds.loc[seeds.top1_pct.first_valid_index()] if len(done) else first)
         config = first.config
-        paper = _published_row(reported, first.config.dataset, first.network, first.label, macs).top1_pct.dropna()
-        comparable = len(paper) and len(done) and (seeds.epochs.dropna() == 400).all()
+        paper = _published_row(reported, first.config, macs).top1_pct.dropna()
+        comparable = len(paper) and len(done) and _as_published(seeds)
         rows.append(
             {
                 "network": first.network,
@@ -182,17 +185,23 @@ def _counted(row: pd.Series) -> tuple[int | None, int | None, int]:
     """Return MACs, parameters and dense MACs: measured on the finished network, else by rank; None where only training tells."""
     if not pd.isna(row.macs):
         return row.macs, row.params, row.dense_macs
-    config, shape = row.config, (3, row.config.image_size, row.config.image_size)
-    counted = cost(build_network(config), shape, ranks_of(build_model(row.network), config) if config.method != "narrow" else None)
-    dense = cost(build_model(row.network), shape).macs
+    return _expected(row.config)
+
+
+@cache
+def _expected(config: RunConfig) -> tuple[int | None, int | None, int]:
+    shape, classes = (3, config.image_size, config.image_size), _num_classes(config)
+    model = build_model(config.model, classes)
+    counted = cost(build_network(config, classes), shape, ranks_of(model, config) if config.method != "narrow" else None)
+    dense = cost(model, shape).macs
     known = config.method in ("dense", "narrow") or config.ranks is not None or (config.prune_ratio is not None and config.method != "filter_pruning")
     return (counted.macs, counted.params, dense) if known else (None, None, dense)
 
 
 def _targets(runs: pd.DataFrame) -> dict[str, int]:
     """Return the multiply-adds of each network's LRPET at the ratio of the main table, which competitors aim at."""
-    mains = runs[(runs.feeds == MAIN) & (runs.label == "LRPET")].drop_duplicates("network")
-    return {row.network: target_macs(build_model(row.network), row.config) for row in mains.itertuples()}
+    mains = runs[runs.feeds.isin(MAIN) & (runs.label == "LRPET")].drop_duplicates("network")
+    return {row.network: target_macs(build_model(row.network, _num_classes(row.config)), row.config) for row in mains.itertuples()}
 
 
 def _off_target(feeds: str, macs: int | None, target: int | None) -> str:
@@ -201,11 +210,28 @@ def _off_target(feeds: str, macs: int | None, target: int | None) -> str:
     return "equal" if abs(macs / target - 1) <= MACS_TOLERANCE else f"{100 * (macs / target - 1):+.0f} %"
 
 
-def _published_row(reported: pd.DataFrame, dataset: str, network: str, label: str, macs: float) -> pd.DataFrame:
+def _of_imagenet(config: RunConfig) -> bool:
+    """Tell whether a run is meant to be of ImageNet; any other tree of images has no published numbers."""
+    return config.profile == "imagenet"
+
+
+def _num_classes(config: RunConfig) -> int:
+    return 1000 if _of_imagenet(config) else 10
+
+
+def _as_published(done: pd.DataFrame) -> bool:
+    """Tell whether finished runs followed the paper's schedule, on data of as many classes."""
+    done = done.dropna(subset="top1_pct")
+    imagenet = _of_imagenet(done.iloc[0].config)
+    return (done.epochs == (120 if imagenet else 400)).all() and (not imagenet or (done.num_classes == 1000).all())
+
+
+def _published_row(reported: pd.DataFrame, config: RunConfig, macs: float) -> pd.DataFrame:
     """Return the published rows of the same data, network and method whose multiply-adds are within 1 % of ours."""
     if not macs:
         return reported.iloc[:0]
-    same = reported[(reported.dataset == dataset) & (reported.model == network) & (reported.method == PUBLISHED_NAMES.get(label, label))]
+    dataset, label = "imagenet" if _of_imagenet(config) else config.dataset, _label(config)
+    same = reported[(reported.dataset == dataset) & (reported.model == config.model) & (reported.method == PUBLISHED_NAMES.get(label, label))]
     return same[(same.macs_m * 1e6 / macs - 1).abs() < 0.01]
 
 
@@ -244,7 +270,7 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for network, group in runs.groupby("network", sort=False):
         names = list(dict.fromkeys(group[group.feeds != ABLATIONS].label))
-        main = group[(group.label == "LRPET") & (group.feeds == MAIN)].ratio.dropna()
+        main = group[(group.label == "LRPET") & group.feeds.isin(MAIN)].ratio.dropna()
         pairs = [("LRPET", name) for name in names if name != "LRPET"] + [("LRP", "dense")]
         for a, b in pairs:
             for ratio, left in group[group.label == a].groupby("ratio"):
@@ -292,7 +318,7 @@ def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for network in dict.fromkeys(runs[runs.feeds == ABLATIONS].network):
         group = runs[runs.network == network]
-        base = group[(group.label == "LRPET") & (group.feeds == MAIN)]
+        base = group[(group.label == "LRPET") & group.feeds.isin(MAIN)]
         if base.empty:
             continue
         for question, free in ABLATED.items():
@@ -395,9 +421,9 @@ def claims_table(runs: pd.DataFrame) -> pd.DataFrame:
     """
     words = ("holds", "does not hold here", "undecided", "not tested")
     rows = []
-    for network in dict.fromkeys(runs[runs.feeds == MAIN].network):
+    for network in dict.fromkeys(runs[runs.feeds.isin(MAIN)].network):
         group = runs[runs.network == network]
-        base = group[(group.label == "LRPET") & (group.feeds == MAIN) & group.ratio.notna()]
+        base = group[(group.label == "LRPET") & group.feeds.isin(MAIN) & group.ratio.notna()]
         if base.empty:
             continue
         base = base[base.ratio == base.iloc[0].ratio]
@@ -408,7 +434,7 @@ def claims_table(runs: pd.DataFrame) -> pd.DataFrame:
                 rows.append({"claim": claim, "network": network, "evidence": f"top-1, points: LRPET − {label}", **result})
     for network in dict.fromkeys(runs.network):
         both = [runs[(runs.network == network) & (runs.label == label)] for label in ("LRPET", "LRP")]
-        if all(map(len, both)) and both[0].iloc[0].feeds in (MAIN, "gradients"):
+        if all(map(len, both)) and both[0].iloc[0].feeds in (*MAIN, "gradients"):
             result = _decide(_gradient_ratios(*both), words)
             rows.append({"claim": "gradients fade less", "network": network, "evidence": "log10 of ‖M‖·‖∂L/∂M‖, first layer: LRPET − LRP", **result})
     return pd.DataFrame(rows, columns=["claim", "network", "evidence", "difference", "standard_error", "n", "verdict"])
@@ -468,7 +494,7 @@ def provenance(runs: pd.DataFrame) -> pd.DataFrame:
 def headline(profile: str) -> str:
     """Return the numbers of a profile that matter most, for a terminal: accuracy and cost of each main row, and the claims' verdicts."""
     runs = profile_runs(profile)
-    table = accuracy_table(runs[runs.feeds == MAIN], published())
+    table = accuracy_table(runs[runs.feeds.isin(MAIN)], published())
     lines = [f"  {r.network:10s} {r.method:32s} {r.macs_m:>8s} M MACs  {r.top1_pct}" for r in table.itertuples()]
     claims = claims_table(runs)
     counts = ", ".join(f"{n} {verdict}" for verdict, n in claims.verdict.value_counts().items())
@@ -541,6 +567,64 @@ def _ranks_by_pattern(model, patterns: dict[str, int]) -> dict[str, int]:
     return {name: ranks[0] for name, ranks in matches.items() if ranks and name != classifier}
 
 
+IMAGENET_IMAGES = 1_281_167  # training images of ILSVRC 2012
+
+
+def imagenet_table(runs: pd.DataFrame, reported: pd.DataFrame, results: Path | None = None) -> pd.DataFrame:
+    """Return top-1 and top-5 accuracy and cost of each experiment on larger images; for ImageNet beside the published numbers.
+
+    Args:
+        runs: of :func:`profile_runs`, for profile imagenet or imagenette.
+        reported: of :func:`published`.
+        results: root of the store, in whose ``bench`` measured throughputs are.
+
+    Returns:
+        A row an experiment: exact multiply-adds and parameters, accuracy of the last epoch as mean ± sample standard deviation (n).
+        For profile imagenet also the published accuracies with the difference, and the command of the row with the hours it takes,
+        estimated from the throughput that was measured on a GPU; "not measured" where none was.
+    """
+    rows = []
+    for name, seeds in runs.groupby("experiment", sort=False):
+        seeds = seeds.reindex(columns=[*seeds.columns, *({"top5_pct", "num_classes", "epochs"} - set(seeds.columns))])
+        first, done = seeds.iloc[0], seeds.dropna(subset=["top1_pct"])
+        config = first.config
+        macs, params, dense = _counted(done.iloc[0] if len(done) else first)
+        row = {
+            "network": first.network,
+            "method": first.label,
+            "prune_ratio": "" if pd.isna(first.ratio) else f"{first.ratio:g}",
+            "epochs": f"{config.epochs}",
+            "macs_m": f"{macs / 1e6:.2f}",
+            "params_m": f"{params / 1e6:.3f}",
+            "macs_reduction_pct": f"{100 * (1 - macs / dense):.1f}",
+            "top1_pct": _spread(seeds.top1_pct),
+            "top5_pct": _spread(seeds.top5_pct) if done.top5_pct.notna().any() or done.empty else "not recorded",
+            "seeds": f"{len(done)} of {len(seeds)}",
+        }
+        if _of_imagenet(config):
+            paper = _published_row(reported, config, macs)
+            for top in ("top1", "top5"):
+                value = paper[f"{top}_pct"].dropna()
+                comparable = len(value) and len(done) and _as_published(done)
+                row[f"paper_{top}_pct"] = f"{value.iloc[0]:.2f}" if len(value) else ""
+                row[f"{top}_difference_pct"] = f"{done[f'{top}_pct'].mean() - value.iloc[0]:+.2f}" if comparable else ""
+            row["hardware"], row["hours_of_a_run"] = "one CUDA GPU or more", _estimated_hours(config, results)
+            row["command"] = f"python -m lrpet run '{name}-s*' --profile imagenet --data DIR"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _estimated_hours(config: RunConfig, results: Path | None) -> str:
+    """Return how long a run would train on ImageNet at the highest throughput that was measured for it on a GPU."""
+    kept = ((results or results_root()) / "bench").glob(f"throughput-{config.model}-{config.method}-{config.image_size}-*.json")
+    measured = [result for result in map(json.loads, (file.read_text() for file in sorted(kept))) if not result["device"].startswith("CPU")]
+    if not measured:
+        return "not measured"
+    best = max(measured, key=lambda result: result["both_images_per_second"])
+    hours = config.epochs * IMAGENET_IMAGES / best["both_images_per_second"] / 3600
+    return f"{hours:.0f}, estimated from {best['both_images_per_second']:.0f} images/s measured on one {best['device']}, training alone counted"
+
+
 def related_table() -> pd.DataFrame:
     """Return the published CIFAR-10 rows of Trained Rank Pruning; other schedule, other authors, for orientation only."""
     rows = published().query("table == 'related' and dataset == 'cifar10'")
@@ -559,8 +643,11 @@ def comparison(run) -> pd.DataFrame:
     """
     config, summary = run.config, run.summary
     reported = published()
-    match = _published_row(reported, config.dataset, config.model, _label(config), summary["macs"])
+    other = _of_imagenet(config) and summary["num_classes"] != 1000  # a tree of other images
+    match = _published_row(reported, config, None if other else summary["macs"])
     ours = {"macs_m": summary["macs"] / 1e6, "params_m": summary["params"] / 1e6, "top1_pct": summary["top1_pct"]}
+    if config.dataset == "imagefolder" and "top5_pct" in summary:
+        ours["top5_pct"] = summary["top5_pct"]
     rows = []
     for name, value in ours.items():
         paper = match[name].dropna()
@@ -585,8 +672,10 @@ def verdict(run) -> str:
     for row in comparison(run).itertuples():
         if row.published == "none":
             continue
-        if row.quantity == "top1_pct" and (config.epochs, config.validation_fraction) != (400, 0.0):
-            lines.append(f"- Accuracy is not comparable with the published {row.published} %: {config.epochs} epochs here, 400 in the paper.")
+        schedule = 120 if _of_imagenet(config) else 400
+        if row.quantity in ("top1_pct", "top5_pct") and (config.epochs, config.validation_fraction) != (schedule, 0.0):
+            schedules = f"{config.epochs} epochs here, {schedule} in the paper"
+            lines.append(f"- {row.quantity} is not comparable with the published {row.published} %: {schedules}.")
         else:
             lines.append(f"- {row.quantity}: {row.ours} here, {row.published} published, difference {row.difference}.")
     if len(lines) == 1:
@@ -623,6 +712,8 @@ def write_tables(profile: str, results: Path | None = None) -> dict[str, pd.Data
     }
     if profile == "short":
         tables["related"] = related_table()
+    if profile in ("imagenet", "imagenette"):
+        tables["imagenet"] = imagenet_table(runs, reported, results)
     folder = (results or results_root()) / profile / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
@@ -653,5 +744,6 @@ def write_pages(pages: Sequence[Path] = PAGES) -> list[str]:
     texts = [re.sub(r"<!-- table: (\w+) (\w+) -->.*?<!-- end -->", fill, path.read_text(encoding="utf-8"), flags=re.DOTALL) for path in pages]
     for path, text in zip(pages, texts, strict=True):
         path.write_text(text, encoding="utf-8")
-    write_tables("paper")
+    for profile in {"paper", "imagenet", "imagenette"} - set(tables):
+        write_tables(profile)
     return texts

@@ -37,8 +37,8 @@ class Paused(Exception):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, processes: Processes = ALONE) -> tuple[float, float]:
-    """Return (mean cross-entropy, top-1 accuracy in percent) on the held-out images, computed in float32.
+def evaluate(model: nn.Module, batches: Batches, processes: Processes = ALONE) -> dict[str, float]:
+    """Return ``loss`` (mean cross-entropy), ``top1_pct`` and, of more than five classes, ``top5_pct`` on the held-out images, in float32.
 
     Args:
         model: on the device of ``batches``; its mode is restored afterwards.
@@ -48,15 +48,16 @@ def evaluate(model: nn.Module, batches: Batches, processes: Processes = ALONE) -
     was_training = model.training
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=batches.device)
-    correct = torch.zeros((), dtype=torch.int64, device=batches.device)
+    correct = torch.zeros(2, dtype=torch.int64, device=batches.device)  # the first guess, one of the first five
     for x, y in batches.test():
         logits = model(x)
         loss += F.cross_entropy(logits, y, reduction="sum")
-        correct += (logits.argmax(1) == y).sum()
+        five = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]  # (B, 5)
+        correct += torch.stack([(logits.argmax(1) == y).sum(), five.sum()])
     model.train(was_training)
     n = len(batches.data.test_labels)
-    loss, correct = processes.sum(torch.stack([loss, correct.double()])).tolist()
-    return loss / n, 100 * correct / n
+    loss, first, five = processes.sum(torch.cat([loss[None], correct.double()])).tolist()
+    return {"loss": loss / n, "top1_pct": 100 * first / n} | ({"top5_pct": 100 * five / n} if len(batches.data.classes) > 5 else {})
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -274,12 +275,12 @@ def train(
             then = time.perf_counter()
             try:  # a large test set takes long, and evaluation changes nothing; but several processes must leave it together
                 with interrupt.allowed() if processes.world == 1 else nullcontext():
-                    test_loss, top1_pct = evaluate(model, batches, processes)
+                    scores = evaluate(model, batches, processes)
             except KeyboardInterrupt as request:
                 keep()
                 raise stopped(f"at the evaluation of epoch {epoch + 1} of {config.epochs}") from request
             clock["evaluation"] += time.perf_counter() - then
-            if not math.isfinite(test_loss):
+            if not math.isfinite(scores["loss"]):
                 raise FloatingPointError(_lost(config, model, epoch, steps - 1))
             loss_sum, correct, seen = processes.sum(totals).tolist()
             history = history + [
@@ -289,8 +290,7 @@ def train(
                     "train_loss": loss_sum / seen,
                     "train_top1_pct": 100 * correct / seen,
                     "scored_on": "held out" if config.validation_fraction else "test",
-                    "loss": test_loss,
-                    "top1_pct": top1_pct,
+                    **scores,
                     "projected": projected,
                     "train_seconds": round(clock["train"], 3),
                     "projection_seconds": round(clock["projection"], 3),

@@ -167,6 +167,7 @@ OTHER = {
     "weight_decay": {"weight_decay": 0.0},
     "milestones": {"milestones": [10]},
     "validation_fraction": {"validation_fraction": 0.1},
+    "crops": {"dataset": "imagefolder", "crops": "whole"},
     "recipe": {"recipe": "adamw"},
     "seed": {"seed": 2},
     "sync_batchnorm": {"sync_batchnorm": True},

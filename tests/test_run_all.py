@@ -83,7 +83,8 @@ def started(tmp_path_factory):
         shutil.copy(PROJECT / name, root)
     (root / "notebooks").mkdir()
     shutil.copy(PROJECT / "notebooks" / "01_cifar10.ipynb", root / "notebooks")
-    for name, source in (("00_method", "1 + 1"), ("06_rank_search", "1 + 1"), *((name, "profile = ''") for name in AFTER_RUNS)):
+    alone = dict.fromkeys(("00_method", "02_imagenet", "06_rank_search"), "1 + 1")
+    for name, source in (alone | dict.fromkeys(AFTER_RUNS, "profile = ''")).items():
         cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
         notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
         nbformat.write(notebook, root / "notebooks" / f"{name}.ipynb")

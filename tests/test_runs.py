@@ -68,7 +68,7 @@ def test_the_deployed_network_loses_nothing_and_can_be_loaded(undisturbed):
     assert undisturbed.summary["compact_top1_pct"] == undisturbed.summary["top1_pct"]
     compact = load_network(undisturbed)
     assert sum(p.numel() for p in compact.parameters()) == undisturbed.summary["params"]
-    assert evaluate(compact, Batches(load_data(CONFIG), 64, "cpu", 1))[1] == undisturbed.summary["compact_top1_pct"]
+    assert evaluate(compact, Batches(load_data(CONFIG), 64, "cpu", 1))["top1_pct"] == undisturbed.summary["compact_top1_pct"]
 
 
 def test_weights_that_did_not_come_with_the_results_are_missed_in_words(undisturbed, tmp_path):
@@ -81,7 +81,7 @@ def test_weights_that_did_not_come_with_the_results_are_missed_in_words(undistur
 def test_a_dense_run_deploys_the_trained_network(tmp_path):
     done = run(RunConfig(method="dense", **TINY), results=tmp_path, device="cpu", progress="off")
     assert files(done.folder) == FILES
-    assert evaluate(load_network(done), Batches(load_data(CONFIG), 64, "cpu", 1))[1] == done.summary["top1_pct"]
+    assert evaluate(load_network(done), Batches(load_data(CONFIG), 64, "cpu", 1))["top1_pct"] == done.summary["top1_pct"]
     assert done.summary["macs"] == done.summary["dense_macs"]
     assert done.summary["projections"] == 0
     assert set(done.layers["action"]) == {"dense"}
@@ -100,10 +100,10 @@ def test_with_a_validation_fraction_the_held_out_images_are_scored(tmp_path):
 
 
 def test_a_finished_run_is_loaded_without_data_and_says_so(undisturbed, monkeypatch, capsys):
-    def fail(*_):
+    def fail(*_, **__):
         raise AssertionError("data was loaded")
 
-    monkeypatch.setattr(lrpet.runs, "load_data", fail)
+    monkeypatch.setattr(lrpet.runs, "load_images", fail)
     again = run(CONFIG, results=undisturbed.folder.parents[2])
     e = undisturbed.environment
     assert capsys.readouterr().out == f"{CONFIG.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}\n"
@@ -196,7 +196,7 @@ def test_going_on_with_other_images_is_refused(monkeypatch, tmp_path):
     folder = pause_twice(tmp_path)
     images = load_data(CONFIG)
     images.train_images[0, 0, 0, 0] += 1
-    monkeypatch.setattr(lrpet.runs, "load_data", lambda *_: images)
+    monkeypatch.setattr(lrpet.runs, "load_images", lambda *_, **__: images)
     with pytest.raises(ValueError, match=r"was begun with other images \(data_train_sha256 differs\)"):
         run(CONFIG, results=tmp_path, device="cpu", progress="off")
     assert (folder / "checkpoint.pt").is_file()

@@ -51,10 +51,11 @@ def test_evaluate_by_hand(training):
     logits = [0.0] * 10
     logits[3] = 2.0
     model = Always(logits).train(training)
-    loss, top1_pct = evaluate(model, batches(RunConfig(), data))
+    scores = evaluate(model, batches(RunConfig(), data))
     threes = (data.test_labels == 3).float().mean().item()
-    assert top1_pct == pytest.approx(100 * threes)
-    assert loss == pytest.approx(torch.logsumexp(torch.tensor(logits), 0).item() - 2 * threes, rel=1e-5)
+    assert scores["top1_pct"] == pytest.approx(100 * threes)
+    assert scores["top5_pct"] == pytest.approx(100 * torch.isin(data.test_labels, Always(logits).logits.topk(5).indices).float().mean().item())
+    assert scores["loss"] == pytest.approx(torch.logsumexp(torch.tensor(logits), 0).item() - 2 * threes, rel=1e-5)
     assert model.training == training
 
 
@@ -92,7 +93,7 @@ def test_training_is_the_loop_of_the_paper_written_out(method, tmp_path):
             projector.step()
         row = state["history"][epoch]
         assert row["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-        assert (row["loss"], row["top1_pct"]) == pytest.approx(evaluate(model, batches(config, data)), rel=1e-5)
+        assert {name: row[name] for name in ("loss", "top1_pct", "top5_pct")} == pytest.approx(evaluate(model, batches(config, data)), rel=1e-5)
         assert (row["epoch"], row["learning_rate"], row["projected"]) == (epoch + 1, rate, projector is not None)
     expected = model.state_dict()
     assert all(torch.allclose(tensor, expected[name], rtol=1e-4, atol=1e-6) for name, tensor in trained.model.state_dict().items())
