@@ -1,5 +1,6 @@
 # One job a run of the profile, then the tables. Started by run_all.sh; by hand: snakemake --cores 2 --config profile=smoke
-# What Snakemake calls a core is a place for one run; the runs of one time share the machine's cores and its GPU.
+# What Snakemake calls a core is a place for one run; the runs of one time share the machine's cores and its GPUs.
+# With profiles/slurm each job is one of Slurm's, and this file is read again where it runs.
 import os
 import shlex
 import sys
@@ -13,7 +14,12 @@ from lrpet.experiments import MAIN, load_profile
 os.environ["PYTHON"] = sys.executable
 os.environ["LRPET_RESULTS"] = str(results_root().absolute())  # the same folder from wherever a notebook runs
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel "python3" is that of this Python, not one of the user's
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (workflow.cores or 1))))
+GPUS = int(config.get("gpus", 1))  # a run; with several, torchrun starts a process on each
+CLUSTER, IN_JOB = config.get("cluster"), "SLURM_CPUS_ON_NODE" in os.environ
+if not CLUSTER:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ((workflow.cores or 1) * max(1, GPUS)))))
+elif IN_JOB:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, int(os.environ["SLURM_CPUS_ON_NODE"]) // max(1, GPUS)))
 
 PROFILE = load_profile(config.get("profile", "smoke"))
 EXECUTED = results_root() / PROFILE.name / "notebooks"
@@ -23,14 +29,19 @@ STORE = ["03_ablations", "04_singular_values", "05_gradient_norms", "08_tables"]
 SUMMARIES = [experiment.config.folder() / "summary.json" for experiment in RUNS.values()]
 
 
+def in_notebook(experiment):
+    """Runs of the main table leave an executed notebook; all others do without, which saves each of them ten seconds, and so must torchrun."""
+    return experiment.feeds in MAIN and GPUS <= 1
+
+
 def trace_of(experiment):
-    """Runs of the main table leave an executed notebook; all others do without, which saves each of them ten seconds."""
-    return EXECUTED / f"{experiment.name}.{'ipynb' if experiment.feeds in MAIN else 'log'}"
+    return EXECUTED / f"{experiment.name}.{'ipynb' if in_notebook(experiment) else 'log'}"
 
 
 def command_of(experiment):
-    if experiment.feeds not in MAIN:
-        command = ["scripts/told.sh", trace_of(experiment), sys.executable, "-m", "lrpet", "run", experiment.name, "--profile", PROFILE.name]
+    if not in_notebook(experiment):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", GPUS] if GPUS > 1 else []
+        command = ["scripts/told.sh", trace_of(experiment), sys.executable, *launch, "-m", "lrpet", "run", experiment.name, "--profile", PROFILE.name]
     else:  # YAML and not JSON, whose 1e-05 papermill reads as text. All fields: nothing depends on a notebook's defaults.
         fields = yaml.safe_dump(experiment.config.to_dict(), default_flow_style=True, width=10**6).strip()
         command = ["scripts/execute.sh", f"notebooks/{MAIN[experiment.feeds]}.ipynb", trace_of(experiment), "-y", fields]
@@ -97,6 +108,6 @@ for place, experiment in enumerate(RUNS.values()):  # the last first: what exper
             command=command_of(experiment),
         priority: place + 1
         resources:
-            gpu=1,  # a share of the one device, not a device: run_all.sh gives out as many as it runs at a time
+            gpu=GPUS,  # on one machine shares of its devices, not devices: run_all.sh gives out as many as it runs at a time
         shell:
             "{params.command}"

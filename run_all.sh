@@ -4,14 +4,17 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: ./run_all.sh [--profile P] [--jobs N] [--data DIR] [--dry-run]
+usage: ./run_all.sh [--profile P] [--jobs N] [--data DIR] [--gpus-per-run N] [--cluster slurm] [--dry-run]
 
 Trains every run of profile P that is not complete yet, then makes the tables and figures of P. It can be
 interrupted at any time: started again, it goes on from the last checkpoint of each run.
 
   --profile P   a profile of experiments.yaml: smoke (default), short, paper, imagenette, imagenet
-  --jobs N      runs at a time, all on one device (default: 2, or 1 on a single core)
+  --jobs N      runs at a time, all on the same device or devices (default: 2, or 1 on a single core);
+                on a cluster: jobs submitted at a time (default: 100)
   --data DIR    folder of the images, for profiles that need one (default: LRPET_DATA)
+  --gpus-per-run N  GPUs of each run (default: 1); with several, torchrun starts a process on each
+  --cluster slurm   submit each run as a job, see profiles/slurm; 0 GPUs a run asks for none
   --dry-run     only tell what would be done
 
 Exit status 0 means that every run of the profile is complete and its tables are made.
@@ -20,12 +23,12 @@ TEXT
 }
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
-profile=smoke jobs="" dry_run=""
+profile=smoke jobs="" gpus=1 cluster="" dry_run=""
 while [ $# -gt 0 ]; do
     case $1 in
-        --profile | --jobs | --data)
+        --profile | --jobs | --data | --gpus-per-run | --cluster)
             [ $# -ge 2 ] || { echo "error: $1 needs a value; see --help" >&2 && exit 2; }
-            case $1 in --profile) profile=$2 ;; --jobs) jobs=$2 ;; --data) export LRPET_DATA=$2 ;; esac
+            case $1 in --profile) profile=$2 ;; --jobs) jobs=$2 ;; --data) export LRPET_DATA=$2 ;; --gpus-per-run) gpus=$2 ;; --cluster) cluster=$2 ;; esac
             shift 2
             ;;
         --dry-run) dry_run=yes && shift ;;
@@ -34,6 +37,8 @@ while [ $# -gt 0 ]; do
     esac
 done
 case $jobs in *[!0-9]* | 0) echo "error: --jobs must be a whole number of 1 or more; got $jobs" >&2 && exit 2 ;; esac
+case $gpus in "" | *[!0-9]*) echo "error: --gpus-per-run must be a whole number of 0 or more; got $gpus" >&2 && exit 2 ;; esac
+case $cluster in "" | slurm) ;; *) echo "error: --cluster must be slurm; got $cluster" >&2 && exit 2 ;; esac
 for name in LRPET_DATA LRPET_RESULTS LRPET_FIGURES LRPET_CACHE; do # what is relative is so to the caller's folder
     case ${!name:-} in "" | /* | "~"*) ;; *) export "$name=$PWD/${!name}" ;; esac
 done
@@ -45,13 +50,19 @@ cd "$ROOT"
 "$PYTHON" -m lrpet list --profile "$profile" # what, at which cost, and what is complete already; refuses an unknown profile
 
 cores=$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')
-[ -n "$jobs" ] || jobs=$((cores < 2 ? 1 : 2))
+[ -n "$jobs" ] || jobs=$([ -n "$cluster" ] && echo 100 || echo $((cores < 2 ? 1 : 2)))
 results=${LRPET_RESULTS:-$ROOT/results}
 results=${results/#\~/$HOME}/$profile
 figures=${LRPET_FIGURES:-$ROOT/figures}
 figures=${figures/#\~/$HOME}/$profile
 echo "$jobs at a time; results go to $results"
-snakemake=("$PYTHON" -m snakemake --snakefile "$ROOT/Snakefile" --workflow-profile "$ROOT/profiles/default" --cores "$jobs" --resources "gpu=$jobs" --config "profile=$profile")
+snakemake=("$PYTHON" -m snakemake --snakefile "$ROOT/Snakefile" --workflow-profile "$ROOT/profiles/default" --config "profile=$profile" "gpus=$gpus")
+if [ -z "$cluster" ]; then
+    snakemake+=(--cores "$jobs" --resources "gpu=$((jobs * gpus))")
+else
+    command -v sbatch >/dev/null || die "--cluster slurm needs sbatch, which is not here; start this on a login node"
+    snakemake+=("cluster=$cluster" --profile "$ROOT/profiles/slurm" --jobs "$jobs" --slurm-logdir "$results/slurm" --quiet host reason rules)
+fi
 if [ -n "$dry_run" ]; then
     exec "${snakemake[@]}" --dry-run --quiet host reason rules </dev/null
 fi

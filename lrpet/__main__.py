@@ -1,6 +1,7 @@
 """The command line, no Jupyter needed: ``python -m lrpet list | check | headline | run NAME… | train FIELD=VALUE… | tables | export RUN``.
 
-For large trees of images: ``throughput NAME…`` and ``shrink DIR COPY``.
+``torchrun --nproc-per-node 4 -m lrpet run NAME`` trains one network in four processes. For large trees of images: ``throughput NAME…`` and
+``shrink DIR COPY``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lrpet.config import PROFILES, RunConfig
 from lrpet.data import ON_CORRUPT
 from lrpet.experiments import load_profile, select
 from lrpet.export import FORMATS, export_run
+from lrpet.processes import Processes, join_processes
 from lrpet.runs import device_of, environment, is_complete, load_run, run
 from lrpet.streaming import load_images, make_batches, shrink_tree
 from lrpet.throughput import keep, measure, throughput_line
@@ -55,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
         sub.add_argument("--time-budget", type=float, metavar="SECONDS", help="stop at a checkpoint after this time")
         sub.add_argument("--checkpoint-epochs", type=int, default=1, metavar="N", help="epochs between checkpoints")
+        sub.add_argument("--device-batch", type=int, metavar="N", help="images that a device takes at a time (default: all of its batch)")
         sub.add_argument("--on-corrupt", default="stop", choices=ON_CORRUPT, help="an image that cannot be decoded ends the run, or is left out")
     sub = verbs.add_parser("throughput", help="measure loading and training of the named runs of a profile, alone and together")
     sub.add_argument("names", nargs="+", metavar="NAME", help="as 'list' shows them")
@@ -69,18 +72,22 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--short", type=int, default=256, metavar="PIXELS", help="of the shorter side (default: 256)")
     sub.add_argument("--on-corrupt", default="stop", choices=ON_CORRUPT, help="an image that cannot be decoded ends it, or is left out")
     args = parser.parse_args(arguments)
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         actions = {"run": _run, "train": _train, "tables": _tables, "export": _export, "headline": _headline}
         actions |= {"throughput": _throughput, "shrink": _shrink}
         return actions.get(args.verb, _list)(args)
     except Paused as pause:
-        print(pause)
+        if rank == 0:
+            print(pause)
         return PAUSED
     except KeyboardInterrupt as stop:
-        print(stop.args[0] if stop.args else "stopped; what was trained so far is kept", file=sys.stderr)
+        if rank == 0:
+            print(stop.args[0] if stop.args else "stopped; what was trained so far is kept", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, FloatingPointError, OSError, yaml.YAMLError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f" in process {rank + 1} of {world}" if world > 1 else ""
+        print(f"error{where}: {error}", file=sys.stderr)
         return 1
 
 
@@ -145,15 +152,16 @@ def _shrink(args) -> int:
 def _train(args) -> int:
     fields = dict(field.partition("=")[::2] for field in args.fields)
     config = RunConfig.from_dict({name: yaml.safe_load(value) for name, value in fields.items()})
-    done = _do(config, args)
+    done = _do(config, args, args.time_budget)
     s = done.summary
-    print(f"{s['top1_pct']:.2f} % {s['scored_on']} accuracy at {s['macs'] / 1e6:.2f} M MACs; all files: {done.folder}")
+    if Processes.now().first:
+        print(f"{s['top1_pct']:.2f} % {s['scored_on']} accuracy at {s['macs'] / 1e6:.2f} M MACs; all files: {done.folder}")
     return 0
 
 
-def _do(config: RunConfig, args):
-    options = {"time_budget": args.time_budget, "checkpoint_epochs": args.checkpoint_epochs, "on_corrupt": args.on_corrupt}
-    return run(config, data=args.data, device=args.device, **options)
+def _do(config: RunConfig, args, time_budget: float | None):
+    options = {"checkpoint_epochs": args.checkpoint_epochs, "device_batch": args.device_batch, "on_corrupt": args.on_corrupt}
+    return run(config, data=args.data, device=args.device, time_budget=time_budget, **options)
 
 
 def _run(args) -> int:
@@ -162,10 +170,15 @@ def _run(args) -> int:
     profile = load_profile(args.profile)
     chosen = select(profile, args.names)
     todo = [e for e in chosen if not is_complete(e.config.folder())]
-    print(f"profile {profile.name}: {len(chosen)} runs asked for, {len(chosen) - len(todo)} complete, cost of all: {profile.cost}", flush=True)
-    began = time.monotonic()
-    if len(chosen) == 1:
-        _do(chosen[0].config, args)
+    processes, began = join_processes(), time.monotonic()
+    if processes.first:
+        print(f"profile {profile.name}: {len(chosen)} runs asked for, {len(chosen) - len(todo)} complete, cost of all: {profile.cost}", flush=True)
+    left = lambda: None if args.time_budget is None else max(0.0, args.time_budget - (time.monotonic() - began))
+    if len(chosen) == 1 or processes.world > 1:  # torchrun's processes do one run after the other, all of them together
+        if args.jobs > 1 and processes.world > 1:
+            raise ValueError(f"--jobs must be 1 under torchrun, whose processes share one run; got {args.jobs}")
+        for experiment in chosen:
+            _do(experiment.config, args, left())
         return 0
 
     def one(experiment) -> int:
@@ -173,11 +186,11 @@ def _run(args) -> int:
         command = [sys.executable, "-m", "lrpet", "run", experiment.name, "--profile", profile.name, "--device", args.device]
         command += ["--checkpoint-epochs", str(args.checkpoint_epochs), "--on-corrupt", args.on_corrupt]
         command += ["--data", args.data] if args.data else []
+        command += ["--device-batch", str(args.device_batch)] if args.device_batch else []
         if args.time_budget is not None:
-            left = args.time_budget - (time.monotonic() - began)
-            if left <= 0:
+            if left() == 0:
                 return PAUSED
-            command += ["--time-budget", str(left)]
+            command += ["--time-budget", str(left())]
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // args.jobs))
         return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, check=False).returncode
 

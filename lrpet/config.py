@@ -122,6 +122,7 @@ class RunConfig:
     crops: str | None = _later(None)  # imagefolder, training: square (null: of the central one, kept at 8/7 of image_size) | whole (as in the paper)
     recipe: str = _later("sgd")  # sgd | adamw (with cosine, mixup, …; see recipes.py)
     seed: int = 1
+    sync_batchnorm: bool = _later(False)  # BatchNorm statistics over the batches of all processes; false: over each one's part
     precision: str = "fp32"  # fp32 | tf32 (CUDA) | bf16 (autocast)
     profile: str = "smoke"  # smoke | short | paper | imagenette | imagenet
 

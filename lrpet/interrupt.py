@@ -16,10 +16,17 @@ class PatientInterrupt:
     Acts in the main thread only, and only where nobody else, such as ``nohup``, has decided what SIGINT does.
     Leaving it with a request that nobody has answered raises KeyboardInterrupt.
 
+    Args:
+        may_insist: whether a second one interrupts at once. Not under torchrun, which hands on what Slurm has sent to all already, and
+            kills by itself what does not stop.
+
     >>> with PatientInterrupt() as interrupt:
     ...     interrupt.asked
     False
     """
+
+    def __init__(self, may_insist: bool = True):
+        self.may_insist = may_insist
 
     def __enter__(self) -> PatientInterrupt:
         self.asked = self.may_interrupt = False
@@ -37,7 +44,7 @@ class PatientInterrupt:
 
     def _note(self, *_) -> None:
         again, self.asked = self.asked, True
-        if again or self.may_interrupt:
+        if again and self.may_insist or self.may_interrupt:
             raise KeyboardInterrupt
 
     @contextmanager

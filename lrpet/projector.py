@@ -1,4 +1,4 @@
-"""The method on a model: which layers, which BatchNorm behind each, same shapes in one batch."""
+"""The method on a model: which layers, which BatchNorm behind each, same shapes in one batch, one result in every process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrpet.pairing import batchnorm_scale, resolve_batchnorms
+from lrpet.processes import Processes, divide
 from lrpet.projection import RESIDUAL_TOLERANCE, Basis, follow_basis, gram_matrix, leading_basis, project_and_measure, project_on_basis
 from lrpet.ranks import resolve_ranks
 
@@ -36,6 +37,9 @@ class LayerReport:
 
 class LowRankProjector:
     """Projects the chosen layers of a model in place: the paper's method in an object with one verb.
+
+    Where several processes train one network (torch.distributed), call ``step`` in all of them: the layers are divided among them by
+    cost, BatchNorm statistics are the first process's, and each layer is then the same in every process, bit by bit.
 
     Args:
         model: any ``nn.Module``; its Conv2d (one group) and Linear layers can take part.
@@ -83,23 +87,30 @@ class LowRankProjector:
         pairs = resolve_batchnorms(model, self.ranks, batchnorms) if bn_rectification else {}
         self._weights = {name: modules[name].weight for name in self.ranks}
         self._batchnorms = {name: modules[bn] for name, bn in pairs.items() if bn is not None}
-        shapes = defaultdict(list)  # layers of one shape, rank and kind are stacked
-        for name, weight in self._weights.items():
-            N, D = weight.shape[0], weight[0].numel()
-            if self.ranks[name] < min(N, D):  # elsewhere nothing is removed, so nothing is changed
-                shapes[N, D, self.ranks[name], weight.device, weight.dtype, name in self._batchnorms].append(name)
-        # ... but no more of them at once than a sixth of all weights, which bounds the memory a step needs beside the model.
-        limit = sum(weight.numel() for weight in self._weights.values()) / 6
-        self._groups = defaultdict(list)  # stacks whose Gram matrices have one size, rank and place are decomposed at once
-        for (N, D, rank, device, *_), names in shapes.items():
-            count = max(1, int(limit / (N * D)))
-            self._groups[min(N, D), rank, device] += [tuple(names[i : i + count]) for i in range(0, len(names), count)]
+        self._processes = None  # that the layers were divided among, at the first step
         self.fast, self._bases, self._steps = fast, {}, 0
         self._dense = [
             LayerReport(name, None, math.nan, "dense", "grouped" if module.groups > 1 else "no rank given")
             for name, module in modules.items()
             if isinstance(module, nn.Conv2d) and name not in self.ranks
         ]
+
+    def _divide(self, processes: Processes) -> None:
+        """Give every process its layers, and stack this one's."""
+        self._processes, self._bases = processes, {}
+        sizes = {name: weight.flatten(1).shape for name, weight in self._weights.items()}
+        sizes = {name: size for name, size in sizes.items() if self.ranks[name] < min(size)}  # elsewhere nothing is removed, so nothing is changed
+        self._shares = divide({name: min(N, D) ** 3 + N * D * min(N, D) for name, (N, D) in sizes.items()}, processes.world)
+        shapes = defaultdict(list)  # layers of one shape, rank and kind are stacked
+        for name in self._shares[processes.rank]:
+            weight = self._weights[name]
+            shapes[*sizes[name], self.ranks[name], weight.device, weight.dtype, name in self._batchnorms].append(name)
+        # ... but no more of them at once than a sixth of all weights, which bounds the memory a step needs beside the model.
+        limit = sum(weight.numel() for weight in self._weights.values()) / 6
+        self._groups = defaultdict(list)  # stacks whose Gram matrices have one size, rank and place are decomposed at once
+        for (N, D, rank, device, *_), names in shapes.items():
+            count = max(1, int(limit / (N * D)))
+            self._groups[min(N, D), rank, device] += [tuple(names[i : i + count]) for i in range(0, len(names), count)]
 
     @torch.no_grad()
     def step(self, *, exact: bool = False) -> list[LayerReport]:
@@ -114,6 +125,10 @@ class LowRankProjector:
         Raises:
             ValueError: a weight or a BatchNorm holds NaN or infinity; nothing has been changed then.
         """
+        processes = Processes.now()
+        if processes != self._processes:
+            self._divide(processes)
+        processes.copy_from(0, [buffer for bn in dict.fromkeys(self._batchnorms.values()) for buffer in bn.buffers()])
         self._scales = {
             stack: batchnorm_scale(*[self._batchnorms[name] for name in stack]) if stack[0] in self._batchnorms else None
             for stacks in self._groups.values()
@@ -134,15 +149,26 @@ class LowRankProjector:
                 for name, matrix in zip(stack, project_on_basis(M, Basis(*part), row_scale=a, **self.settings), strict=True):
                     if name not in dead:
                         self._weights[name].copy_(matrix.view(self._weights[name].shape))
-        reports = []
+        for owner, names in enumerate(self._shares):
+            processes.copy_from(owner, [self._weights[name] for name in names])
+        reports, told = [], self._tell_all(shares, followed)
         for name, rank in self.ranks.items():
             if name in dead:
                 reason = f"dead: largest singular value {dead[name]:.1e} < {DEAD_IN_TRAINING:.0e}"
                 reports.append(LayerReport(name, rank, math.nan, "left alone", reason))
             else:
-                reports.append(LayerReport(name, rank, shares.get(name, 1.0), "projected", "followed" if name in followed else ""))
+                energy_kept, was_followed = told.get(name, (1.0, False))
+                reports.append(LayerReport(name, rank, energy_kept, "projected", "followed" if was_followed else ""))
         self._scales = {}
         return reports + self._dense
+
+    def _tell_all(self, shares: dict[str, float], followed: set[str]) -> dict[str, tuple[float, bool]]:
+        """Return (energy kept, followed) of every projected layer, whichever process projected it."""
+        names = [name for names in self._shares for name in names]
+        told = torch.tensor([[shares.get(name, 0.0), name in followed] for name in names], dtype=torch.float64)
+        if self._processes.world > 1:
+            told = told.to(next(iter(self._weights.values())).device)  # where a process group of GPUs alone can add it up
+        return {name: (share, bool(yes)) for name, (share, yes) in zip(names, self._processes.sum(told).tolist(), strict=True)}
 
     def _stack(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
         """Return the weights of layers of one shape, (B, N, D), and the scales of their BatchNorms, (B, N) or None."""
@@ -182,7 +208,7 @@ class LowRankProjector:
         names = list(self.ranks)
         norms = torch.stack(torch._foreach_norm([self._weights[name].detach() for name in names], 2, torch.float64))  # one call, not one a layer
         rows = {name: row for stack, a in self._scales.items() if a is not None for name, row in zip(stack, a.sum(dim=1), strict=True)}
-        sums = norms + torch.stack([rows.get(name, norms.new_zeros(())) for name in names])
+        sums = norms + self._processes.sum(torch.stack([rows.get(name, norms.new_zeros(())) for name in names]))
         norms, sums = torch.stack([norms, sums]).tolist()
         for name, norm, both in zip(names, norms, sums, strict=True):
             if not math.isfinite(both):

@@ -10,14 +10,14 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from lrpet.config import PROJECT, RunConfig, results_root
 from lrpet.cost import cost
@@ -27,6 +27,7 @@ from lrpet.files import write_whole
 from lrpet.filter_pruning import keep_filters
 from lrpet.methods import build_network, make_method
 from lrpet.models import build_model
+from lrpet.processes import join_processes
 from lrpet.projector import LayerReport
 from lrpet.streaming import StreamData, load_images, make_batches
 from lrpet.throughput import measure, throughput_line
@@ -138,9 +139,13 @@ def run(
     progress: str = "auto",
     on_epoch: Callable[[dict], None] | None = None,
     deterministic: bool = False,
+    device_batch: int | None = None,
     on_corrupt: str = "stop",
 ) -> Run:
     """Do a run, or go on with it, or load it: whichever its folder calls for.
+
+    Under torchrun its processes train together, each on its part of every batch; all of them call this, and get the same. Only
+    the first reads and writes the folder. A checkpoint knows the number of steps done, nothing of processes: any number goes on from it.
 
     Args:
         config: what to run.
@@ -153,6 +158,8 @@ def run(
         on_epoch: called with the row of each finished epoch, as ``history`` holds it; may raise to end the run.
         deterministic: use only algorithms that give the same bits each time, which costs time on a GPU and changes nothing on a
             CPU. What the same seed does not promise: the same bits on another device, number of threads or version of PyTorch.
+        device_batch: images that a device takes at a time; a larger part of a batch is taken in pieces, whose gradients add up, so that
+            a batch means the same on fewer or smaller devices (but for BatchNorm, which sees a piece). None: whatever its part is.
         on_corrupt: "stop" ends the run at an image that cannot be decoded, "skip" goes on without such images; each is named, and
             the summary counts them. For imagefolder.
 
@@ -169,34 +176,43 @@ def run(
 
     Two processes asked for the same run do not both train it: the second waits, then loads.
     """
-    _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, on_corrupt)
+    _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, device_batch, on_corrupt)
     deadline = None if time_budget is None else time.monotonic() + time_budget
     folder = config.folder(None if results is None else Path(results))
-    say = print if progress != "off" else lambda *_, **__: None
-    if not is_complete(folder):
-        where = device_of(device, config)
-        lock = FileLock(folder / "run.lock")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            say(f"{config.run_id} is being trained by another process; waiting for it", flush=True)
-            held = lock.acquire()
-        except OSError as error:
-            raise ValueError(f"results must be a folder that can be written; got {folder}: {error.strerror}; set LRPET_RESULTS") from error
-        with held:  # released on the way out, also by an error; the kernel releases it when the process dies, however it dies
-            if not is_complete(folder):
+    processes = join_processes()
+    say = print if progress != "off" and processes.first else lambda *_, **__: None
+    if not processes.share(lambda: is_complete(folder)):
+        where = processes.own_device(device_of(device, config, processes.world > 1))
+        with _hold(folder, say) if processes.first else nullcontext():
+            if not processes.share(lambda: is_complete(folder)):
                 with _deterministic(deterministic):
-                    return _train(config, folder, data, where, checkpoint_epochs, deadline, progress, say, on_epoch, on_corrupt)
-    done = load_run(folder)
+                    schedule = {"checkpoint_epochs": checkpoint_epochs, "deadline": deadline, "progress": progress, "on_epoch": on_epoch}
+                    return _train(config, folder, data, where, processes, say, on_corrupt, schedule | {"device_batch": device_batch})
+    done = processes.share(lambda: load_run(folder))
     _same_classes(done, data)
-    _tidy(folder)  # where it was killed between its summary and this
+    if processes.first:
+        _tidy(folder)  # where it was killed between its summary and this
     e = done.environment
     say(f"{config.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}", flush=True)
     return done
 
 
-def _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, on_corrupt) -> None:
+def _hold(folder: Path, say: Callable) -> AcquireReturnProxy:
+    """Return the lock of a run, held; it is released on the way out of it, also by an error, and by the kernel when the process dies."""
+    lock = FileLock(folder / "run.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{folder.name} is being trained by another process; waiting for it", flush=True)
+        return lock.acquire()
+    except OSError as error:
+        raise ValueError(f"results must be a folder that can be written; got {folder}: {error.strerror}; set LRPET_RESULTS") from error
+
+
+def _check_arguments(
+    config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, device_batch, on_corrupt
+) -> None:
     """Refuse what cannot be meant, before a folder is made."""
     for name, value, good, wanted in (
         ("config", config, isinstance(config, RunConfig), "a RunConfig; RunConfig.from_dict makes one of a map"),
@@ -208,6 +224,7 @@ def _check_arguments(config, data, device, results, checkpoint_epochs, time_budg
         ("progress", progress, progress in ("auto", "bar", "lines", "off"), "auto, bar, lines or off"),
         ("on_epoch", on_epoch, on_epoch is None or callable(on_epoch), "a function of the row of an epoch, or None"),
         ("deterministic", deterministic, isinstance(deterministic, bool), "True or False"),
+        ("device_batch", device_batch, device_batch is None or (type(device_batch) is int and device_batch >= 1), "a number of images, or None"),
         ("on_corrupt", on_corrupt, on_corrupt in ON_CORRUPT, " or ".join(ON_CORRUPT)),
     ):
         if not good:
@@ -229,8 +246,11 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
-def device_of(name: str, config: RunConfig) -> torch.device:
-    """Return the device that a name means, after checking that it is there and can do what the configuration asks for."""
+def device_of(name: str, config: RunConfig, several: bool = False) -> torch.device:
+    """Return the device that a name means, after checking that it is there and can do what the configuration asks for.
+
+    With ``several``, for processes that train together.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
@@ -239,34 +259,54 @@ def device_of(name: str, config: RunConfig) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:1; got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU; use 'cpu' or 'auto'")
+    if config.sync_batchnorm and device.type != "cuda" and several:
+        raise ValueError("sync_batchnorm needs CUDA GPUs where several processes train together: PyTorch has it for no other device; got 'cpu'")
     if config.precision == "tf32" and device.type != "cuda":
         raise ValueError("precision 'tf32' exists on CUDA GPUs only; use 'fp32' or 'bf16' on a CPU")
     return device
 
 
-def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, say, on_epoch, on_corrupt) -> Run:
-    images = load_images(config, data, device=device, on_corrupt=on_corrupt, streamed=_was_streamed(folder))
-    origin = environment(device) | images.fingerprint
+def _train(config, folder, data, device, processes, say, on_corrupt, schedule) -> Run:
+    checkpoint = folder / "checkpoint.pt"
+    streamed, resumed = processes.share(lambda: (_was_streamed(folder), has_checkpoint(checkpoint)))
+    with processes.in_turn():
+        images = load_images(config, data, device=device, on_corrupt=on_corrupt, streamed=streamed)
+    if processes.any(isinstance(images, StreamData))[0] and not isinstance(images, StreamData):  # there was room for them in this process only
+        images = load_images(config, data, device=device, on_corrupt=on_corrupt, streamed=True)
+    origin = environment(device) | {"processes": processes.world} | images.fingerprint
+    if processes.any(processes.share(lambda: images.fingerprint) != images.fingerprint)[0]:
+        raise ValueError("data must hold the same images for every process; got others on another machine: give them the same copy by --data")
     if config.dataset == "imagefolder":
         origin["data_classes_sha256"] = _digest(images.classes)
     if images.corrupt:
         origin["corrupt_images"] = list(images.corrupt)
-    _same_data(folder, origin)
-    _write(folder / "config.json", _json(config.to_dict()))
-    _write(folder / "environment.json", _json(origin))
+    if processes.first:
+        _same_data(folder, origin)
+        _write(folder / "config.json", _json(config.to_dict()))
+        _write(folder / "environment.json", _json(origin))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
-    checkpoint = folder / "checkpoint.pt"
-    batches = make_batches(images, config.batch_size, device, config.seed)
-    if isinstance(images, StreamData) and not has_checkpoint(checkpoint):
+    batches = make_batches(images, config.batch_size, device, config.seed, processes.rank, processes.world)
+    if isinstance(images, StreamData) and not resumed:
         say(throughput_line(measure(config, batches)), flush=True)
     torch.manual_seed(config.seed)  # before the model exists
-    model = build_network(config, len(images.classes)).to(device, memory_format=torch.channels_last)
+    model = build_network(config, len(images.classes))
+    if config.sync_batchnorm and processes.world > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(device, memory_format=torch.channels_last)
     method = make_method(model, config)
-    verb = "resuming" if has_checkpoint(checkpoint) else "training"
-    say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {origin['device']}", flush=True)
-    state = train(config, method, batches, checkpoint, checkpoint_epochs=checkpoint_epochs, deadline=deadline, progress=progress, on_epoch=on_epoch)
+    verb, times = "resuming" if resumed else "training", f"{processes.world} × " * (processes.world > 1)
+    say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {times}{origin['device']}", flush=True)
+    state = train(config, method, batches, checkpoint, processes=processes, **schedule)
 
     compact = method.compact()
+    compact_top1_pct = evaluate(compact, batches, processes)["top1_pct"]
+    if processes.first:
+        _finish(config, folder, images, batches, method, state, compact, compact_top1_pct, origin)
+    return processes.share(lambda: load_run(folder))
+
+
+def _finish(config, folder, images, batches, method, state, compact, compact_top1_pct, origin) -> None:
+    """Write what a run leaves, its summary last."""
     shape = (3, config.image_size, config.image_size)
     full = build_model(config.model, len(images.classes))
     deployed, counted = cost(compact, shape), cost(full, shape, method.ranks)
@@ -280,7 +320,7 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
         **{name: state["history"][-1][name] for name in ("top5_pct",) if name in history},  # of more than five classes
         "best_top1_pct": float(history["top1_pct"][best]),
         "best_epoch": int(history["epoch"][best]),
-        "compact_top1_pct": evaluate(compact, batches)["top1_pct"],
+        "compact_top1_pct": compact_top1_pct,
         "compact_max_relative_error": _difference(method.model, compact, batches),
         "train_loss": state["history"][-1]["train_loss"],
         "params": deployed.params,
@@ -313,7 +353,6 @@ def _train(config, folder, data, device, checkpoint_epochs, deadline, progress, 
     for name, text in content.items():  # the summary last: it says that all others are there
         _write(folder / name, text)
     _tidy(folder)
-    return load_run(folder)
 
 
 def _tidy(folder: Path) -> None:

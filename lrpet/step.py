@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ class Step:
         model: in training mode, on the device of ``totals``.
         optimizer: of its parameters; on a GPU with learning rates as tensors, see :func:`lrpet.recipes.set_learning_rate`.
         totals: (3,), float64: sum of losses, number of correct answers and of images; each step adds to it.
-        graphs: record and replay; only on a GPU.
+        graphs: record and replay; only on a GPU, and in one process.
+        world: processes that each do a part of a batch; ``model`` then averages their gradients (DistributedDataParallel).
+        device_batch: images that are taken at a time; gradients of several pieces add up.
 
     Source: CUDA graphs as in the PyTorch notes "CUDA semantics", section "CUDA Graphs".
 
@@ -40,20 +43,32 @@ class Step:
     5.0
     """
 
-    def __init__(self, config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, *, graphs: bool = False):
-        self.config, self.model, self.optimizer, self.totals = config, model, optimizer, totals
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        totals: Tensor,
+        *,
+        graphs: bool = False,
+        world: int = 1,
+        device_batch: int | None = None,
+    ):
+        self.config, self.model, self.optimizer, self.totals, self.world, self.device_batch = config, model, optimizer, totals, world, device_batch
         self._stream = torch.cuda.Stream() if graphs else None
         self._calls, self._graphs = 0, None  # graphs: (backward, update), and the tensors that they read and write
         self._host, self._copied = None, None
 
-    def backward(self, x: Tensor, target: Tensor, y: Tensor) -> None:
+    def backward(self, x: Tensor, target: Tensor, y: Tensor, images: int | None = None) -> None:
         """Leave the gradients of a batch in the parameters and add to the totals.
 
         Args:
-            x: (B, 3, H, W).
+            x: (B, 3, H, W); of several processes, this one's part of the batch, which may hold no image.
             target: what the loss compares with, (B,) or (B, classes).
             y: the labels that a correct answer has, (B,).
+            images: of the whole batch, over which the loss is a mean; None: B.
         """
+        images = len(y) if images is None else images
         self._replaying = self._stream is not None and self._calls >= WARM_UP and len(y) == self.config.batch_size
         if self._replaying:
             if self._graphs is None:
@@ -66,7 +81,7 @@ class Step:
             self._graphs[0].replay()
         else:
             self._calls += 1
-            self._aside(self._backward, x, target, y)
+            self._aside(self._backward, x, target, y, images)
 
     def update(self) -> None:
         """Let the optimizer make its step."""
@@ -85,15 +100,23 @@ class Step:
         self._copied.record()
         return values
 
-    def _backward(self, x: Tensor, target: Tensor, y: Tensor) -> None:
+    def _backward(self, x: Tensor, target: Tensor, y: Tensor, images: int) -> None:
         self.optimizer.zero_grad()
-        self._forward_backward(x, target, y)
+        self._forward_backward(x, target, y, images)
 
-    def _forward_backward(self, x: Tensor, target: Tensor, y: Tensor) -> None:
+    def _forward_backward(self, x: Tensor, target: Tensor, y: Tensor, images: int) -> None:
+        count = max(1, -(-len(y) // (self.device_batch or self.config.batch_size)))
+        pieces = zip(*(whole.tensor_split(count) for whole in (x, target, y)), strict=True)
+        for left, piece in zip(reversed(range(count)), pieces, strict=True):
+            with self.model.no_sync() if left and self.world > 1 else nullcontext():  # processes meet at the last piece
+                self._add_gradients(*piece, images)
+
+    def _add_gradients(self, x: Tensor, target: Tensor, y: Tensor, images: int) -> None:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             logits = self.model(x)
-            loss = training_loss(self.config, logits, target)
-        loss.backward()
+            loss = training_loss(self.config, logits, target) if len(y) else logits.sum()  # which is 0, and so are its gradients
+        weight = self.world * len(y) / images  # the mean over processes of weighted means is the mean over all images
+        (loss if weight == 1 else weight * loss).backward()
         self.totals[0] += loss.detach() * len(y)
         self.totals[1] += (logits.detach().argmax(1) == y).sum()
         self.totals[2] += len(y)
@@ -112,7 +135,7 @@ class Step:
     def _record(self, *batch: Tensor) -> None:
         self._batch = [tensor.clone() for tensor in batch]
         self.optimizer.zero_grad()  # gradients are made anew in the graph's memory, so replaying overwrites them
-        backward = _capture(lambda: self._forward_backward(*self._batch), self._stream)
+        backward = _capture(lambda: self._forward_backward(*self._batch, self.config.batch_size), self._stream)
         self._grads = [(p, p.grad) for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._graphs = backward, _capture(self.optimizer.step, self._stream, backward.pool())
 

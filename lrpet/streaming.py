@@ -80,7 +80,7 @@ def fits_in_memory(nbytes: int, device: torch.device) -> bool:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
-    return nbytes < free / 2
+    return nbytes < free / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of a torchrun keeps its own
 
 
 def load_images(

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError  # what torch raises; nothing here unpickles by itself
 
@@ -21,6 +21,7 @@ from lrpet.data import Batches
 from lrpet.files import write_whole
 from lrpet.interrupt import PatientInterrupt
 from lrpet.methods import Dense, is_due
+from lrpet.processes import Processes
 from lrpet.progress import Progress
 from lrpet.recipes import learning_rate, make_mixer, make_optimizer, set_learning_rate
 from lrpet.recording import Recorder
@@ -28,18 +29,21 @@ from lrpet.step import Step
 
 __all__ = ["Paused", "evaluate", "has_checkpoint", "load_checkpoint", "save_checkpoint", "train"]
 
+ALONE = Processes()
+
 
 class Paused(Exception):
     """The time budget ended; a checkpoint is written, and the same call goes on from it."""
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Batches, processes: Processes = ALONE) -> dict[str, float]:
     """Return ``loss`` (mean cross-entropy), ``top1_pct`` and, of more than five classes, ``top5_pct`` on the held-out images, in float32.
 
     Args:
         model: on the device of ``batches``; its mode is restored afterwards.
-        batches: the data set.
+        batches: the data set, or of several processes each one's part of it.
+        processes: that evaluate it together.
     """
     was_training = model.training
     model.eval()
@@ -52,8 +56,8 @@ def evaluate(model: nn.Module, batches: Batches) -> dict[str, float]:
         correct += torch.stack([(logits.argmax(1) == y).sum(), five.sum()])
     model.train(was_training)
     n = len(batches.data.test_labels)
-    scores = {"loss": loss.item() / n, "top1_pct": 100 * correct[0].item() / n}
-    return scores | ({"top5_pct": 100 * correct[1].item() / n} if len(batches.data.classes) > 5 else {})
+    loss, first, five = processes.sum(torch.cat([loss[None], correct.double()])).tolist()
+    return {"loss": loss / n, "top1_pct": 100 * first / n} | ({"top5_pct": 100 * five / n} if len(batches.data.classes) > 5 else {})
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -81,12 +85,25 @@ def has_checkpoint(path: Path) -> bool:
     return path.is_file() or path.with_suffix(".previous").is_file()
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | None:
+def load_checkpoint(path: Path, device: torch.device | str = "cpu", processes: Processes = ALONE) -> dict | None:
     """Read the newest whole checkpoint: ``path``, else the one before it, which then takes its place; None where there is neither.
+
+    The first process reads it, so that no other needs to see the folder; nothing in it depends on their number.
 
     Raises:
         ValueError: files are there, but each is truncated or altered, or holds objects that would run code.
     """
+    found = processes.share(lambda: _newest_whole(path))
+    if found is None:
+        return None
+    file, content = found
+    try:
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(f"checkpoint {file} holds more than data and was not made by this project; refused: {error}") from error
+
+
+def _newest_whole(path: Path) -> tuple[Path, bytes] | None:
     damaged = []
     for file in (path, path.with_suffix(".previous")):
         if not file.is_file():
@@ -97,10 +114,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | No
                 print(f"{name} is damaged; going on from {file.name}", flush=True)
             if file != path:  # else the next checkpoint would put the damaged one in its place
                 os.replace(file, path)
-            try:
-                return torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
-            except UnpicklingError as error:
-                raise ValueError(f"checkpoint {file} holds more than data and was not made by this project; refused: {error}") from error
+            return file, content[:-32]
         damaged.append(file)
     if damaged:
         raise ValueError(f"checkpoint {damaged[0]} is damaged and there is no whole one before it; delete it to start the run anew")
@@ -117,17 +131,25 @@ def train(
     deadline: float | None = None,
     progress: str = "auto",
     on_epoch: Callable[[dict], None] | None = None,
+    processes: Processes = ALONE,
+    device_batch: int | None = None,
 ) -> dict:
     """Train to the end of the schedule, going on from the checkpoint where there is one.
+
+    Several processes make the same steps: each takes its part of a batch, gradients are averaged, and the weights stay the same bits
+    in all. What they cannot decide alike by themselves, such as when to stop, they agree on. The checkpoint is the first's; it is
+    that of one process, but that its sums are those of all.
 
     Args:
         config: the run.
         method: owner of the model, on the device of ``batches``.
-        batches: the data.
+        batches: the data, or this process's part of it.
         checkpoint: file that is read first, if it exists, and written every ``checkpoint_epochs`` epochs.
         deadline: moment of ``time.monotonic()`` after which a checkpoint is written and the run pauses.
         progress: "auto", "bar", "lines" or "off".
-        on_epoch: called with the row of each finished epoch; an exception that it raises ends the run.
+        on_epoch: called with the row of each finished epoch, in each process; an exception that it raises ends the run.
+        processes: that train together.
+        device_batch: images that are taken at a time; None: all of this process's part of a batch.
 
     Returns:
         The last state: ``history`` (a row an epoch), ``layers`` (report of the last projection), ``recorder`` and seconds spent.
@@ -136,12 +158,13 @@ def train(
         Paused: the deadline passed.
         KeyboardInterrupt: Ctrl-C; the step under way was finished and a checkpoint written, from which the same call goes on.
         FloatingPointError: the loss became NaN or infinite; names epoch, step and the norms of the layers.
+        RuntimeError: the processes' weights are no longer the same, as machines of different kinds may make them.
 
     Source: arXiv 2204.05566, method and experimental settings.
     """
     device, steps = batches.device, batches.steps
     mix = make_mixer(config, len(batches.data.classes))
-    state = load_checkpoint(checkpoint, device) or {"step": 0, "history": [], "layers": [], "sums": [0.0, 0.0, 0.0]}
+    state = load_checkpoint(checkpoint, device, processes) or {"step": 0, "history": [], "layers": [], "sums": [0.0, 0.0, 0.0]}
     recorder = Recorder(config.epochs, steps)
     if state["step"]:
         method.restore(state["structure"])
@@ -152,14 +175,18 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
     step, history, layers, projected = state["step"], state["history"], state["layers"], state.get("projected", False)
-    totals = torch.tensor(state["sums"], dtype=torch.float64, device=device)  # of the epoch: sum of losses, correct answers, images
+    totals = torch.tensor(state["sums"], dtype=torch.float64, device=device) * processes.first  # of the epoch: losses, correct answers, images
     clock = state.get("clock", {"train": 0.0, "projection": 0.0, "evaluation": 0.0, "recording": 0.0, "projections": 0})
-    bar = Progress(config.run_id, config.epochs, steps, step, progress)
+    bar = Progress(config.run_id, config.epochs, steps, step, progress if processes.first else "off")
     on_gpu = device.type == "cuda"
-    make_step = lambda: Step(config, model, optimizer, totals, graphs=on_gpu)
+    make_step = lambda: Step(
+        config, processes.parallel(model), optimizer, totals, graphs=on_gpu and processes.world == 1, world=processes.world, device_batch=device_batch
+    )
 
     def wanted_to_stop() -> bool:
-        return interrupt.asked or (deadline is not None and time.monotonic() > deadline)
+        asked, late = processes.any(interrupt.asked, deadline is not None and time.monotonic() > deadline)
+        interrupt.asked = interrupt.asked or asked
+        return asked or late
 
     def stopped(place: str) -> BaseException:
         if interrupt.asked:
@@ -167,6 +194,9 @@ def train(
         return Paused(f"{config.run_id} paused {place}")
 
     def keep():
+        sums = processes.sum(totals).tolist()
+        if not processes.first:
+            return
         save_checkpoint(
             checkpoint,
             {
@@ -179,7 +209,7 @@ def train(
                 "layers": layers,
                 "records": recorder.state,
                 "projected": projected,
-                "sums": totals.tolist(),
+                "sums": sums,
                 "clock": clock,
             },
         )
@@ -191,7 +221,7 @@ def train(
 
     model.train()
     trainer = make_step()
-    with closing(bar), PatientInterrupt() as interrupt:
+    with closing(bar), PatientInterrupt(may_insist=processes.world == 1) as interrupt:
         while len(history) < config.epochs:
             epoch, in_epoch = len(history), step - len(history) * steps  # in_epoch = steps: only its evaluation is missing
             if method.begin_epoch(epoch):
@@ -201,14 +231,14 @@ def train(
             began, projecting, recording = time.perf_counter(), 0.0, 0.0
             for x, y in batches.epoch(epoch, in_epoch):
                 x, target = mix(x, y)
-                trainer.backward(x, target, y)
+                trainer.backward(x, target, y, batches.size(step % steps))
                 last_of_epoch = (step + 1) % steps == 0
-                sums = totals.tolist() if last_of_epoch else trainer.look()
+                sums = processes.sum(totals).tolist() if last_of_epoch else trainer.look()  # on the way, this process's own
                 if sums is not None:
                     loss_sum, correct, seen = sums
                     if not math.isfinite(loss_sum):
                         raise FloatingPointError(_lost(config, model, epoch, step % steps))
-                    bar.step(epoch, loss_sum / seen, 100 * correct / seen, step + 1)
+                    bar.step(epoch, loss_sum / max(seen, 1), 100 * correct / max(seen, 1), step + 1)
                 then = time.perf_counter()
                 recorder.record_gradients(model, epoch, step % steps, last_of_epoch)
                 recording += time.perf_counter() - then
@@ -239,17 +269,20 @@ def train(
             if on_gpu:
                 torch.cuda.synchronize(device)
             book(began, projecting, recording)
+            if not processes.same(list(model.parameters())):
+                raise RuntimeError(f"the weights of {config.run_id} differ between processes after epoch {epoch + 1}; use machines of one kind")
+            processes.copy_from(0, list(model.buffers()))  # the first's running statistics: those of this process have its own part of the last batch
             then = time.perf_counter()
-            try:
-                with interrupt.allowed():  # a large test set takes long, and evaluation changes nothing
-                    scores = evaluate(model, batches)
+            try:  # a large test set takes long, and evaluation changes nothing; but several processes must leave it together
+                with interrupt.allowed() if processes.world == 1 else nullcontext():
+                    scores = evaluate(model, batches, processes)
             except KeyboardInterrupt as request:
                 keep()
                 raise stopped(f"at the evaluation of epoch {epoch + 1} of {config.epochs}") from request
             clock["evaluation"] += time.perf_counter() - then
             if not math.isfinite(scores["loss"]):
                 raise FloatingPointError(_lost(config, model, epoch, steps - 1))
-            loss_sum, correct, seen = totals.tolist()
+            loss_sum, correct, seen = processes.sum(totals).tolist()
             history = history + [
                 {
                     "epoch": epoch + 1,

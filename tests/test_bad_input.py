@@ -233,6 +233,7 @@ RUN = [  # fields of the configuration, arguments of run()
             "progress": (None, "line", 1),
             "on_epoch": (3, "print"),
             "deterministic": (1, None, "yes"),
+            "device_batch": (0, -1, 2.0, "8", True),
         }.items()
         for value in values
     ),

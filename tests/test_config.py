@@ -170,6 +170,7 @@ OTHER = {
     "crops": {"dataset": "imagefolder", "crops": "whole"},
     "recipe": {"recipe": "adamw"},
     "seed": {"seed": 2},
+    "sync_batchnorm": {"sync_batchnorm": True},
     "precision": {"precision": "bf16"},
     "profile": {"profile": "short"},
 }

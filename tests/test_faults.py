@@ -20,6 +20,7 @@ import yaml
 from helpers import TINY, command, in_folders, outcome, save_and_die
 from PIL import Image
 
+import lrpet.step
 import lrpet.training
 from lrpet import RunConfig, load_runs, run
 from lrpet.__main__ import INTERRUPTED, main
@@ -416,8 +417,13 @@ def test_ctrl_c_at_any_moment_leaves_a_checkpoint_from_which_the_same_bits_come(
         return wrapped
 
     with monkeypatch.context() as patch:
-        for kind, name in (("step", "training_loss"), ("evaluation", "evaluate"), ("checkpoint", "save_checkpoint")):
-            patch.setattr(lrpet.training, name, interrupting(kind, getattr(lrpet.training, name)))
+        places = {  # kind: where it is called from
+            "step": (lrpet.step, "training_loss"),
+            "evaluation": (lrpet.training, "evaluate"),
+            "checkpoint": (lrpet.training, "save_checkpoint"),
+        }
+        for kind, (module, name) in places.items():
+            patch.setattr(module, name, interrupting(kind, getattr(module, name)))
         with pytest.raises(KeyboardInterrupt) as stopped:
             run(CONFIG, device="cpu", progress="off")
     if when != "checkpoint 2":  # the last step is made and scored; nothing is left to be said
@@ -435,7 +441,7 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch):
         signal.raise_signal(signal.SIGINT)
         pytest.fail("the second one waited")
 
-    monkeypatch.setattr(lrpet.training, "training_loss", twice)
+    monkeypatch.setattr(lrpet.step, "training_loss", twice)
     with pytest.raises(KeyboardInterrupt):
         run(CONFIG, device="cpu", progress="off")
 
@@ -443,8 +449,8 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch):
 def test_a_process_that_was_told_to_ignore_ctrl_c_ignores_it(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and a script's & do
     try:
-        original = lrpet.training.training_loss
-        monkeypatch.setattr(lrpet.training, "training_loss", lambda *given: signal.raise_signal(signal.SIGINT) or original(*given))
+        original = lrpet.step.training_loss
+        monkeypatch.setattr(lrpet.step, "training_loss", lambda *given: signal.raise_signal(signal.SIGINT) or original(*given))
         assert is_complete(run(CONFIG, device="cpu", progress="off").folder)
     finally:
         signal.signal(signal.SIGINT, before)

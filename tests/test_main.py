@@ -92,8 +92,8 @@ def test_the_statuses_of_processes_become_one(own_experiments, monkeypatch, caps
     monkeypatch.setattr(subprocess, "run", fake)
     assert main(["run", "--jobs", "2", "--device", "cpu", "--data", "here", "--checkpoint-epochs", "3"]) == status
     assert sorted(command[4] for command in commands) == sorted(experiments)
-    passed_on = ["--profile", "smoke", "--device", "cpu", "--checkpoint-epochs", "3", "--on-corrupt", "stop", "--data", "here"]
-    assert all(command[5:] == passed_on for command in commands)
+    options = ["--profile", "smoke", "--device", "cpu", "--checkpoint-epochs", "3", "--on-corrupt", "stop", "--data", "here"]
+    assert all(command[5:] == options for command in commands)
     out = capsys.readouterr().out
     assert f"{statuses.count(0)} of 4 complete" in out
     for name, (_, returned) in experiments.items():

@@ -40,6 +40,15 @@ def test_dry_run_plans_every_run(profile):
     assert not os.path.exists(os.environ["LRPET_RESULTS"])
 
 
+@pytest.mark.parametrize(("gpus", "launch"), [("1", ""), ("4", " -m torch.distributed.run --standalone --nproc-per-node 4")])
+def test_a_run_on_several_gpus_is_a_process_on_each(gpus, launch):
+    snakemake = [sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--cores", "1", "--resources", f"gpu={gpus}"]
+    planned = subprocess.run([*snakemake, "--config", "profile=imagenette", f"gpus={gpus}"], cwd=PROJECT, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+    commands = [line.strip() for line in (planned.stdout + planned.stderr).splitlines() if " -m lrpet run resnet18-lrpet-s1 " in line]
+    assert len(commands) == 1 and f"{sys.executable}{launch} -m lrpet run" in commands[0]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -48,6 +57,9 @@ def test_dry_run_plans_every_run(profile):
         (["--jobs", "0"], "--jobs must be"),
         (["--jobs", "two"], "--jobs must be"),
         (["--data", "no such folder"], "does not exist"),
+        (["--gpus-per-run", "some"], "--gpus-per-run must be"),
+        (["--gpus-per-run", ""], "--gpus-per-run must be"),
+        (["--cluster", "pbs"], "--cluster must be slurm; got pbs"),
         (["--forse"], "unknown argument"),
     ],
 )

@@ -138,7 +138,7 @@ def _accuracies(epochs: int, device: torch.device) -> dict[str, list[float]]:
             set_learning_rate(optimizer, learning_rate(config, epoch), torch.device("cpu"))
             for _ in _plain_epoch(loader, network.train(), optimizer, device):
                 pass
-        top1_pct["plain"].append(evaluate(network, batches)[1])
+        top1_pct["plain"].append(evaluate(network, batches)["top1_pct"])
         torch.manual_seed(seed)
         method = Dense(build_model(config.model).to(device, memory_format=torch.channels_last))
         with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,187 @@
+"""The processes of a run: those that torchrun started, or just this one."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Processes", "divide", "join_processes"]
+
+PATIENCE = timedelta(hours=6)  # for one another: the first process may decode a large data set, or wait for the lock of the run
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train one network together; by default it is alone.
+
+    What one of them calls, all must call, in the same order: every method here is a conversation, and costs nothing where one is alone.
+
+    >>> Processes().first, Processes().any(True, False), Processes().share(lambda: "made here")
+    (True, [True, False], 'made here')
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # on its machine
+
+    @classmethod
+    def now(cls) -> Processes:
+        """Return this process as PyTorch's default process group knows it; alone where there is none."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        rank = dist.get_rank()
+        return cls(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """Let the first process make something, and return it in every process."""
+        if self.world == 1:
+            return make()
+        made = [make() if self.first else None]
+        dist.broadcast_object_list(made, device="cpu")
+        return made[0]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes; the given one is left alone."""
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def any(self, *here: bool) -> list[bool]:
+        """Tell of each of some things whether it holds in at least one process."""
+        return list(here) if self.world == 1 else [count > 0 for count in self.sum(torch.tensor(here, dtype=torch.int64)).tolist()]
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Tell whether tensors, all on one device, hold the same bits in every process."""
+        first = [tensor.detach().clone() for tensor in tensors] if self.world > 1 else []
+        self.copy_from(0, first)
+        as_bits = lambda tensor: tensor.detach().contiguous().view(-1).view(torch.uint8)
+        return not self.any(not all(torch.equal(as_bits(a), as_bits(b)) for a, b in zip(first, tensors, strict=False)))[0]
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """Return the model so wrapped that backward leaves in each process the mean of the gradients of all; alone, the model itself.
+
+        Before each step it takes over the first process's BatchNorm statistics, and each then adds those of its own part.
+        """
+        if self.world == 1:
+            return model
+        device = next(model.parameters()).device
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    @torch.no_grad()
+    def copy_from(self, source: int, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors, of any types and shapes, with those of one process: bit by bit, in one message.
+
+        Args:
+            source: rank of that process.
+            tensors: the same number, types and shapes in each process, all on one device.
+        """
+        if self.world == 1 or not tensors:
+            return
+        tensors = sorted(tensors, key=lambda t: -t.element_size())  # so that each begins at a multiple of its element size
+        flat = torch.cat([t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors])
+        dist.broadcast(flat, source)
+        if self.rank != source:
+            for tensor, part in zip(tensors, flat.split([t.nbytes for t in tensors]), strict=True):
+                tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
+
+    def own_device(self, device: torch.device) -> torch.device:
+        """Return the device of this process: of several on a machine with GPUs, each takes one.
+
+        Raises:
+            ValueError: there are more processes than GPUs, or one GPU was named for all processes.
+        """
+        if self.world == 1 or device.type != "cuda":
+            return device
+        gpus = torch.cuda.device_count()
+        if device.index is not None:
+            raise ValueError(f"device must be auto, cpu or cuda where several processes train together, each on a GPU of its own; got '{device}'")
+        if self.local_rank >= gpus:
+            raise ValueError(f"torchrun --nproc-per-node must be at most {gpus}, the GPUs of this machine; got at least {self.local_rank + 1}")
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Let one process of each machine go through the body before the others of it: what it leaves in a cache, they find there."""
+        for turn in (True, False):
+            if (self.local_rank == 0) == turn:
+                yield
+            if self.world > 1:
+                self.any(False)  # returns when all are here
+
+
+def join_processes(environ: Mapping[str, str] = os.environ) -> Processes:
+    """Meet the other processes of a run where torchrun started several; what lies on GPUs then goes over NCCL, all else over gloo.
+
+    Args:
+        environ: where torchrun says who this is: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``.
+
+    Returns:
+        This process among the others.
+
+    >>> join_processes(environ={}).world
+    1
+    """
+    if int(environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(_agree_on_name(store, rank, world), store)
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        atexit.register(dist.destroy_process_group)
+    return Processes.now()
+
+
+def _agree_on_name(store: dist.Store, rank: int, world: int) -> str:
+    """Return a new name for this start of the processes, the same in all of them.
+
+    torchrun's store outlives the processes that it restarts, and would give the new ones the addresses of those that have died.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"asks {rank}", mine)
+        name = store.get(f"answer to {mine}").decode()  # waits for it
+        store.set(f"{rank} has {name}", "")
+        return name
+    waiting = set(range(1, world))
+    while waiting:
+        for other in waiting:
+            if store.check([f"asks {other}"]):  # perhaps still one that has died; the answer to it is read by nobody
+                store.set(f"answer to {store.get(f'asks {other}').decode()}", mine)
+        waiting = {other for other in waiting if not store.check([f"{other} has {mine}"])}
+        time.sleep(0.01)
+    return mine
+
+
+def divide(costs: Mapping[str, float], parts: int) -> list[list[str]]:
+    """Divide jobs into parts of about the same cost: the dearest job first, each to the part that has least to do so far.
+
+    Returns:
+        The names of each part's jobs in the order of ``costs``; a part may have none.
+
+    >>> divide({"a": 3, "b": 5, "c": 3}, 2)
+    [['b'], ['a', 'c']]
+    """
+    loads, part_of = [0.0] * parts, {}
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        part_of[name] = loads.index(min(loads))
+        loads[part_of[name]] += costs[name]
+    return [[name for name in costs if part_of[name] == part] for part in range(parts)]
