@@ -28,7 +28,7 @@ finish() {
 trap finish EXIT
 
 node=$(hostname -s)
-cpus=$(nproc)
+cpus=$(nproc --all) # all, because OMP_NUM_THREADS is what it says otherwise
 cat >"$work/slurm.conf" <<TEXT
 ClusterName=loopback
 SlurmctldHost=$node(127.0.0.1)
