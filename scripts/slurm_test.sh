@@ -135,7 +135,7 @@ expect "processes of one_node.sbatch" "$(processes)" 2
 
 # There is one node, so the two machines are two tasks on it.
 rm -r "$work/results"
-sbatch "${options[@]}" --nodes=1 --ntasks-per-node=2 --export "ALL,SLURM_NNODES=2" profiles/slurm/several_nodes.sbatch lrpet-s1 --device cpu ||
+sbatch "${options[@]}" --nodes=1 --ntasks=2 profiles/slurm/several_nodes.sbatch lrpet-s1 --device cpu ||
     die "several_nodes.sbatch failed: $(cat "$work/sbatch.log")"
 expect "processes of several_nodes.sbatch" "$(processes)" 4
 echo "all of it went as it should, in $SECONDS s"
