@@ -36,7 +36,7 @@ SETS = {  # notebook, parameters; each once as it comes and once with much chang
     "a small search": ("06_rank_search", {"trials": 4, "search_epochs": 1, "final_epochs": 2, "batch_size": 256}),
     "a search a layer": ("06_rank_search", {"trials": 2, "search_epochs": 1, "final_epochs": 1, "batch_size": 256, "per_layer": True, "seed": 2}),
     "speed": ("07_speed", {}),
-    "speed of another network": ("07_speed", {"model": "resnet18"}),
+    "speed of another network": ("07_speed", {"model": "resnet20"}),
     "tables of smoke": ("08_tables", {"profile": "smoke"}),
     "tables of short": ("08_tables", {"profile": "short"}),
     "a report of smoke": ("09_report", {"profile": "smoke"}),
