@@ -30,7 +30,7 @@ def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
     >>> timings = {"svd": {"median_seconds": 1.0, "ratio_to_first": 1.0}, "fast": {"median_seconds": 0.1, "ratio_to_first": 0.1}}
     >>> figure = plot_projection_speed([{"model": "resnet20", "device": "CPU", "threads": 2, "timings": timings}])
     >>> [text.get_text() for text in figure.axes[0].texts]
-    ['1e+03 ms', '100 ms']
+    ['1,000 ms', '100 ms']
     """
     labels = {"svd": "SVD a layer", "svd_thin": "thin SVD a layer", "torchao": "torchao SVDGrouper", "exact": "ours, exact", "fast": "ours, fast"}
     colors = dict(zip(labels, ("#BBBBBB", "#888888", "#E69F00", "#56B4E9", "#0072B2"), strict=True))
@@ -43,7 +43,15 @@ def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
         for way in ways:
             timing = result["timings"][way]
             ax.barh(y, 1 / timing["ratio_to_first"], 0.8, color=colors[way], label=labels[way])
-            ax.text(1 / timing["ratio_to_first"], y, f"  {1e3 * timing['median_seconds']:.3g} ms".lstrip(), va="center", fontsize=8)
+            ms = 1e3 * timing["median_seconds"]
+            ax.annotate(
+                f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms",
+                (1 / timing["ratio_to_first"], y),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
             y += 1
         ticks[y - (len(ways) + 1) / 2] = f"{result['model']}\n{result['device']}, {result['threads']} threads"
         y += 0.8
@@ -139,22 +147,19 @@ def plot_growth(rows: pd.DataFrame) -> ProjectFigure:
     looks = [METHOD_STYLES[name] for name in ("dense", "narrow", "lrpet")]
     for (axis, part), column in zip(rows.groupby("axis", sort=False), range(len(columns)), strict=True):
         for row, (quantity, unit) in enumerate({"median_seconds": 1e3, "peak_bytes": 2**-20}.items()):
-            ax = panels[row][column]
-            for i, ((what, line), style) in enumerate(zip(part.groupby("what", sort=False), cycle(looks), strict=False)):
+            ax, ends = panels[row][column], []
+            for (what, line), style in zip(part.groupby("what", sort=False), cycle(looks), strict=False):
                 values, cost = line["value"].to_numpy(float), unit * line[quantity].to_numpy(float)
                 ax.plot(values, cost, label=what, color=style.color, marker=style.marker, linestyle=style.linestyle, markersize=3.5)
                 upper = slice(len(values) // 2 - (len(values) < 4), None)
                 slope = np.polyfit(np.log(values[upper]), np.log(cost[upper]), 1)[0]
-                ax.annotate(
-                    f"{slope:.1f}".replace("-0.0", "0.0"),
-                    (values[-1], cost[-1]),
-                    (4, 5 - 5 * i),
-                    textcoords="offset points",
-                    color=style.color,
-                    va="center",
-                )
+                ends.append((cost[-1], f"{slope:.1f}".replace("-0.0", "0.0"), style.color))
+            for place, (cost, slope, color) in enumerate(sorted(ends, reverse=True)):  # the highest line's number highest, none on another
+                shift = 6 * (len(ends) - 1 - 2 * place) / 2
+                ax.annotate(slope, (values[-1], cost), (4, shift), textcoords="offset points", color=color, va="center")
             ax.set(xscale="log", yscale="log")
-            ax.set_xticks(values, [f"{value:g}" for value in values])
+            shown = values if len(values) < 5 else values[::2]
+            ax.set_xticks(shown, [f"{value:g}" for value in shown])
             ax.xaxis.set_minor_locator(NullLocator())
             ax.margins(x=0.22)
         panels[1][column].set_xlabel(axis)
