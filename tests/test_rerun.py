@@ -59,6 +59,12 @@ def test_papermill_then_nbval_strict(tmp_path, name, parameters):
         _, defaults = notebook_parameters(PROJECT / "notebooks" / f"{name}.ipynb")
         fields = {key: value for key, value in (defaults | parameters).items() if key not in ("data", "device", "on_corrupt")}
         run(RunConfig.from_dict(fields), data=make_digits_tree(), device="cpu", progress="off")
+    if name == "05_gradient_norms":
+        plain = {"model": "plain20", "profile": "short", "seed": parameters["seed"]}
+        plain["learning_rate"] = parameters.get("plain_learning_rate", 0.005)
+        for method in ("dense", "lrp", "lrpet"):
+            size = {} if method == "dense" else {"prune_ratio": parameters.get("prune_ratio", 0.57)}
+            run(RunConfig(method=method, **plain, **size), device="cpu", progress="off")
     environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": str(PROJECT)}
     executed = tmp_path / f"{name}.ipynb"
     command = ["papermill", PROJECT / "notebooks" / f"{name}.ipynb", executed, "--kernel", "python3", "--no-progress-bar"]
