@@ -371,7 +371,8 @@ class Batches:
         self._place()
 
     def _place(self) -> None:
-        """Put the training images where batches are made of them."""
+        """Put the images where batches are made of them."""
+        self.test_images, self.test_labels = self.data.test_images.to(self.device), self.data.test_labels.to(self.device)
         self.images, pad = self.data.train_images.to(self.device), self.data.pad
         if pad:
             self.images = F.pad(self.images, (0, 0, pad, pad, pad, pad))  # zeros, in height and width
@@ -431,7 +432,7 @@ class Batches:
     def test(self, batch_size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the held-out images in order, unaugmented; of several processes each gets its part of them."""
         for part in self._test_parts(batch_size):
-            yield self._normalize(self.data.test_images[part].to(self.device)), self.data.test_labels[part].to(self.device)
+            yield self._normalize(self.test_images[part]), self.test_labels[part]
 
 
 def _crop_maps(numbers: Tensor, flip: Tensor) -> Tensor:
