@@ -11,27 +11,27 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Basis", "follow_basis", "gram_matrix", "leading_basis", "project", "project_and_measure", "project_on_basis", "truncated_svd"]
+__all__ = ["Basis", "follow_basis", "gram_matrices", "leading_basis", "project", "project_and_measure", "project_on_basis_", "truncated_svd"]
 
 logger = logging.getLogger("lrpet")
 
 RESIDUAL_TOLERANCE = 1e-5  # of follow_basis: the removed part is at most this share larger than the smallest possible
-ROUNDS = 4  # of follow_basis, before it gives up
 RESULT_TOLERANCE = 1e-5  # of follow_basis: its result differs from the exact one by at most this share of the weight's norm
 
 
 class Basis(NamedTuple):
-    """What a projection needs to know of A = diag(a)·M: the kept directions of its shorter side, and two energies."""
+    """What a projection needs to know of B matrices A = diag(a)·M: the kept directions of the shorter side, and two energies."""
 
-    vectors: Tensor  # (..., K, R), orthonormal columns: left singular vectors of A for N ≤ D, right ones for N > D
-    kept: Tensor  # Σ_{i≤R} s_i², (...,)
-    energy: Tensor  # E, (...,)
+    vectors: Tensor  # (B, K, R), orthonormal columns: left singular vectors of A for N ≤ D, right ones for N > D
+    kept: Tensor  # Σ_{i≤R} s_i², (B,)
+    energy: Tensor  # E, (B,)
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,47 +164,53 @@ def project_and_measure(
 
     if rank == min(matrix.shape[-2:]):
         return matrix.clone(), torch.ones(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
-    basis = leading_basis(gram_matrix(matrix, row_scale), rank)
-    options = {"energy_transfer": energy_transfer, "row_scale": row_scale, "residual": residual, "row_eps": row_eps}
-    return project_on_basis(matrix, basis, **options), torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0)
+    result = matrix.clone(memory_format=torch.contiguous_format)
+    matrices = result.view(-1, *matrix.shape[-2:])  # (B, N, D)
+    row_scale = None if row_scale is None else row_scale.reshape(matrices.shape[:2])
+    basis = leading_basis(gram_matrices(matrices, row_scale), rank)
+    project_on_basis_(matrices, basis, energy_transfer=energy_transfer, row_scale=row_scale, residual=residual, row_eps=row_eps)
+    return result, torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).view(matrix.shape[:-2])
 
 
 @torch.no_grad()
-def gram_matrix(matrix: Tensor, row_scale: Tensor | None = None, *, rounded: bool = False) -> Tensor:
-    """Return the smaller Gram matrix of A = diag(a)·M: AAᵀ for N ≤ D, AᵀA for N > D.
+def gram_matrices(matrices: Sequence[Tensor], row_scale: Tensor | None = None, *, rounded: bool = False) -> Tensor:
+    """Return the smaller Gram matrix of each A = diag(a)·M: AAᵀ for N ≤ D, AᵀA for N > D.
 
     Args:
-        matrix: (..., N, D).
-        row_scale: ``a``, (..., N), or None.
+        matrices: B matrices, (N, D); those with N ≤ D need not have one D.
+        row_scale: ``a``, (B, N), or None.
         rounded: multiply in float32 where the weights are no finer and not on a GPU, which may be set to use TF32.
 
     Returns:
-        (..., K, K), float64.
+        (B, K, K), float64.
 
-    >>> gram_matrix(torch.tensor([[3.0, 4.0]]))
-    tensor([[25.]], dtype=torch.float64)
+    >>> gram_matrices([torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 1.0, 1.0]])]).flatten()
+    tensor([25.,  3.], dtype=torch.float64)
     """
-    with torch.autocast(matrix.device.type, enabled=False):
-        M = matrix.to(_thin_dtype(matrix) if rounded else torch.float64)
-        if matrix.shape[-2] <= matrix.shape[-1]:
-            gram = (M @ M.mT).to(torch.float64)
-            return gram if row_scale is None else row_scale.unsqueeze(-1) * gram * row_scale.unsqueeze(-2)
-        A = M if row_scale is None else row_scale.to(M.dtype).unsqueeze(-1) * M
-        return (A.mT @ A).to(torch.float64)
+    N, D = matrices[0].shape
+    dtype = _thin_dtype(matrices[0]) if rounded else torch.float64
+    with torch.autocast(matrices[0].device.type, enabled=False):  # which would round the float32 product to bfloat16
+        cast = (M.to(dtype) for M in matrices)
+        if N <= D:
+            grams = torch.stack([M @ M.mT for M in cast]).to(torch.float64)
+            return grams if row_scale is None else row_scale.unsqueeze(-1) * grams * row_scale.unsqueeze(-2)
+        if row_scale is not None:
+            cast = (a * M for a, M in zip(row_scale.to(dtype).unsqueeze(-1), cast, strict=True))
+        return torch.stack([A.mT @ A for A in cast]).to(torch.float64)
 
 
 @torch.no_grad()
 def leading_basis(gram: Tensor, rank: int) -> Basis:
-    """Return the R leading directions of a matrix, from an eigen-decomposition of its Gram matrix.
+    """Return the R leading directions of matrices, from an eigen-decomposition of their Gram matrices.
 
     Args:
-        gram: (..., K, K), from :func:`gram_matrix`.
+        gram: (B, K, K), from :func:`gram_matrices`.
         rank: R, 1 ≤ R ≤ K.
 
     Source: Golub and Van Loan, Matrix Computations, section 8.6.
 
-    >>> leading_basis(gram_matrix(torch.diag(torch.tensor([4.0, 3.0]))), 1).kept
-    tensor(16., dtype=torch.float64)
+    >>> leading_basis(gram_matrices([torch.diag(torch.tensor([4.0, 3.0]))]), 1).kept
+    tensor([16.], dtype=torch.float64)
     """
     values, vectors = _eigh(gram)
     values = values.clamp(min=0)  # s_i², ascending, (..., K)
@@ -212,10 +218,10 @@ def leading_basis(gram: Tensor, rank: int) -> Basis:
 
 
 @torch.no_grad()
-def follow_basis(gram: Tensor, start: Tensor) -> tuple[Basis, Tensor]:
+def follow_basis(gram: Tensor, start: Tensor, rounds: int = 4) -> tuple[Basis, Tensor]:
     """Find the leading directions from those of an earlier, similar matrix: subspace iteration that knows when to be trusted.
 
-    With G the Gram matrix, a round is twice Q ← orth(G·Q). In the basis (Q, rest) G is then::
+    With G the Gram matrix, a round is Q ← orth(G·(G·Q)). In the basis (Q, rest) G is then::
 
         T = QᵀGQ     W = GQ − QT     c² = ‖G‖² − ‖T‖² − 2‖W‖²     (Frobenius norms; c bounds what is outside Q)
 
@@ -225,88 +231,96 @@ def follow_basis(gram: Tensor, start: Tensor) -> tuple[Basis, Tensor]:
     small that the result differs from the exact one by less than 1e-5 of the norm of A (1e-6 is taken as rounding).
 
     Args:
-        gram: G, (..., K, K), float64; its entries may be rounded to float32.
-        start: (..., K, R), columns that span the earlier leading directions.
+        gram: G, (B, K, K), float64; its entries may be rounded to float32.
+        start: (B, K, R), columns that span the earlier leading directions.
+        rounds: at most so many for one matrix.
 
     Returns:
-        The basis, and whether it fulfils the two tolerances, (...,) bool. Where it does not (no gap after s_R, a rank below R,
+        The basis, and whether it fulfils the two tolerances, (B,) bool. Where it does not (no gap after s_R, a rank below R,
         a matrix unlike the earlier one) call :func:`leading_basis`.
 
     Source: Golub and Van Loan, Matrix Computations, section 8.2.4, for the iteration; Mathias, Quadratic residual bounds for the
     Hermitian eigenvalue problem (1998), for the bound.
 
     >>> A = torch.diag(torch.tensor([4.0, 3.0, 0.1]))
-    >>> basis, certain = follow_basis(gram_matrix(A), torch.eye(3)[:, :2] + 0.01)
+    >>> basis, certain = follow_basis(gram_matrices([A]), torch.eye(3)[None, :, :2] + 0.01)
     >>> bool(certain), round(float(basis.kept), 6)
     (True, 25.0)
     """
-    G, Q = gram, start.to(gram.dtype)
-    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    energy, size = G.diagonal(dim1=-2, dim2=-1).sum(dim=-1), G.square().sum(dim=(-2, -1))
-    floor = 1e-5 * energy  # keeps what float32 rounds off G away from the decision; (...,)
-    for _ in range(ROUNDS):
-        for _ in range(2):
-            Y = G @ Q
-            Q = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(Y.mT @ Y).L.mT, Y, upper=True, left=False)
-        Y = G @ Q
-        T = Q.mT @ Y
-        kept, W = T.diagonal(dim1=-2, dim2=-1).sum(dim=-1), (Y - Q @ T).square().sum(dim=(-2, -1))
-        c = (size - T.square().sum(dim=(-2, -1)) - 2 * W).clamp(min=0).sqrt()
-        leading = torch.linalg.cholesky_ex(T - (2 * c + floor)[..., None, None] * eye).info == 0
-        allowed = torch.minimum(2 * RESIDUAL_TOLERANCE * (energy - kept), 0.2 * RESULT_TOLERANCE**2 * energy) + 1e-12 * energy
-        certain = leading & (allowed * (c + floor) >= W)
-        if not leading.any() or certain.all():  # without a gap more rounds would not help
-            break
+    G, thin = gram, torch.float64 if gram.is_cuda else torch.float32
+    Y = G @ (G.to(thin) @ start.to(thin)).to(G.dtype)  # the second product makes small what the first one rounds
+    Q = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(Y.mT @ Y).L.mT, Y, upper=True, left=False)
+    Y = G @ Q
+    T = Q.mT @ Y
+    energy, kept = (matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1) for matrix in (G, T))  # (B,)
+    size, inside, W = (matrix.square().sum(dim=(-2, -1)) for matrix in (G, T, Y - Q @ T))
+    c = (size - inside - 2 * W).clamp(min=0).sqrt()
+    floor = 1e-5 * energy  # keeps what float32 rounds off G away from the decision
+    shifted = T.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).sub_((2 * c + floor).unsqueeze(-1))
+    leading = torch.linalg.cholesky_ex(shifted).info == 0
+    allowed = torch.minimum(2 * RESIDUAL_TOLERANCE * (energy - kept), 0.2 * RESULT_TOLERANCE**2 * energy) + 1e-12 * energy
+    certain = leading & (allowed * (c + floor) >= W)
+    again = leading & ~certain  # without a gap more rounds would not help
+    if rounds > 1 and again.any():
+        (Q[again], kept[again], _), certain[again] = follow_basis(G[again], Q[again], rounds - 1)
     return Basis(Q, kept, energy), certain
 
 
 @torch.no_grad()
-def project_on_basis(
-    matrix: Tensor,
+def project_on_basis_(
+    matrices: Sequence[Tensor],
     basis: Basis,
     *,
     energy_transfer: bool = True,
     row_scale: Tensor | None = None,
     residual: float = 0.0,
     row_eps: float = 1e-5,
-) -> Tensor:
-    """Do what :func:`project` does, once the leading directions are known.
+) -> None:
+    """Do what :func:`project` does, in place, once the leading directions are known.
 
     Args:
-        matrix, energy_transfer, row_scale, residual, row_eps: as in :func:`project`.
-        basis: of diag(a)·M, from :func:`leading_basis` or :func:`follow_basis`.
-
-    Returns:
-        (..., N, D), same dtype and device.
+        matrices: B matrices, (N, D), any dtype; those with N ≤ D need not have one D.
+        basis: of their diag(a)·M, from :func:`leading_basis` or :func:`follow_basis`.
+        energy_transfer, residual, row_eps: as in :func:`project`.
+        row_scale: ``a``, (B, N), or None.
 
     Source: arXiv 2204.05566.
 
     >>> M = torch.diag(torch.tensor([4.0, 3.0]))
-    >>> project_on_basis(M, leading_basis(M, 1), energy_transfer=False)
+    >>> project_on_basis_([M], leading_basis(gram_matrices([M]), 1), energy_transfer=False)
+    >>> M
     tensor([[4., 0.],
             [0., 0.]])
     """
-    with torch.autocast(matrix.device.type, enabled=False):  # which would round the float32 product to bfloat16
-        Q, kept, E = basis
-        factor = torch.ones_like(E)
-        if energy_transfer:
-            factor = ((E - residual**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
-        if row_scale is not None:
-            a = row_scale.to(torch.float64).unsqueeze(-1)  # (..., N, 1)
-            square = a.square() + row_eps
-            undo = torch.where(square > 0, a / torch.where(square > 0, square, 1.0), 0.0)  # (..., N, 1)
-        # What remains is M times two thin factors. They are exact to float64, so float32 suffices from here on.
-        thin = _thin_dtype(matrix)
-        M, scaled = matrix.to(thin), Q * (factor - residual)[..., None, None]  # (..., K, R)
-        if matrix.shape[-2] <= matrix.shape[-1]:
-            left, right = (scaled, Q) if row_scale is None else (undo * scaled, a * Q)
-            result = left.to(thin) @ (right.mT.to(thin) @ M)  # (..., N, D)
-        else:
-            result = (M @ scaled.to(thin)) @ Q.mT.to(thin)  # (..., N, D)
-            result = result if row_scale is None else (undo * a).to(thin) * result
-        if residual:  # f on the kept directions is f − q on them and q on all
-            result = result + residual * (M if row_scale is None else (undo * a).to(thin) * M)
-        return result.to(matrix.dtype)
+    Q, kept, E = basis
+    N, D = matrices[0].shape
+    factor = torch.ones_like(E)
+    if energy_transfer:
+        factor = ((E - residual**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
+    # What remains is M times two thin factors. They are exact to float64, so float32 suffices from here on.
+    # f on the kept directions is f − q on them and q on all.
+    left, right = Q * (factor - residual)[:, None, None], Q  # (B, K, R)
+    thin, rows = _thin_dtype(matrices[0]), [None] * len(matrices)
+    if row_scale is not None:
+        a = row_scale.to(torch.float64).unsqueeze(-1)  # (B, N, 1)
+        square = a.square() + row_eps
+        undo = torch.where(square > 0, a / torch.where(square > 0, square, 1.0), 0.0)
+        rows = (undo * a).to(thin)  # (B, N, 1)
+        if N <= D:
+            left, right = undo * left, a * right
+    with torch.autocast(matrices[0].device.type, enabled=False):  # which would round the float32 products to bfloat16
+        for matrix, row, U, V in zip(matrices, rows, left.to(thin), right.mT.to(thin), strict=True):
+            M = matrix.to(thin)
+            if N <= D:
+                V = V @ M  # (R, D)
+            else:
+                U = M @ U if row is None else row * (M @ U)  # (N, R)
+            if residual and row is not None:
+                M.mul_(row)
+            M.addmm_(U, V, beta=residual)
+            if M is not matrix:
+                matrix.copy_(M)
 
 
 def _thin_dtype(matrix: Tensor) -> torch.dtype:

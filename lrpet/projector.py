@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lrpet.pairing import batchnorm_scale, resolve_batchnorms
 from lrpet.processes import Processes, divide
-from lrpet.projection import RESIDUAL_TOLERANCE, Basis, follow_basis, gram_matrix, leading_basis, project_and_measure, project_on_basis
+from lrpet.projection import RESIDUAL_TOLERANCE, Basis, follow_basis, gram_matrices, leading_basis, project_and_measure, project_on_basis_
 from lrpet.ranks import resolve_ranks
 
 __all__ = ["DEAD_IN_TRAINING", "LayerReport", "LowRankProjector"]
@@ -96,21 +96,15 @@ class LowRankProjector:
         ]
 
     def _divide(self, processes: Processes) -> None:
-        """Give every process its layers, and stack this one's."""
+        """Give every process its layers, and group this one's: Gram matrices of one size, rank and place are decomposed at once."""
         self._processes, self._bases = processes, {}
         sizes = {name: weight.flatten(1).shape for name, weight in self._weights.items()}
         sizes = {name: size for name, size in sizes.items() if self.ranks[name] < min(size)}  # elsewhere nothing is removed, so nothing is changed
         self._shares = divide({name: min(N, D) ** 3 + N * D * min(N, D) for name, (N, D) in sizes.items()}, processes.world)
-        shapes = defaultdict(list)  # layers of one shape, rank and kind are stacked
+        self._groups = defaultdict(list)
         for name in self._shares[processes.rank]:
-            weight = self._weights[name]
-            shapes[*sizes[name], self.ranks[name], weight.device, weight.dtype, name in self._batchnorms].append(name)
-        # ... but no more of them at once than a sixth of all weights, which bounds the memory a step needs beside the model.
-        limit = sum(weight.numel() for weight in self._weights.values()) / 6
-        self._groups = defaultdict(list)  # stacks whose Gram matrices have one size, rank and place are decomposed at once
-        for (N, D, rank, device, *_), names in shapes.items():
-            count = max(1, int(limit / (N * D)))
-            self._groups[min(N, D), rank, device] += [tuple(names[i : i + count]) for i in range(0, len(names), count)]
+            (N, D), weight = sizes[name], self._weights[name]
+            self._groups[N, min(N, D), self.ranks[name], weight.device, weight.dtype, name in self._batchnorms].append(name)
 
     @torch.no_grad()
     def step(self, *, exact: bool = False) -> list[LayerReport]:
@@ -128,27 +122,27 @@ class LowRankProjector:
         processes = Processes.now()
         if processes != self._processes:
             self._divide(processes)
-        processes.copy_from(0, [buffer for bn in dict.fromkeys(self._batchnorms.values()) for buffer in bn.buffers()])
-        self._scales = {
-            stack: batchnorm_scale(*[self._batchnorms[name] for name in stack]) if stack[0] in self._batchnorms else None
-            for stacks in self._groups.values()
-            for stack in stacks
-        }
-        dead = self._dead_layers()
+        if processes.world > 1:
+            processes.copy_from(0, [buffer for bn in dict.fromkeys(self._batchnorms.values()) for buffer in bn.buffers()])
+        scales = {group: batchnorm_scale(*map(self._batchnorms.get, names)) for group, names in self._groups.items() if names[0] in self._batchnorms}
+        dead = self._dead_layers(scales)
         check = exact or self._steps % EXACT_EVERY == 0
         self._steps += 1
         shares, followed = {}, set()
-        for group in self._groups:
-            basis, certain = self._find_basis(group, check)
-            names = [name for stack in self._groups[group] for name in stack]
+        for group, names in self._groups.items():
+            matrices, a = [_as_matrix(self._weights[name]) for name in names], scales.get(group)
+            basis, certain = self._find_basis(group, matrices, a, check)
             shares |= dict(zip(names, torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).tolist(), strict=True))
             followed |= {name for name, yes in zip(names, certain, strict=True) if yes}
-            parts = zip(*[values.split([len(stack) for stack in self._groups[group]]) for values in basis], strict=True)
-            for stack, part in zip(self._groups[group], parts, strict=True):
-                M, a = self._stack(stack)
-                for name, matrix in zip(stack, project_on_basis(M, Basis(*part), row_scale=a, **self.settings), strict=True):
-                    if name not in dead:
-                        self._weights[name].copy_(matrix.view(self._weights[name].shape))
+            alive = [i for i, name in enumerate(names) if name not in dead]
+            if len(alive) < len(names):
+                names, matrices = [names[i] for i in alive], [matrices[i] for i in alive]
+                a, basis = None if a is None else a[alive], Basis(*(values[alive] for values in basis))
+            if matrices:
+                project_on_basis_(matrices, basis, row_scale=a, **self.settings)
+            for name, matrix in zip(names, matrices, strict=True):
+                if matrix.data_ptr() != self._weights[name].data_ptr():
+                    self._weights[name].copy_(matrix.view(self._weights[name].shape))
         for owner, names in enumerate(self._shares):
             processes.copy_from(owner, [self._weights[name] for name in names])
         reports, told = [], self._tell_all(shares, followed)
@@ -159,25 +153,21 @@ class LowRankProjector:
             else:
                 energy_kept, was_followed = told.get(name, (1.0, False))
                 reports.append(LayerReport(name, rank, energy_kept, "projected", "followed" if was_followed else ""))
-        self._scales = {}
         return reports + self._dense
 
     def _tell_all(self, shares: dict[str, float], followed: set[str]) -> dict[str, tuple[float, bool]]:
         """Return (energy kept, followed) of every projected layer, whichever process projected it."""
+        if self._processes.world == 1:
+            return {name: (share, name in followed) for name, share in shares.items()}
         names = [name for names in self._shares for name in names]
         told = torch.tensor([[shares.get(name, 0.0), name in followed] for name in names], dtype=torch.float64)
-        if self._processes.world > 1:
-            told = told.to(next(iter(self._weights.values())).device)  # where a process group of GPUs alone can add it up
+        told = told.to(next(iter(self._weights.values())).device)  # where a process group of GPUs alone can add it up
         return {name: (share, bool(yes)) for name, (share, yes) in zip(names, self._processes.sum(told).tolist(), strict=True)}
 
-    def _stack(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
-        """Return the weights of layers of one shape, (B, N, D), and the scales of their BatchNorms, (B, N) or None."""
-        return torch.stack([self._weights[name].flatten(1) for name in names]), self._scales[names]
-
-    def _find_basis(self, group: tuple, check: bool) -> tuple[Basis, list[bool]]:
+    def _find_basis(self, group: tuple, matrices: list[Tensor], row_scale: Tensor | None, check: bool) -> tuple[Basis, list[bool]]:
         """Return the directions that the layers of a group keep, and which of them were followed from the last projection's."""
-        rank, start = group[1], self._bases.get(group) if self.fast else None
-        grams = lambda **options: torch.cat([gram_matrix(*self._stack(stack), **options) for stack in self._groups[group]])  # (B, K, K)
+        rank, start = group[2], self._bases.get(group) if self.fast else None
+        grams = lambda **options: gram_matrices(matrices, row_scale, **options)  # (B, K, K)
         if start is None:
             basis = leading_basis(grams(), rank)
             followed = [False] * len(basis.kept)
@@ -200,15 +190,18 @@ class LowRankProjector:
             self._bases[group] = basis.vectors.to(torch.float32)
         return basis, followed
 
-    def _dead_layers(self) -> dict[str, float]:
+    def _dead_layers(self, scales: Mapping[tuple, Tensor]) -> dict[str, float]:
         """Return the dead layers with their largest singular value, after checking that all values are finite.
 
         ‖M‖_F / sqrt(K) ≤ s_1 ≤ ‖M‖_F, so one norm a layer, fetched at once, decides for all healthy layers.
         """
         names = list(self.ranks)
-        norms = torch.stack(torch._foreach_norm([self._weights[name].detach() for name in names], 2, torch.float64))  # one call, not one a layer
-        rows = {name: row for stack, a in self._scales.items() if a is not None for name, row in zip(stack, a.sum(dim=1), strict=True)}
-        sums = norms + self._processes.sum(torch.stack([rows.get(name, norms.new_zeros(())) for name in names]))
+        weights = [self._weights[name].detach() for name in names]
+        wide = torch.promote_types(weights[0].dtype, torch.float32)
+        norms = torch.stack(torch._foreach_norm(weights, 2, wide)).double()  # one call, not one a layer
+        rows = {name: row for group, a in scales.items() for name, row in zip(self._groups[group], a.sum(dim=1), strict=True)}
+        none = norms.new_zeros(())
+        sums = norms + self._processes.sum(torch.stack([rows.get(name, none) for name in names]))
         norms, sums = torch.stack([norms, sums]).tolist()
         for name, norm, both in zip(names, norms, sums, strict=True):
             if not math.isfinite(both):
@@ -222,3 +215,10 @@ class LowRankProjector:
                 if largest < DEAD_IN_TRAINING:
                     dead[name] = largest
         return dead
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """Return a weight as N×D matrix in the same memory, if that can be; the order of columns, which changes no result, is that of the memory."""
+    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.detach().flatten(1)

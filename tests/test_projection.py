@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrpet import project
-from lrpet.projection import follow_basis, gram_matrix, leading_basis, project_and_measure, project_on_basis, truncated_svd
+from lrpet.projection import follow_basis, gram_matrices, leading_basis, project_and_measure, project_on_basis_, truncated_svd
 
 SHAPES = {"wide": (8, 27), "tall": (40, 9), "square": (12, 12), "row": (1, 9), "batch": (3, 16, 36), "batches": (2, 3, 20, 7)}
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -296,6 +296,11 @@ def held_and_removed(A, Q, rank):
     return torch.linalg.vector_norm(A - Q @ (Q.mT @ A)), torch.linalg.vector_norm(torch.linalg.svdvals(A)[rank:])
 
 
+def on_basis(M, basis):
+    project_on_basis_([M], basis)
+    return M
+
+
 SPECTRA = {
     "after a projection and a few steps": torch.cat([torch.linspace(5, 1, 10), torch.linspace(0.2, 0.01, 14)]),
     "removed nearly nothing": torch.cat([torch.linspace(5, 1, 10), torch.linspace(1e-4, 1e-5, 14)]),
@@ -317,17 +322,17 @@ def test_a_followed_basis_is_optimal_wherever_it_says_so(shape, start, spectrum)
     M, vectors = with_spectrum(shape, s)
     near = vectors[:, :10] + {"near": 0.01, "far": 0.1}.get(start, 0) * torch.randn(24, 10)
     begin = {"wrong": vectors[:, 10:20], "zero": torch.zeros(24, 10)}.get(start, near)
-    basis, certain = follow_basis(gram_matrix(M.float(), rounded=True), begin.double())
+    basis, certain = follow_basis(gram_matrices([M.float()], rounded=True), begin.double()[None])
     well_posed = spectrum in ("after a projection and a few steps", "removed nearly nothing", "rank R")
     if start in ("near", "far") or not well_posed:  # from a wrong start, what is rounded may lead to the right end, or not
         assert bool(certain) == well_posed
     if certain:
-        removed, smallest = held_and_removed(M.float(), basis.vectors, 10)
+        removed, smallest = held_and_removed(M.float(), basis.vectors[0], 10)
         assert removed <= smallest * (1 + 1e-5) + 1e-6 * torch.linalg.vector_norm(M)
-        exact = leading_basis(gram_matrix(M.float()), 10)
+        exact = leading_basis(gram_matrices([M.float()]), 10)
         assert torch.allclose(basis.kept, exact.kept, rtol=1e-6)
         assert torch.allclose(basis.energy, exact.energy, rtol=1e-6)
-        assert relative_error(project_on_basis(M.float(), basis), project(M.float(), 10)) < 1e-5
+        assert relative_error(on_basis(M.float(), basis), project(M.float(), 10)) < 1e-5
 
 
 @settings(max_examples=80, deadline=None)
@@ -339,14 +344,14 @@ def test_certainty_is_never_misplaced(data, K, seed, decay, noise, gap):
     s[rank:] *= gap
     M, vectors = with_spectrum((K, 2 * K), s)
     start = vectors[:, torch.randperm(K)[:rank] if data.draw(st.booleans()) else slice(rank)] + noise * torch.randn(K, rank)
-    basis, certain = follow_basis(gram_matrix(M.float(), rounded=True), start)
+    basis, certain = follow_basis(gram_matrices([M.float()], rounded=True), start[None])
     if certain:
-        removed, smallest = held_and_removed(M.float(), basis.vectors, rank)
+        removed, smallest = held_and_removed(M.float(), basis.vectors[0], rank)
         assert removed <= smallest * (1 + 1e-5) + 1e-6 * torch.linalg.vector_norm(M)
-        assert relative_error(project_on_basis(M.float(), basis), project(M.float(), rank)) < 1e-5
+        assert relative_error(on_basis(M.float(), basis), project(M.float(), rank)) < 1e-5
 
 
 def test_each_matrix_of_a_batch_is_judged_alone():
     good, vectors = with_spectrum((24, 60), SPECTRA["after a projection and a few steps"].double())
     M = torch.stack([good, torch.zeros(24, 60), torch.randn(24, 60).double(), good])
-    assert follow_basis(gram_matrix(M), vectors[:, :10].expand(4, -1, -1))[1].tolist() == [True, False, False, True]
+    assert follow_basis(gram_matrices(M), vectors[:, :10].expand(4, -1, -1))[1].tolist() == [True, False, False, True]

@@ -67,6 +67,39 @@ def test_layers_of_one_shape_are_not_mixed_up():
         assert relative_error(model.get_submodule(name).weight.flatten(1), expected) < 1e-5
 
 
+def test_the_order_of_a_weight_in_memory_changes_nothing():
+    model = randomize_batchnorms(build_model("resnet20"))
+    ranks = ranks_from_ratio(model, 0.57)
+    twin, odd = copy.deepcopy(model).to(memory_format=torch.channels_last), copy.deepcopy(model)
+    for name in ranks:
+        weight = odd.get_submodule(name).weight
+        weight.data = weight.data.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)  # neither of the two usual orders
+    layers = [net.get_submodule(name) for net in (twin, odd) for name in ranks]
+    places = lambda: [(layer.weight.data_ptr(), layer.weight.stride()) for layer in layers]
+    before = places()
+    for net in (model, twin, odd):
+        LowRankProjector(net, ranks).step()
+    for name in ranks:
+        expected = model.get_submodule(name).weight
+        for net in (twin, odd):
+            assert relative_error(net.get_submodule(name).weight, expected) < 1e-5
+            assert numerical_rank(net.get_submodule(name).weight) == ranks[name]
+    assert places() == before
+
+
+def test_a_dead_layer_among_others_of_its_shape_is_left_out():
+    model = randomize_batchnorms(build_model("resnet20"))
+    ranks = ranks_from_ratio(model, 0.57)
+    name, other = list(ranks)[8:10]
+    with torch.no_grad():
+        model.get_submodule(name).weight.mul_(1e-6)
+    before = weights(model)
+    report = {layer.name: layer.action for layer in LowRankProjector(model, ranks).step()}
+    assert (report[name], report[other]) == ("left alone", "projected")
+    assert torch.equal(model.get_submodule(name).weight, before[f"{name}.weight"])
+    assert numerical_rank(model.get_submodule(other).weight) == ranks[other]
+
+
 def test_running_statistics_count_as_they_stand_at_each_step():
     model = zoo()
     projector = LowRankProjector(model, {"square": 5})
