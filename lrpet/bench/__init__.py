@@ -59,6 +59,7 @@ def projection_table(results: Sequence[dict]) -> pd.DataFrame:
             row |= {"exact_ms": 1e3 * t["exact"]["median_seconds"], "fast_ms": 1e3 * t["fast"]["median_seconds"]}
             row |= {"speedup_exact": 1 / t["exact"]["ratio_to_first"], "speedup": 1 / t["fast"]["ratio_to_first"], "target": target}
             row |= {"speedup_thin": t["svd_thin"]["ratio_to_first"] / t["fast"]["ratio_to_first"]}
+            row |= {"speedup_torchao": t["torchao"]["ratio_to_first"] / t["fast"]["ratio_to_first"] if "torchao" in t else None}
             row |= {"followed": f"{result['followed']} of {result['layers']}"}
             for way in ("exact", "fast"):
                 row[f"memory_{way}"] = (memory[f"{way}_step_bytes"] + (way == "fast") * memory["bases_bytes"]) / memory["model_bytes"]
@@ -75,6 +76,7 @@ def projection_table(results: Sequence[dict]) -> pd.DataFrame:
         "speedup",
         "target",
         "speedup_thin",
+        "speedup_torchao",
         "followed",
         "memory_exact",
         "memory_fast",

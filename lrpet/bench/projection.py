@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 
 import torch
@@ -29,9 +30,9 @@ def bench_projection(model: str = "resnet56", prune_ratio: float = 0.57, device:
 
     Returns:
         ``timings`` of ``svd`` (as torch defaults, full matrices), ``svd_thin`` (``full_matrices=False``), ``exact`` and ``fast``
-        (this project's projection with everything that belongs to it), and, where torchao is installed, ``torchao``: its
-        prototype's SVDGrouper with a hard rank constraint. ``memory``: bytes of the model's parameters, and of what a
-        projector holds and takes at most beside them. ``followed``: how many layers the fast path was certain of.
+        (this project's projection with everything that belongs to it), and, where torchao is installed, ``torchao``: its prototype's
+        SVDGrouper with a hard rank constraint, which is LRP without rectification. ``memory``: bytes of the model's parameters, and of
+        what a projector holds and takes at most beside them. ``followed``: how many layers the fast path was certain of.
     """
     where = torch.device(device)
     torch.manual_seed(0)
@@ -46,7 +47,9 @@ def bench_projection(model: str = "resnet56", prune_ratio: float = 0.57, device:
         "exact": state.exact.step,
         "fast": state.fast.step,
     }
+    versions = {}
     if importlib.util.find_spec("torchao"):  # compared with where it is installed; not a dependency
+        versions["torchao"] = importlib.metadata.version("torchao")
         grouper = importlib.import_module("torchao.prototype.pat.group").SVDGrouper
         constraint = importlib.import_module("torchao.prototype.pat.optim").MinRankConstraint
 
@@ -65,4 +68,4 @@ def bench_projection(model: str = "resnet56", prune_ratio: float = 0.57, device:
         state.restore()
         memory[f"{name}_step_bytes"] = peak_bytes(projector.step, where)
     timings = side_by_side(tasks, rounds, where, prepare=state.restore, seconds=seconds)
-    return {"prune_ratio": prune_ratio, "layers": len(ranks), "followed": followed, "timings": timings, "memory": memory}
+    return {"prune_ratio": prune_ratio, "layers": len(ranks), "followed": followed, "timings": timings, "memory": memory, **versions}
