@@ -247,8 +247,9 @@ def follow_basis(gram: Tensor, start: Tensor, rounds: int = 4) -> tuple[Basis, T
     >>> bool(certain), round(float(basis.kept), 6)
     (True, 25.0)
     """
-    G, thin = gram, torch.float64 if gram.is_cuda else torch.float32
-    Y = G @ (G.to(thin) @ start.to(thin)).to(G.dtype)  # the second product makes small what the first one rounds
+    G, thin = gram, _thin_dtype(start)
+    with torch.autocast(gram.device.type, enabled=False):  # which would round the float32 product to bfloat16
+        Y = G @ (G.to(thin) @ start.to(thin)).to(G.dtype)  # the second product makes small what the first one rounds
     Q = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(Y.mT @ Y).L.mT, Y, upper=True, left=False)
     Y = G @ Q
     T = Q.mT @ Y

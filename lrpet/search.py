@@ -32,7 +32,7 @@ __all__ = [
     "group_layers",
     "groups_of",
     "importance",
-    "ranks_from_ratios",
+    "ranks_from_group_ratios",
     "search",
     "trials_table",
     "uniform_trials",
@@ -58,10 +58,10 @@ def group_layers(model, per_layer: bool = False) -> dict[str, list[str]]:
     return groups
 
 
-def ranks_from_ratios(model, ratios: Mapping[str, float], per_layer: bool = False) -> dict[str, int]:
+def ranks_from_group_ratios(model, ratios: Mapping[str, float], per_layer: bool = False) -> dict[str, int]:
     """Turn a ratio for each group into a rank for each layer.
 
-    >>> ranks_from_ratios(build_model("resnet8"), {"16-3x3": 0.5, "32-3x3": 0.5, "64-3x3": 0.5})["conv"]
+    >>> ranks_from_group_ratios(build_model("resnet8"), {"16-3x3": 0.5, "32-3x3": 0.5, "64-3x3": 0.5})["conv"]
     8
     """
     shapes = compressible_layers(model)
@@ -152,7 +152,7 @@ def search(
 
     def objective(trial: optuna.Trial):
         ratios = {group: trial.suggest_float(group, LOWEST, HIGHEST, log=True) for group in groups}
-        ranks = ranks_from_ratios(model, ratios, per_layer)
+        ranks = ranks_from_group_ratios(model, ratios, per_layer)
         counted = cost(model, (3, DATASETS[config.dataset], DATASETS[config.dataset]), ranks)
         share = counted.macs / counted.dense_macs
 

@@ -355,3 +355,12 @@ def test_each_matrix_of_a_batch_is_judged_alone():
     good, vectors = with_spectrum((24, 60), SPECTRA["after a projection and a few steps"].double())
     M = torch.stack([good, torch.zeros(24, 60), torch.randn(24, 60).double(), good])
     assert follow_basis(gram_matrices(M), vectors[:, :10].expand(4, -1, -1))[1].tolist() == [True, False, False, True]
+
+
+def test_autocast_around_it_does_not_change_a_followed_basis():
+    M, vectors = with_spectrum((24, 60), SPECTRA["after a projection and a few steps"].double())
+    gram, start = gram_matrices([M.float()], rounded=True), (vectors[:, :10] + 0.1 * torch.randn(24, 10)).float()[None]
+    alone = follow_basis(gram, start)[0].vectors
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = follow_basis(gram, start)[0].vectors
+    assert torch.equal(alone, inside)

@@ -5,7 +5,7 @@ import pytest
 
 from lrpet import RunConfig, build_model
 from lrpet.runs import Run
-from lrpet.search import fitness, group_layers, ranks_from_ratios, search, trials_table
+from lrpet.search import fitness, group_layers, ranks_from_group_ratios, search, trials_table
 
 BRIEF = RunConfig(epochs=2, milestones=[], validation_fraction=0.2)
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -42,7 +42,7 @@ def test_the_best_trial_has_the_least_fitness_and_keeps_its_ranks(tmp_path):
     study = search(BRIEF, 6, results=tmp_path, do_run=pretend([]))
     done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
     assert study.best_value == min(t.value for t in done)
-    assert study.best_trial.user_attrs["ranks"] == ranks_from_ratios(build_model("resnet8"), study.best_params)
+    assert study.best_trial.user_attrs["ranks"] == ranks_from_group_ratios(build_model("resnet8"), study.best_params)
 
 
 def test_pareto_front_by_brute_force(tmp_path):
