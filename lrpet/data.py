@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -242,15 +243,19 @@ def _read_tree(root: Path, short: int | None, train_size: int, test_size: int, o
     arrays = []
     for split, files, size in (("train", train, train_size), ("test", test, test_size)):
         file = cache / f"{place}-{split}-{content}.cache"
-        images = _read_cache(file, (len(files), size, size, 3))
+        shape = (len(files), size, size, 3)
+        images = _read_cache(file, shape)
         if images is None:
-            images = _decode([path for path, _ in files], short, size)
             cache.mkdir(parents=True, exist_ok=True)
-            with write_whole(file) as out:
-                out.write(images.data)
-                out.write(hashlib.sha256(images.data).digest())
-            for old in set(cache.glob(f"{place}-{split}-*")) - {file}:  # of this folder before its images changed
-                old.unlink(missing_ok=True)
+            with FileLock(cache / f"{place}-{split}.lock"):  # of runs started at the same time one decodes, the others wait for it
+                images = _read_cache(file, shape)
+                if images is None:
+                    images = _decode([path for path, _ in files], short, size)
+                    with write_whole(file) as out:
+                        out.write(images.data)
+                        out.write(hashlib.sha256(images.data).digest())
+                    for old in set(cache.glob(f"{place}-{split}-*")) - {file}:  # of this folder before its images changed
+                        old.unlink(missing_ok=True)
         arrays.append(images)
     (train_x, test_x), (train_y, test_y) = map(torch.from_numpy, arrays), (torch.tensor([y for _, y in part]) for part in (train, test))
     return train_x, train_y, test_x, test_y, classes, corrupt
@@ -265,6 +270,7 @@ def _read_cache(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     if len(pixels) == math.prod(shape) and hashlib.sha256(pixels.data).digest() == digest:
         return pixels.reshape(shape)
     print(f"{file} is damaged; decoding the images again", flush=True)
+    file.unlink(missing_ok=True)
     return None
 
 

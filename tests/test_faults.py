@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import yaml
 from helpers import TINY, command, in_folders, outcome, save_and_die
 from PIL import Image
 
+import lrpet.data
 import lrpet.step
 import lrpet.training
 from lrpet import RunConfig, load_runs, run
@@ -374,7 +376,7 @@ def test_a_damaged_cache_is_named_and_made_anew(tmp_path, damage, capsys, monkey
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.effect_noise((20, 20), 50).save(file)
     first = load_data(config, tmp_path / "images").fingerprint
-    caches = sorted(Path(os.environ["LRPET_CACHE"]).iterdir())
+    caches = sorted(Path(os.environ["LRPET_CACHE"]).glob("*.cache"))
     assert len(caches) == 2
     caches[0].write_bytes(damage(caches[0].read_bytes()))
     assert load_data(config, tmp_path / "images").fingerprint == first
@@ -393,11 +395,32 @@ def test_caches_of_a_folder_before_its_images_changed_are_deleted_and_others_are
                 Image.new("RGB", (20, 20), (i, i, i)).save(file)
         load_data(config, tmp_path / root)
     cache = Path(os.environ["LRPET_CACHE"])
-    before = set(cache.iterdir())
+    before = set(cache.glob("*.cache"))
     Image.new("RGB", (20, 20)).save(tmp_path / "one" / "cat" / "5.png")
     load_data(config, tmp_path / "one")
-    after = set(cache.iterdir())
+    after = set(cache.glob("*.cache"))
     assert (len(before), len(after), len(before & after)) == (4, 4, 2)
+
+
+def test_of_runs_that_start_together_one_decodes_and_the_others_wait(tmp_path, monkeypatch):
+    config = RunConfig(dataset="imagefolder", image_size=16, model="resnet18")
+    for name in ("cat", "dog"):
+        for i in range(5):
+            file = tmp_path / "images" / name / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((20, 20), 50).save(file)
+    decode, decoded = lrpet.data._decode, []
+
+    def slow(paths, *size):
+        decoded.append(len(paths))
+        time.sleep(0.5)  # the other is here by now, unless it waits
+        return decode(paths, *size)
+
+    monkeypatch.setattr(lrpet.data, "_decode", slow)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = [loaded.fingerprint for loaded in pool.map(load_data, [config] * 2, [tmp_path / "images"] * 2)]
+    assert one == other
+    assert decoded == [8, 2]
 
 
 # ---------------------------------------------------------------- Ctrl-C
