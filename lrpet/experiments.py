@@ -82,7 +82,8 @@ def load_profile(name: str, path: Path | None = None) -> Profile:
         if not isinstance(profile[entry], kind) or (not profile[entry] and entry != "settings"):
             wanted = "a text" if kind is str else "a map, as {epochs: 2}" if entry == "settings" else "a map of names to settings"
             raise ValueError(f"{entry} of profile {name!r} must be {wanted}; got {profile[entry]!r}")
-    by_seed: dict[int, list[Experiment]] = {}
+    by_seed: dict[tuple, list[Experiment]] = {}
+    block, seeds_before = 0, None
     for stem, settings in profile["experiments"].items():
         if not isinstance(stem, str) or not re.fullmatch(r"\w[\w.-]*", stem):
             raise ValueError(f"the name of an experiment of profile {name!r} must be letters, digits, '-', '_' and '.'; got {stem!r}; rename it")
@@ -94,6 +95,7 @@ def load_profile(name: str, path: Path | None = None) -> Profile:
             raise ValueError(f"feeds of experiment {stem!r} of profile {name!r} must be the name of the table it is for; got {feeds!r}")
         if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
             raise ValueError(f"seeds of experiment {stem!r} of profile {name!r} must be a list of different whole numbers, as [1, 2]; got {seeds!r}")
+        block, seeds_before = block + (seeds != seeds_before), seeds  # neighbours of the same seeds are done seed by seed, together
         for given in {"seed", "profile"} & set(settings):
             raise ValueError(f"experiment {stem!r} of profile {name!r} must not set {given}; got {settings[given]!r}; seeds and the profile do")
         for seed in seeds:
@@ -101,8 +103,8 @@ def load_profile(name: str, path: Path | None = None) -> Profile:
                 config = RunConfig.from_dict({**settings, "seed": seed, "profile": name})
             except ValueError as error:
                 raise ValueError(f"experiment {stem!r} of profile {name!r}: {error}") from error
-            by_seed.setdefault(seed, []).append(Experiment(f"{stem}-s{seed}", config, feeds))
-    return Profile(name, profile["note"], profile["cost"], tuple(e for seed in sorted(by_seed) for e in by_seed[seed]))
+            by_seed.setdefault((block, seed), []).append(Experiment(f"{stem}-s{seed}", config, feeds))
+    return Profile(name, profile["note"], profile["cost"], tuple(e for place in sorted(by_seed) for e in by_seed[place]))
 
 
 def select(profile: Profile, patterns: list[str]) -> list[Experiment]:

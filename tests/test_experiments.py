@@ -56,6 +56,20 @@ def test_settings_and_seeds_of_a_profile_hold_unless_an_experiment_has_its_own(w
     ]
 
 
+def test_neighbours_with_the_same_seeds_are_done_seed_by_seed(write):
+    text = GOOD + "    c: {feeds: x, method: lrpet}\n    d: {feeds: y, method: narrow, prune_ratio: 0.5}\n"
+    assert [e.name for e in load_profile("smoke", write(text)).experiments] == ["a-s1", "a-s2", "b-s2", "c-s1", "d-s1", "c-s2", "d-s2"]
+
+
+def test_the_paper_runs_begin_with_all_seeds_of_its_main_comparison():
+    names = [e.name for e in load_profile("paper").experiments]
+    mains = [f"resnet56-{method}-s{seed}" for seed in (1, 2, 3) for method in ("dense", "lrp", "lrpet", "lrpet-no-bn")]
+    assert names[:12] == mains
+    then = ["resnet56-lrpet-0.54", "vgg16-lrpet", "resnet110-lrpet", "resnet56-svd-finetune", "resnet56-lrp-no-bn", "vit-lrpet", "googlenet-lrpet"]
+    then = [f"{name}-s1" for name in then]
+    assert sorted(then, key=names.index) == then
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
