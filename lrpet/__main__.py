@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("run", metavar="RUN", help="run id, as 'list' shows it, or folder")
     sub.add_argument("--to", required=True, choices=FORMATS)
     sub.add_argument("--out", metavar="FILE", help="default: RUN.onnx and so on, here")
+    sub.add_argument("--half", action="store_true", help="round the weights to half precision (safetensors)")
     for verb, text in (("run", "do the named runs of a profile; * and ? match"), ("train", "do one run of your own")):
         sub = verbs.add_parser(verb, help=text)
         if verb == "run":
@@ -124,7 +125,7 @@ def _tables(_args) -> int:
 
 
 def _export(args) -> int:
-    path, difference = export_run(args.run, args.to, args.out)
+    path, difference = export_run(args.run, args.to, args.out, args.half)
     print(f"{path}: largest difference of an output {difference:.1e}")
     return 0
 

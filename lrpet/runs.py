@@ -34,9 +34,10 @@ from lrpet.throughput import measure, throughput_line
 from lrpet.training import evaluate, has_checkpoint, train
 
 ANEW = "delete the folder to run it anew, or take it from where you got it"
+WEIGHTS, HALF_WEIGHTS = "compact.safetensors", "compact-half.safetensors"  # the second of some runs, see results/README.md
 FILES = ("config.json", "environment.json", "history.csv", "layers.csv", "summary.json")
 
-__all__ = ["Run", "environment", "is_complete", "load_network", "load_run", "load_runs", "run"]
+__all__ = ["Run", "environment", "is_complete", "load_network", "load_run", "load_runs", "run", "weights_file"]
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,25 @@ def load_runs(root: str | Path | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def load_network(finished: Run) -> torch.nn.Module:
-    """Return the network of a finished run as it would be deployed: compact, or dense where nothing was factorized.
+def weights_file(folder: Path) -> Path:
+    """Return the file with a finished run's weights: as they were trained, else rounded to half precision, as the repository keeps a few.
 
     Raises:
-        ValueError: the weights are not there, as in results that came with the repository.
+        ValueError: neither is there, as in most results that came with the repository.
     """
-    file = finished.folder / "compact.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{file} is not there: weights are not kept in the repository; delete the run's folder and run it anew")
+    kept = [folder / name for name in (WEIGHTS, HALF_WEIGHTS) if (folder / name).is_file()]
+    if not kept:
+        raise ValueError(f"{folder / WEIGHTS} is not there: the repository keeps the weights of few runs; delete the run's folder and run it anew")
+    return kept[0]
+
+
+def load_network(finished: Run) -> torch.nn.Module:
+    """Return the network of a finished run as it would be deployed, in float32: compact, or dense where nothing was factorized.
+
+    Raises:
+        ValueError: the weights are not there, as in most results that came with the repository.
+    """
+    file = weights_file(finished.folder)
     header = compact_header(file)
     model = build_network(finished.config, header["num_classes"])
     if finished.config.method == "filter_pruning":
@@ -339,7 +350,7 @@ def _finish(config, folder, images, batches, method, state, compact, compact_top
     }
     compact.factorization = getattr(compact, "factorization", [])  # a dense network is one with nothing factorized
     filters = method.structure if config.method == "filter_pruning" else None
-    save_compact(compact, folder / "compact.safetensors", model=config.model, num_classes=len(images.classes), filters=filters)
+    save_compact(compact, folder / WEIGHTS, model=config.model, num_classes=len(images.classes), filters=filters)
     for name, content in state["recorder"].files().items():
         _write(folder / name, content)
     content = {

@@ -1,11 +1,7 @@
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -15,7 +11,6 @@ from PIL import Image
 
 import lrpet.data
 from lrpet import RunConfig
-from lrpet.config import PROJECT
 from lrpet.data import Batches, DataError, ImageData, load_data
 
 FOLDER = RunConfig(dataset="imagefolder", image_size=16)  # stored with a shorter side of 18 pixels
@@ -221,19 +216,6 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(lrpet.data, "PROJECT", tmp_path)
     with pytest.raises(DataError, match=r"could not be downloaded \(OSError: no network\).*--data or LRPET_DATA"):
         load_data(CIFAR10)
-
-
-@pytest.fixture(scope="module")
-def cifar10(tmp_path_factory):
-    unpack = PROJECT.parent / "shared" / "data" / "unpack.py"
-    if not unpack.is_file():
-        pytest.skip(f"no real CIFAR-10 here: {unpack} does not exist")
-    memory = Path("/dev/shm")  # a disk can take minutes to delete 60000 files
-    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**30
-    with tempfile.TemporaryDirectory(dir=memory if roomy else tmp_path_factory.mktemp("data")) as folder:
-        root = Path(folder) / "cifar10"
-        subprocess.run([sys.executable, str(unpack), "cifar10", "--out", str(root)], check=True, capture_output=True)
-        yield root
 
 
 def test_real_cifar10(cifar10, monkeypatch):

@@ -12,6 +12,7 @@ import lrpet.export
 from lrpet import LowRankProjector, RunConfig, build_model, factorize, fold_batchnorm, load_compact, ranks_from_ratio, run
 from lrpet.__main__ import main
 from lrpet.export import export, export_run, find_run
+from lrpet.runs import load_network
 
 
 def compact():
@@ -76,11 +77,31 @@ def test_a_run_is_exported_by_its_id_and_by_its_folder(finished, tmp_path, capsy
     assert (output - reference).abs().max() <= 1e-4 * reference.abs().max()
 
 
+@pytest.mark.parametrize("method", ["dense", "lrpet", "filter_pruning"])
+def test_weights_in_half_precision_stand_in_for_those_that_were_trained(tmp_path, capsys, method):
+    done = run(RunConfig(method=method, **TINY), device="cpu", progress="off")
+    trained, kept = load_network(done).eval(), done.folder / "compact-half.safetensors"
+    assert main(["export", done.config.run_id, "--to", "safetensors", "--half", "--out", str(kept)]) == 0
+    told = float(capsys.readouterr().out.split()[-1])
+    whole = done.folder / "compact.safetensors"
+    assert kept.stat().st_size < 0.6 * whole.stat().st_size
+    whole.unlink()
+    rounded = load_network(done).eval()
+    assert {p.dtype for p in rounded.parameters()} == {torch.float32}
+    x = torch.randn(16, 3, 8, 8)
+    difference = (rounded(x) - trained(x)).abs().max() / trained(x).abs().max()
+    assert 0 < difference < 0.01 and 0 < told < 0.01
+    assert main(["export", done.config.run_id, "--to", "safetensors", "--out", str(tmp_path / "copy")]) == 0
+    assert (tmp_path / "copy").read_bytes() == kept.read_bytes()
+
+
 def test_mistakes_are_named(finished, tmp_path, capsys):
     assert main(["export", "nothing", "--to", "pt2"]) == 1
     assert "'nothing' is neither the folder of a finished run nor the id of one" in capsys.readouterr().err
     with pytest.raises(ValueError, match="to must be one of onnx, pt2, safetensors; got 'tflite'"):
         export_run(str(finished.folder), "tflite")
+    with pytest.raises(ValueError, match="half is for safetensors; got to='onnx'"):
+        export_run(str(finished.folder), "onnx", half=True)
     with pytest.raises(ValueError, match="to must be onnx or pt2; got 'safetensors'"):
         export(nn.Conv2d(3, 4, 3), tmp_path / "x", "safetensors", (3, 8, 8))
     other = finished.folder.parents[2] / "short" / "runs" / finished.config.run_id
@@ -89,5 +110,5 @@ def test_mistakes_are_named(finished, tmp_path, capsys):
     with pytest.raises(ValueError, match="is a run of 2 profiles; give its folder"):
         find_run(finished.config.run_id)
     (finished.folder / "compact.safetensors").unlink()
-    with pytest.raises(ValueError, match="weights are not kept in the repository"):
+    with pytest.raises(ValueError, match="the repository keeps the weights of few runs"):
         export_run(str(finished.folder), "pt2", tmp_path / "x.pt2")
