@@ -164,7 +164,7 @@ def accuracy_table(runs: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
             {
                 "network": first.network,
                 "method": first.label,
-                "prune_ratio": "" if pd.isna(first.ratio) else f"{first.ratio:g}",
+                "prune_ratio": "ranks given" if config.ranks else "" if pd.isna(first.ratio) else f"{first.ratio:g}",
                 "epochs": f"{config.epochs}" + (f" ({config.pretrain_epochs} dense first)" if config.pretrain_epochs else ""),
                 "macs_m": f"{macs / 1e6:.2f}" if macs else NOT_RUN,
                 "params_m": f"{params / 1e6:.3f}" if macs else NOT_RUN,
@@ -732,16 +732,20 @@ PAGES = (PROJECT / "README.md", PROJECT / "REPRODUCING.md")  # whose tables come
 def write_pages(pages: Sequence[Path] = PAGES) -> list[str]:
     """Put the tables of the store where README.md and REPRODUCING.md have a marker for them; return the new texts.
 
-    A marker is ``<!-- table: short accuracy -->``, closed by ``<!-- end -->``.
+    A marker is ``<!-- table: short accuracy -->``, closed by ``<!-- end -->``; ``<!-- table: short accuracy: method top1_pct -->`` shows
+    only these columns.
     """
     tables: dict[str, dict[str, pd.DataFrame]] = {}
 
     def fill(match: re.Match) -> str:
-        profile, name = match[1], match[2]
-        tables.setdefault(profile, write_tables(profile))
-        return f"<!-- table: {profile} {name} -->\n{_markdown(tables[profile][name])}<!-- end -->"
+        marker, profile, name, columns = match.groups()
+        if profile not in tables:
+            tables[profile] = write_tables(profile)
+        table = tables[profile][name]
+        return f"{marker}\n{_markdown(table[columns.split()] if columns else table)}<!-- end -->"
 
-    texts = [re.sub(r"<!-- table: (\w+) (\w+) -->.*?<!-- end -->", fill, path.read_text(encoding="utf-8"), flags=re.DOTALL) for path in pages]
+    marked = re.compile(r"(<!-- table: (\w+) (\w+)(?:: ([\w ]+))? -->).*?<!-- end -->", re.DOTALL)
+    texts = [marked.sub(fill, path.read_text(encoding="utf-8")) for path in pages]
     for path, text in zip(pages, texts, strict=True):
         path.write_text(text, encoding="utf-8")
     for profile in {"paper", "imagenet", "imagenette"} - set(tables):

@@ -226,6 +226,14 @@ def test_readme_gets_the_tables_it_asks_for(tmp_path):
     assert tables.write_pages([readme]) == [text]
 
 
+def test_readme_may_ask_for_some_columns(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table: smoke accuracy: method top1_pct -->\n<!-- end -->\n")
+    (text,) = tables.write_pages([readme])
+    assert text.splitlines()[1].replace(" ", "") == "|method|top1_pct|"
+    assert tables.write_pages([readme]) == [text]
+
+
 def test_committed_tables_are_up_to_date(tmp_path, monkeypatch):
     monkeypatch.delenv("LRPET_RESULTS")
     copies = [tmp_path / page.name for page in tables.PAGES]
