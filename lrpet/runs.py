@@ -445,7 +445,7 @@ def environment(device: torch.device) -> dict:
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False).stdout
     return {
-        "commit": commit or "unknown",
+        "commit": commit or os.environ.get("LRPET_COMMIT", "unknown"),  # of a copy without .git, as on a machine that is lent
         "dirty": bool(changed.strip()),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# For a GPU that is lent for minutes: the tests of what runs on GPUs, the benchmarks, then the runs of a profile, several at a time.
+# Everything lands in one archive; started again with that archive, on this machine or another, it goes on where it stopped.
+# No Jupyter, no Snakemake, nothing to install but what runs need. Exit status 0 means that the archive is written.
+set -euo pipefail
+
+[ $# -ge 3 ] && [ $# -le 5 ] || {
+    echo "usage: scripts/gpu_session.sh DATA ARCHIVE.tar SECONDS [PROFILE (paper) [RUNS AT A TIME (4)]]" >&2
+    exit 2
+}
+data=$(realpath "$1") archive=$(realpath -m "$2") seconds=$3 profile=${4:-paper} jobs=${5:-4}
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${LRPET_PYTHON:-python3}
+LRPET_RESULTS=$(mktemp -d)
+export LRPET_RESULTS
+trap 'rm -rf "$LRPET_RESULTS"' EXIT
+[ ! -f "$archive" ] || tar -xf "$archive" -C "$LRPET_RESULTS"
+mkdir -p "$LRPET_RESULTS/bench"
+left() { echo $((seconds - SECONDS)); }
+
+# Each of these once: what it left says that it was done. None may take the time of the runs, or end them.
+once() {
+    local file=$LRPET_RESULTS/bench/$1
+    shift
+    [ -e "$file" ] || [ "$(left)" -lt 60 ] || timeout "$(($(left) / 4))" "$@" >"$file" 2>&1 || echo "status $?: $*" | tee -a "$file"
+}
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    once cuda-tests.log "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_projection.py tests/test_projector.py tests/test_step.py tests/test_numbers.py
+    for model in resnet56 resnet18 resnet50; do
+        once "projection-$model.log" "$PYTHON" -m lrpet.bench projection --model "$model" --device cuda
+    done
+    once training.log "$PYTHON" -m lrpet.bench training --device cuda
+    once inference.log "$PYTHON" -m lrpet.bench inference --device cuda
+else
+    echo "no GPU here: tests and benchmarks of GPUs are left out"
+fi
+
+status=0
+"$PYTHON" -m lrpet run --profile "$profile" --jobs "$jobs" --data "$data" --time-budget "$(($(left) > 30 ? $(left) - 30 : 0))" || status=$?
+rm -f "$LRPET_RESULTS/$profile"/runs/*/checkpoint.previous # half of the bytes, and of no use once the newer one is whole
+tar -cf "$archive.part" -C "$LRPET_RESULTS" .
+mv "$archive.part" "$archive"
+"$PYTHON" -m lrpet list --profile "$profile" | tail -n 1
+[ "$status" = 0 ] || [ "$status" = 75 ] || echo "some runs failed, see above"
+echo "took $SECONDS s; $archive: unpack it into results/, then python -m lrpet tables"
