@@ -25,7 +25,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
-from lrpet.config import PROFILES, PROJECT, RunConfig, figures_root
+from lrpet.config import METHODS, PROFILES, PROJECT, RunConfig, figures_root
 from lrpet.projection import project
 
 __all__ = [
@@ -600,15 +600,17 @@ def _series_of_runs(runs: pd.DataFrame) -> list[_Series]:
     for method in [*METHOD_STYLES, *sorted(set(key["method"]) - set(METHOD_STYLES))]:
         mine = key[key["method"] == method]
         differ = [f for f in fields if f not in ("model", "prune_ratio", "ranks") and mine[f].nunique() > 1]
+        usual = METHODS.get(method, {})
         rows_of = mine[differ].drop_duplicates().sort_values(differ).itertuples(index=False) if differ else []
-        variants = {tuple(row): ", ".join(_setting(f, value) for f, value in zip(differ, row, strict=True)) for row in rows_of}
+        variants = {tuple(row): [_setting(f, v) for f, v in zip(differ, row, strict=True) if f not in usual or v != str(usual[f])] for row in rows_of}
+        variants = dict(sorted(variants.items(), key=lambda variant: len(variant[1])))  # as the method is meant first, with a full marker
         fills = dict(zip(variants, cycle(["full", "left", "bottom", "right", "top"]), strict=False))
         for (model, *row), rows in mine.groupby(["model", *differ]):
             points = rows.groupby(fields).agg(
                 macs=("macs", "mean"), macs_std=("macs", "std"), top1=("top1", "mean"), top1_std=("top1", "std"), seeds=("seed", "nunique")
             )
             style, seeds = method_style(method), frozenset(points["seeds"])
-            name = ", ".join(filter(None, [style.label, variants.get(tuple(row))]))
+            name = ", ".join([style.label, *variants.get(tuple(row), [])]).replace(", without BN", " without BN")  # as in the tables
             everything.append(_Series(name, model, style, fills.get(tuple(row), "full"), seeds, points.sort_values("macs")))
     if len(set().union(*(series.seeds for series in everything))) > 1:  # else the title says it once for all
         everything = [series._replace(label=f"{series.label} ({_count(sorted(series.seeds))})") for series in everything]

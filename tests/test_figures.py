@@ -270,9 +270,9 @@ def test_accuracy_of_equal_cost_stands_side_by_side():
 def test_accuracy_tells_variants_and_networks_apart():
     table = pd.concat([runs(), runs(["lrpet"], bn_rectification=False), runs(["lrpet"], seeds=[1], model="resnet110")], ignore_index=True)
     figure = figures.plot_accuracy_against_macs(table)
-    assert set(labels(figure)) == {"dense (3 seeds)", "LRP (3 seeds)", "LRPET, with BN rectification (3 seeds)"} | {
-        "LRPET, without BN rectification (3 seeds)",
-        "LRPET, with BN rectification (1 seed)",
+    assert set(labels(figure)) == {"dense (3 seeds)", "LRP (3 seeds)", "LRPET (3 seeds)"} | {
+        "LRPET without BN rectification (3 seeds)",
+        "LRPET (1 seed)",
     }
     assert {text.get_text() for text in figure.axes[0].texts} == {"resnet56", "resnet110"}
 
