@@ -97,7 +97,8 @@ done
 report=$results/report.html
 export PYTHON
 if scripts/execute.sh notebooks/09_report.ipynb "$results/notebooks/09_report.ipynb" -p profile "$profile" &&
-    "$PYTHON" -m nbconvert --to html --no-input --embed-images --log-level ERROR --output "$report" "$results/notebooks/09_report.ipynb"; then
+    "$PYTHON" -m nbconvert --to html --no-input --embed-images --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= \
+        --log-level ERROR --output "$report" "$results/notebooks/09_report.ipynb"; then # no scripts from elsewhere: there are no formulas
     "$PYTHON" -m lrpet headline --profile "$profile"
     echo "report: $report"
 else

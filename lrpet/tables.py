@@ -476,7 +476,7 @@ def replication_cost(runs: pd.DataFrame) -> pd.DataFrame:
             {
                 "experiment": name,
                 "runs": f"{len(done)} of {len(seeds)}",
-                "device_hours": f"{hours:.2f}" if len(done) else NOT_RUN,
+                "device_hours": (f"{hours:.2f}" if hours >= 0.1 else f"{hours:.2g}") if len(done) else NOT_RUN,
                 **{part: f"{done[part].astype(float).mean():.1f}".replace("nan", "") if len(done) else "" for part in parts},
                 "device": ", ".join(dict.fromkeys(done.device)) if len(done) else "",
             }
@@ -691,7 +691,8 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
     for row in decided.itertuples():
         if row.n:
             error = f", standard error {row.standard_error_pct}" if row.standard_error_pct else ""
-            lines.append(f"- {row.network}, {row.difference}: {row.top1_difference_pct} points (n={row.n}{error}): {row.verdict}.")
+            pair = f"{row.network}, {row.difference}, ratio {row.prune_ratio}"
+            lines.append(f"- {pair}: {row.top1_difference_pct} points (n={row.n}{error}): {row.verdict}.")
     cost = tables["cost"]
     known = cost[(cost.paper_macs_m != "") & ~cost.macs_m.isin((NOT_HERE, NO_RANKS))]
     off = [(float(r.macs_m) / float(r.paper_macs_m) - 1) * 100 for r in known.itertuples()]
