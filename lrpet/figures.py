@@ -505,7 +505,8 @@ def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | Non
         everything += _series_of_published(published, runs)
     figure = ProjectFigure(4.2)
     ax = figure.subplots()
-    for series, dodge in zip(everything, _dodges(everything), strict=True):
+    dodges = _dodges(everything)
+    for series, dodge in zip(everything, dodges, strict=True):
         points, style = series.points, series.style
         inside = {"markerfacecolor": PAPER, "markeredgewidth": 1.5} if series.hollow else {"fillstyle": series.fill, "markerfacecoloralt": PAPER}
         look = {"color": style.color, "linestyle": style.linestyle, "marker": style.marker, "markersize": 7, "linewidth": 0.9, **inside}
@@ -522,7 +523,8 @@ def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | Non
     if not everything:
         _say(ax, "no run has finished")
     where = sorted(set(runs["scored_on"])) if "scored_on" in runs else []
-    ax.set(xlabel="MACs of one image, millions", ylabel=f"top-1 accuracy, {' and '.join(where) or 'test'} images, %")
+    aside = "; points of equal cost stand side by side" * any(dodges)
+    ax.set(xlabel=f"MACs of one image, millions{aside}", ylabel=f"top-1 accuracy, {' and '.join(where) or 'test'} images, %")
     hollow = "; hollow: published" if any(series.hollow for series in everything) else ""
     seeds = sorted({n for series in everything for n in series.seeds})
     if everything:
@@ -583,11 +585,11 @@ class _Series(NamedTuple):
 
 def _dodges(everything: list[_Series]) -> list[float]:
     """Return a sideways shift in points for each series, so that points of equal cost stand side by side."""
-    costs = [{f"{value:.4g}" for value in series.points["macs"]} for series in everything]
+    costs = [{f"{value:.3g}" for value in series.points["macs"]} for series in everything]
     shifts = []
     for k in range(len(costs)):
         alike = [j for j, other in enumerate(costs) if other & costs[k]]
-        shifts.append(6.0 * (alike.index(k) - (len(alike) - 1) / 2))
+        shifts.append(8.0 * (alike.index(k) - (len(alike) - 1) / 2))
     return shifts
 
 
@@ -605,7 +607,8 @@ def _series_of_runs(runs: pd.DataFrame) -> list[_Series]:
         variants = {tuple(row): [_setting(f, v) for f, v in zip(differ, row, strict=True) if f not in usual or v != str(usual[f])] for row in rows_of}
         variants = dict(sorted(variants.items(), key=lambda variant: len(variant[1])))  # as the method is meant first, with a full marker
         fills = dict(zip(variants, cycle(["full", "left", "bottom", "right", "top"]), strict=False))
-        for (model, *row), rows in mine.groupby(["model", *differ]):
+        place = {row: k for k, row in enumerate(variants)}
+        for (model, *row), rows in sorted(mine.groupby(["model", *differ]), key=lambda group: place.get(group[0][1:], 0)):
             points = rows.groupby(fields).agg(
                 macs=("macs", "mean"), macs_std=("macs", "std"), top1=("top1", "mean"), top1_std=("top1", "std"), seeds=("seed", "nunique")
             )

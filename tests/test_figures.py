@@ -264,7 +264,7 @@ def test_accuracy_of_equal_cost_stands_side_by_side():
     for line in ax.lines:
         if line.get_label() in ("LRP", "LRPET"):
             places[line.get_label()] = line.get_transform().transform(np.column_stack([line.get_xdata(), line.get_ydata()]))[0, 0]
-    assert places["LRPET"] - places["LRP"] == pytest.approx(6 * figure.dpi / 72)
+    assert places["LRPET"] - places["LRP"] == pytest.approx(8 * figure.dpi / 72)
 
 
 def test_accuracy_tells_variants_and_networks_apart():
