@@ -246,8 +246,13 @@ def _read_tree(root: Path, short: int | None, train_size: int, test_size: int, o
         shape = (len(files), size, size, 3)
         images = _read_cache(file, shape)
         if images is None:
-            cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache / f"{place}-{split}.lock"):  # of runs started at the same time one decodes, the others wait for it
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(cache / f"{place}-{split}.lock").acquire()
+            except OSError as error:
+                wanted = "the cache of decoded images must be a folder that can be written"
+                raise DataError(f"{wanted}; got {cache}: {error.strerror}; set LRPET_CACHE") from error
+            with lock:  # of runs started at the same time one decodes, the others wait for it
                 images = _read_cache(file, shape)
                 if images is None:
                     images = _decode([path for path, _ in files], short, size)

@@ -455,6 +455,8 @@ def test_folders_that_may_not_be_read_or_written_are_named():
         roots = [tree(Path(folder) / f"images{i}") for i in range(len(CLOSED))]
         for root, closed in zip(roots, CLOSED, strict=True):
             (root / closed).chmod(0)
+        (Path(folder) / "cache").mkdir()
+        (Path(folder) / "cache").chmod(0o777)
         environment = {**os.environ, "LRPET_CACHE": f"{folder}/cache"}
         done = subprocess.run([sys.executable, "-c", AS_NOBODY, folder, *roots], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -462,6 +464,13 @@ def test_folders_that_may_not_be_read_or_written_are_named():
     for line, root, words in zip(read, roots, CLOSED.values(), strict=True):
         assert line.startswith(str(root)) and words in line
     assert written.startswith(f"results must be a folder that can be written; got {folder}") and "LRPET_RESULTS" in written
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LRPET_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DataError, match=r"cache of decoded images must be a folder that can be written; got .*file/cache: .*set LRPET_CACHE"):
+        load_data(FOLDER, tree(tmp_path / "images"))
 
 
 # ---------------------------------------------------------------- any input
