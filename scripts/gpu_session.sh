@@ -18,7 +18,7 @@ trap 'rm -rf "$LRPET_RESULTS"' EXIT
 mkdir -p "$LRPET_RESULTS/bench"
 left() { echo $((seconds - SECONDS)); }
 
-# Each of these once: what it left says that it was done. None may take the time of the runs, or end them.
+# Each of these once, finished or not, as what it left says. None may take more than a quarter of the time that is left, or end the session.
 once() {
     local file=$LRPET_RESULTS/bench/$1
     shift

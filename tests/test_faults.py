@@ -34,6 +34,7 @@ from lrpet.training import has_checkpoint, load_checkpoint, save_checkpoint
 
 KILLS = int(os.environ.get("LRPET_TEST_KILLS", "4"))  # of the grid, each of which costs some 20 seconds; the run is killed 20 times
 CONFIG = RunConfig(**TINY)
+FOLDER = RunConfig(dataset="imagefolder", image_size=16, model="resnet18")
 LONG = RunConfig(epochs=6, milestones=(3, 5), batch_size=256)
 FORK = multiprocessing.get_context("forkserver")  # imports everything once, so that a process starts in no time
 FORK.set_forkserver_preload(["lrpet.__main__", "sklearn.datasets"])
@@ -367,48 +368,41 @@ def test_a_damaged_record_of_what_an_unfinished_run_began_with_is_named(damage):
         run(CONFIG, device="cpu", progress="off")
 
 
+def make_tree(root):
+    """Write five pictures of each of two classes."""
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for i in range(5):
+            Image.effect_noise((20, 20), 50).save(root / name / f"{i}.png")
+
+
 @damages
 def test_a_damaged_cache_is_named_and_made_anew(tmp_path, damage, capsys, monkeypatch):
-    config = RunConfig(dataset="imagefolder", image_size=16, model="resnet18")
-    for name in ("cat", "dog"):
-        for i in range(5):
-            file = tmp_path / "images" / name / f"{i}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.effect_noise((20, 20), 50).save(file)
-    first = load_data(config, tmp_path / "images").fingerprint
+    make_tree(tmp_path / "images")
+    first = load_data(FOLDER, tmp_path / "images").fingerprint
     caches = sorted(Path(os.environ["LRPET_CACHE"]).glob("*.cache"))
     assert len(caches) == 2
     caches[0].write_bytes(damage(caches[0].read_bytes()))
-    assert load_data(config, tmp_path / "images").fingerprint == first
+    assert load_data(FOLDER, tmp_path / "images").fingerprint == first
     assert capsys.readouterr().out == f"{caches[0]} is damaged; decoding the images again\n"
-    assert load_data(config, tmp_path / "images").fingerprint == first
+    assert load_data(FOLDER, tmp_path / "images").fingerprint == first
     assert capsys.readouterr().out == ""
 
 
 def test_caches_of_a_folder_before_its_images_changed_are_deleted_and_others_are_not(tmp_path):
-    config = RunConfig(dataset="imagefolder", image_size=16, model="resnet18")
     for root in ("one", "two"):
-        for name in ("cat", "dog"):
-            for i in range(5):
-                file = tmp_path / root / name / f"{i}.png"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (20, 20), (i, i, i)).save(file)
-        load_data(config, tmp_path / root)
+        make_tree(tmp_path / root)
+        load_data(FOLDER, tmp_path / root)
     cache = Path(os.environ["LRPET_CACHE"])
     before = set(cache.glob("*.cache"))
     Image.new("RGB", (20, 20)).save(tmp_path / "one" / "cat" / "5.png")
-    load_data(config, tmp_path / "one")
+    load_data(FOLDER, tmp_path / "one")
     after = set(cache.glob("*.cache"))
     assert (len(before), len(after), len(before & after)) == (4, 4, 2)
 
 
 def test_of_runs_that_start_together_one_decodes_and_the_others_wait(tmp_path, monkeypatch):
-    config = RunConfig(dataset="imagefolder", image_size=16, model="resnet18")
-    for name in ("cat", "dog"):
-        for i in range(5):
-            file = tmp_path / "images" / name / f"{i}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.effect_noise((20, 20), 50).save(file)
+    make_tree(tmp_path / "images")
     decode, decoded = lrpet.data._decode, []
 
     def slow(paths, *size):
@@ -418,7 +412,7 @@ def test_of_runs_that_start_together_one_decodes_and_the_others_wait(tmp_path, m
 
     monkeypatch.setattr(lrpet.data, "_decode", slow)
     with ThreadPoolExecutor(2) as pool:
-        one, other = [loaded.fingerprint for loaded in pool.map(load_data, [config] * 2, [tmp_path / "images"] * 2)]
+        one, other = [loaded.fingerprint for loaded in pool.map(load_data, [FOLDER] * 2, [tmp_path / "images"] * 2)]
     assert one == other
     assert decoded == [8, 2]
 
