@@ -125,17 +125,18 @@ class LowRankProjector:
         if processes.world > 1:
             processes.copy_from(0, [buffer for bn in dict.fromkeys(self._batchnorms.values()) for buffer in bn.buffers()])
         scales = {group: batchnorm_scale(*map(self._batchnorms.get, names)) for group, names in self._groups.items() if names[0] in self._batchnorms}
-        dead = self._dead_layers(scales)
+        self._refuse_lost_values(scales)
         check = exact or self._steps % EXACT_EVERY == 0
         self._steps += 1
-        shares, followed = {}, set()
+        own = {}  # name → share of energy kept, whether it was followed, whether it is dead, its largest singular value if so
         for group, names in self._groups.items():
             matrices, a = [_as_matrix(self._weights[name]) for name in names], scales.get(group)
-            basis, certain = self._find_basis(group, matrices, a, check)
-            shares |= dict(zip(names, torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).tolist(), strict=True))
-            followed |= {name for name, yes in zip(names, certain, strict=True) if yes}
-            alive = [i for i, name in enumerate(names) if name not in dead]
-            if len(alive) < len(names):
+            basis, followed = self._find_basis(group, matrices, a, check)
+            kept = torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).tolist()
+            largest = _dead_matrices(matrices, a, basis.energy)
+            own |= {name: (kept[i], followed[i], i in largest, largest.get(i, 0.0)) for i, name in enumerate(names)}
+            if largest:
+                alive = [i for i in range(len(names)) if i not in largest]
                 names, matrices = [names[i] for i in alive], [matrices[i] for i in alive]
                 a, basis = None if a is None else a[alive], Basis(*(values[alive] for values in basis))
             if matrices:
@@ -145,24 +146,28 @@ class LowRankProjector:
                     self._weights[name].copy_(matrix.view(self._weights[name].shape))
         for owner, names in enumerate(self._shares):
             processes.copy_from(owner, [self._weights[name] for name in names])
-        reports, told = [], self._tell_all(shares, followed)
+        reports, told = [], self._tell_all(own)
         for name, rank in self.ranks.items():
-            if name in dead:
-                reason = f"dead: largest singular value {dead[name]:.1e} < {DEAD_IN_TRAINING:.0e}"
+            energy_kept, was_followed, dead, largest = told.get(name, (1.0, False, False, 0.0))
+            if dead:
+                scaled = " as its BatchNorm scales it" if name in self._batchnorms else ""
+                reason = f"dead: largest singular value{scaled} {largest:.1e} < {DEAD_IN_TRAINING:.0e}"
                 reports.append(LayerReport(name, rank, math.nan, "left alone", reason))
             else:
-                energy_kept, was_followed = told.get(name, (1.0, False))
                 reports.append(LayerReport(name, rank, energy_kept, "projected", "followed" if was_followed else ""))
         return reports + self._dense
 
-    def _tell_all(self, shares: dict[str, float], followed: set[str]) -> dict[str, tuple[float, bool]]:
-        """Return (energy kept, followed) of every projected layer, whichever process projected it."""
+    def _tell_all(self, own: dict[str, tuple]) -> dict[str, tuple]:
+        """Return what every process found out about its layers."""
         if self._processes.world == 1:
-            return {name: (share, name in followed) for name, share in shares.items()}
+            return own
         names = [name for names in self._shares for name in names]
-        told = torch.tensor([[shares.get(name, 0.0), name in followed] for name in names], dtype=torch.float64)
+        told = torch.tensor([own.get(name, (0.0,) * 4) for name in names], dtype=torch.float64)
         told = told.to(next(iter(self._weights.values())).device)  # where a process group of GPUs alone can add it up
-        return {name: (share, bool(yes)) for name, (share, yes) in zip(names, self._processes.sum(told).tolist(), strict=True)}
+        return {
+            name: (kept, bool(followed), bool(dead), largest)
+            for name, (kept, followed, dead, largest) in zip(names, self._processes.sum(told).tolist(), strict=True)
+        }
 
     def _find_basis(self, group: tuple, matrices: list[Tensor], row_scale: Tensor | None, check: bool) -> tuple[Basis, list[bool]]:
         """Return the directions that the layers of a group keep, and which of them were followed from the last projection's."""
@@ -190,11 +195,8 @@ class LowRankProjector:
             self._bases[group] = basis.vectors.to(torch.float32)
         return basis, followed
 
-    def _dead_layers(self, scales: Mapping[tuple, Tensor]) -> dict[str, float]:
-        """Return the dead layers with their largest singular value, after checking that all values are finite.
-
-        ‖M‖_F / sqrt(K) ≤ s_1 ≤ ‖M‖_F, so one norm a layer, fetched at once, decides for all healthy layers.
-        """
+    def _refuse_lost_values(self, scales: Mapping[tuple, Tensor]) -> None:
+        """Raise where a weight or a BatchNorm is not finite; norms and sums are fetched at once, in one wait for a GPU."""
         names = list(self.ranks)
         weights = [self._weights[name].detach() for name in names]
         wide = torch.promote_types(weights[0].dtype, torch.float32)
@@ -202,19 +204,24 @@ class LowRankProjector:
         rows = {name: row for group, a in scales.items() for name, row in zip(self._groups[group], a.sum(dim=1), strict=True)}
         none = norms.new_zeros(())
         sums = norms + self._processes.sum(torch.stack([rows.get(name, none) for name in names]))
-        norms, sums = torch.stack([norms, sums]).tolist()
-        for name, norm, both in zip(names, norms, sums, strict=True):
+        for name, norm, both in zip(names, *torch.stack([norms, sums]).tolist(), strict=True):
             if not math.isfinite(both):
-                what = "the BatchNorm behind layer" if math.isfinite(norm) else "the weight of layer"
+                what = "the BatchNorm after layer" if math.isfinite(norm) else "the weight of layer"
                 raise ValueError(f"NaN, infinity or overflow in {what} {name!r}; nothing was projected")
-        dead = {}
-        for name, norm in zip(names, norms, strict=True):
-            matrix = self._weights[name].flatten(1)
-            if norm < DEAD_IN_TRAINING * math.sqrt(min(matrix.shape)):
-                largest = float(torch.linalg.matrix_norm(matrix.double(), 2))
-                if largest < DEAD_IN_TRAINING:
-                    dead[name] = largest
-        return dead
+
+
+def _dead_matrices(matrices: list[Tensor], row_scale: Tensor | None, energy: Tensor) -> dict[int, float]:
+    """Return which of the matrices diag(a)·M are dead, with their largest singular value.
+
+    s_1 ≥ ‖diag(a)·M‖_F / sqrt(K), so the energies, which are there already, decide for all healthy layers.
+    """
+    dead = {}
+    for i in (energy < DEAD_IN_TRAINING**2 * min(matrices[0].shape)).nonzero().flatten().tolist():
+        A = matrices[i].double() if row_scale is None else row_scale[i].unsqueeze(1) * matrices[i].double()
+        largest = float(torch.linalg.matrix_norm(A, 2))
+        if largest < DEAD_IN_TRAINING:
+            dead[i] = largest
+    return dead
 
 
 def _as_matrix(weight: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def test_fewer_layers_than_processes_and_a_dead_one(tmp_path):
 
 def test_statistics_that_are_lost_are_an_error_in_every_process_and_nothing_is_projected(tmp_path):
     errors = together(tmp_path, 3, project_few, True)
-    assert errors == ["NaN, infinity or overflow in the BatchNorm behind layer '0'; nothing was projected"] * 3
+    assert errors == ["NaN, infinity or overflow in the BatchNorm after layer '0'; nothing was projected"] * 3
 
 
 # ---------------------------------------------------------------- data

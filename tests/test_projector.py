@@ -130,7 +130,7 @@ def test_report_follows_the_order_of_ranks_and_ends_with_the_dense_convolutions(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("tensor", "words"), [("dilated.weight", "weight of layer 'dilated'"), ("bn2.weight", "BatchNorm behind layer 'pointwise'")])
+@pytest.mark.parametrize(("tensor", "words"), [("dilated.weight", "weight of layer 'dilated'"), ("bn2.weight", "BatchNorm after layer 'pointwise'")])
 def test_lost_values_are_an_error_that_names_the_layer_and_nothing_is_changed(tensor, words, value):
     model = zoo()
     model.state_dict()[tensor].view(-1)[3] = value
@@ -163,6 +163,22 @@ def test_dead_means_a_largest_singular_value_under_the_limit(largest, action):
     with torch.no_grad():
         layer.weight.copy_((Q * s)[..., None, None])
     assert LowRankProjector(layer, {"": 3}, bn_rectification=False).step()[0].action == action
+
+
+@pytest.mark.parametrize(("gain", "action"), [(1e-6, "left alone"), (0.0, "left alone"), (1.0, "projected")])
+def test_dead_is_a_layer_as_its_batchnorm_scales_it(gain, action):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    with torch.no_grad():
+        model[1].weight.fill_(gain)
+        if action == "projected":  # small by itself, not as it is scaled
+            model[0].weight.mul_(1e-6)
+            model[1].running_var.fill_(1e-10)
+            model[1].eps = 0.0
+    before = weights(model)
+    report = LowRankProjector(model, {"0": 2}).step()[0]
+    assert report.action == action
+    assert torch.equal(model[0].weight, before["0.weight"]) == (action == "left alone")
+    assert LowRankProjector(model, {"0": 2}, bn_rectification=False).step()[0].action == ("left alone" if action == "projected" else "projected")
 
 
 def test_optimizer_gradients_and_flags_survive():
