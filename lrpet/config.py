@@ -34,7 +34,7 @@ METHODS = {  # which fields of a RunConfig a method reads besides those of train
 METHOD_DEFAULTS = {name: [reads[name] for reads in METHODS.values() if name in reads] for reads in METHODS.values() for name in reads}
 PRETRAINED_SHARE = {"svd_finetune": 2, "svd_training": 2, "filter_pruning": 2, "warmup_switch": 4}  # epochs divided by this, unless given
 RANK_RULES = ("given", "stable_rank")
-PROFILES = ("smoke", "short", "paper", "imagenette", "imagenet")
+PROFILES = ("smoke", "short", "scaled", "selection", "paper", "imagenette", "imagenet")
 SMALLEST = {"vgg16": 32, "vit": 32}  # pixels that a network needs
 RECIPES = ("sgd", "adamw")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -117,6 +117,7 @@ class RunConfig:
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 0.0001
+    normalized_weight_decay: float | None = _later(None)  # of weights that a BatchNorm follows, of a factorized layer both factors; null: weight_decay
     milestones: tuple[int, ...] = (10, 15)  # epochs at which the learning rate falls to a tenth
     validation_fraction: float = 0.0  # share of training images held out; above 0 they, not the test set, are scored
     crops: str | None = _later(None)  # imagefolder, training: square (null: of the central one, kept at 8/7 of image_size) | whole (as in the paper)
@@ -124,7 +125,7 @@ class RunConfig:
     seed: int = 1
     sync_batchnorm: bool = _later(False)  # BatchNorm statistics over the batches of all processes; false: over each one's part
     precision: str = "fp32"  # fp32 | tf32 (CUDA) | bf16 (autocast)
-    profile: str = "smoke"  # smoke | short | paper | imagenette | imagenet
+    profile: str = "smoke"  # smoke | short | scaled | selection | paper | imagenette | imagenet
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -143,6 +144,8 @@ class RunConfig:
         self._bound("learning_rate", 0.0, 100.0)
         self._bound("momentum", 0.0, 0.9999)
         self._bound("weight_decay", 0.0, 1.0)
+        if self.normalized_weight_decay is not None:
+            self._bound("normalized_weight_decay", 0.0, 1.0)
         self._bound("validation_fraction", 0.0, 0.9)
         if self.dataset != "imagefolder" and self.image_size != DATASETS[self.dataset]:
             self._refuse("image_size", f"{DATASETS[self.dataset]} for {self.dataset}; another size needs dataset='imagefolder'")

@@ -17,6 +17,7 @@ from lrpet.cost import cost
 from lrpet.factorize import factorize, rebuild
 from lrpet.filter_pruning import keep_filters, weakest_last
 from lrpet.models import build_model
+from lrpet.pairing import normalized_weights
 from lrpet.projection import truncated_svd
 from lrpet.projector import LayerReport, LowRankProjector
 from lrpet.ranks import compressible_layers, ranks_from_ratio, resolve_ranks
@@ -270,20 +271,21 @@ class Factorized(Dense):
         self.model, self.structure = compact.to(memory_format=torch.channels_last), [vars(report) for report in compact.factorization]
         self.ranks = {report.name: max(1, report.rank) for report in compact.factorization}  # a dead layer has none, and counts as one
         if self.config.product_decay:
-            self.undecayed = tuple(factor.weight for pair in self._pairs() for factor in pair)
-
-    def _pairs(self) -> list[nn.Sequential]:
-        return [self.model.get_submodule(report.name) for report in self.model.factorization if report.action == "factorized"]
+            pairs = [self.model.get_submodule(report.name) for report in self.model.factorization if report.action == "factorized"]
+            self.undecayed = tuple(factor.weight for pair in pairs for factor in pair)
+            plain, normalized = self.config.weight_decay, self.config.normalized_weight_decay
+            followed = set() if normalized is None else set(normalized_weights(self.model))
+            self._decayed = [(*pair, normalized if pair[1].weight in followed else plain) for pair in pairs]
 
     @torch.no_grad()
     def regularize(self) -> None:
         """Add the gradient of λ/2·‖U·V‖², λ·U·(V·Vᵀ) and λ·(Uᵀ·U)·V, for each pair of factors; see :class:`Dense`."""
         if not self.config.product_decay:
             return
-        for first, second in self._pairs():
+        for first, second, decay in self._decayed:
             V, U = first.weight.flatten(1), second.weight.flatten(1)  # (R, D), (N, R)
-            second.weight.grad.add_((U @ (V @ V.mT)).view_as(second.weight), alpha=self.config.weight_decay)
-            first.weight.grad.add_(((U.mT @ U) @ V).view_as(first.weight), alpha=self.config.weight_decay)
+            second.weight.grad.add_((U @ (V @ V.mT)).view_as(second.weight), alpha=decay)
+            first.weight.grad.add_(((U.mT @ U) @ V).view_as(first.weight), alpha=decay)
 
     def _stable_ranks(self) -> dict[str, int]:
         """Return ⌈K · stable rank now / at the start⌉ of each layer whose factors then cost less than itself."""

@@ -9,7 +9,7 @@ import torch.fx
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["ConstantOutput", "batchnorm_scale", "find_batchnorms", "resolve_batchnorms"]
+__all__ = ["ConstantOutput", "batchnorm_scale", "find_batchnorms", "normalized_weights", "resolve_batchnorms"]
 
 
 class ConstantOutput(nn.Module):
@@ -148,6 +148,26 @@ def resolve_batchnorms(
         if modules[bn].running_var is None:
             raise ValueError(f"BatchNorm {bn!r} behind layer {name!r} keeps no running statistics, which rectification and folding need")
     return pairs
+
+
+def normalized_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights that a BatchNorm follows: in training, scaling such a weight changes nothing that the network computes.
+
+    Of a factorized layer these are both factors, of a parametrized one all that its weight is made of.
+
+    Raises:
+        ValueError: the model has BatchNorms, and torch.fx cannot trace it.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
+    >>> [tuple(weight.shape) for weight in normalized_weights(model)]
+    [(8, 3, 3, 3)]
+    """
+    pairs = find_batchnorms(model) if any(isinstance(module, _BatchNorm) for module in model.modules()) else {}
+    factorized = {report.name for report in getattr(model, "factorization", ()) if report.action == "factorized"}
+    followed = [name for name, bn in pairs.items() if bn is not None]
+    wholes = [whole if (whole := name.rpartition(".")[0]) in factorized else name for name in followed]
+    parts = [part for name in wholes for part in model.get_submodule(name).named_parameters()]
+    return [parameter for name, parameter in parts if not name.endswith("bias")]
 
 
 def batchnorm_scale(*batchnorms: nn.Module) -> torch.Tensor:

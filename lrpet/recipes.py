@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrpet.config import RunConfig
+from lrpet.pairing import normalized_weights
 
 __all__ = ["learning_rate", "make_mixer", "make_optimizer", "set_learning_rate", "training_loss"]
 
@@ -46,18 +47,19 @@ def learning_rate(config: RunConfig, epoch: int) -> float:
 def make_optimizer(config: RunConfig, model: nn.Module, device: torch.device, undecayed: Collection[Tensor] = ()) -> torch.optim.Optimizer:
     """Return SGD with momentum over all parameters alike, or AdamW that spares vectors (biases, norms) the weight decay.
 
-    Parameters in ``undecayed`` are spared it too; their method has a decay of its own.
+    Parameters in ``undecayed`` are spared it too; their method has a decay of its own. Weights that a BatchNorm follows take
+    ``normalized_weight_decay`` where it is given: their norm changes nothing but the size of a step relative to it.
 
     >>> type(make_optimizer(RunConfig(), nn.Linear(2, 2), torch.device("cpu"))).__name__
     'SGD'
     """
     fused = device.type == "cuda"
     spared = {id(p) for p in undecayed} | ({id(p) for p in model.parameters() if p.ndim <= 1} if config.recipe == "adamw" else set())
-    groups = [
-        {"params": [p for p in model.parameters() if id(p) not in spared], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if id(p) in spared], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    decays = dict.fromkeys(model.parameters(), config.weight_decay)
+    if config.normalized_weight_decay is not None:
+        decays |= dict.fromkeys(normalized_weights(model), config.normalized_weight_decay)
+    decays |= {p: 0.0 for p in model.parameters() if id(p) in spared}
+    groups = [{"params": [p for p in decays if decays[p] == decay], "weight_decay": decay} for decay in dict.fromkeys(decays.values())]
     if config.recipe == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, capturable=fused)

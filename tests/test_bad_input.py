@@ -79,7 +79,7 @@ CONFIG = [
     ({"method": "svd"}, "method must be one of dense, lrp, lrpet", "got 'svd'"),
     ({"recipe": "adam"}, "recipe must be one of sgd, adamw", "got 'adam'"),
     ({"precision": "fp16"}, "precision must be one of fp32, tf32, bf16; got 'fp16'"),
-    ({"profile": "big"}, "profile must be one of smoke, short, paper, imagenette, imagenet; got 'big'"),
+    ({"profile": "big"}, "profile must be one of smoke, short, scaled, selection, paper, imagenette, imagenet; got 'big'"),
     ({"projection_unit": "epochs"}, "projection_unit must be one of epoch, iteration; got 'epochs'"),
     # out of range
     *(({"prune_ratio": value}, "prune_ratio must be at least 0 and below 1", repr(float(value))) for value in (-0.01, 1, 1.0, 57)),

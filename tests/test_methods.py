@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from helpers import Zoo, randomize_batchnorms
+from torch import nn
 
 from lrpet import RunConfig, build_model, cost, factorize, project, ranks_from_ratio
 from lrpet.config import METHODS
@@ -150,6 +151,25 @@ def test_decay_on_the_product_is_the_gradient_of_its_norm():
     assert decay[id(trained.model.fc.weight)] == 0.01
 
 
+@pytest.mark.parametrize("product_decay", [True, False])
+def test_both_factors_of_a_layer_take_the_decay_of_weights_that_a_batchnorm_follows(product_decay):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    config = RunConfig(method="factorized", ranks=[2, 2], weight_decay=0.1, normalized_weight_decay=0.5, product_decay=product_decay)
+    trained = make_method(model, config)
+    trained.begin_epoch(0)
+    optimizer = make_optimizer(config, trained.model, torch.device("cpu"), trained.undecayed)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    followed, alone = ({decay[id(factor.weight)] for factor in trained.model[i]} for i in (0, 2))
+    assert (followed, alone) == (({0.0}, {0.0}) if product_decay else ({0.5}, {0.1}))
+    assert {decay[id(p)] for p in (trained.model[0][1].bias, trained.model[1].weight, trained.model[4].weight)} == {0.1}
+    if product_decay:
+        zero_gradients(trained.model)
+        trained.regularize()
+        for i, strength in ((0, 0.5), (2, 0.1)):
+            V, U = (factor.weight.detach().flatten(1) for factor in trained.model[i])
+            assert torch.allclose(trained.model[i][1].weight.grad.flatten(1), strength * U @ V @ V.mT, atol=1e-7)
+
+
 def test_decay_on_each_factor_leaves_the_optimizer_as_it_is():
     trained = make_method(build_model("resnet8"), RunConfig(method="factorized", prune_ratio=0.57, product_decay=False))
     trained.begin_epoch(0)
@@ -198,7 +218,7 @@ def test_trp_adds_the_subgradient_of_the_nuclear_norm():
 
 
 def test_the_stable_rank_decides_against_its_value_at_the_start():
-    model = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3, padding=1, bias=False))
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False))
     config = RunConfig(method="warmup_switch", rank_rule="stable_rank", pretrain_epochs=1)
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(16, 144).view(16, 16, 3, 3))  # stable rank 16 of 16
@@ -261,7 +281,7 @@ def test_pruned_filters_that_did_nothing_are_not_missed():
 
 def test_a_network_without_filters_to_prune_is_refused():
     with pytest.raises(ValueError, match="no convolution whose filters can go alone"):
-        weakest_last(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.AdaptiveAvgPool2d(1)), SHAPE)
+        weakest_last(nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1)), SHAPE)
 
 
 def test_projections_of_a_trained_network_begin_after_its_dense_epochs():

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lrpet import RunConfig, build_model, run
+from lrpet.pairing import find_batchnorms
 from lrpet.recipes import learning_rate, make_mixer, make_optimizer, training_loss
 
 ADAMW = RunConfig(recipe="adamw", learning_rate=0.001, weight_decay=0.05, epochs=40)
@@ -34,6 +35,17 @@ def test_only_matrices_decay_under_adamw_and_everything_under_sgd():
     assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim <= 1 for p in groups[1]["params"])
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert len(make_optimizer(RunConfig(), model, torch.device("cpu")).param_groups) == 1
+
+
+@pytest.mark.parametrize("model", ["resnet8", "vgg16", "googlenet", "plain20", "vit"])
+def test_weights_that_a_batchnorm_follows_have_a_decay_of_their_own(model):
+    network = build_model(model)
+    config = RunConfig(weight_decay=0.1, normalized_weight_decay=0.2)
+    decay = {id(p): group["weight_decay"] for group in make_optimizer(config, network, torch.device("cpu")).param_groups for p in group["params"]}
+    followed = {name for name, bn in find_batchnorms(network).items() if bn is not None} if model != "vit" else set()
+    assert bool(followed) == (model not in ("plain20", "vit"))
+    for name, p in network.named_parameters():
+        assert decay[id(p)] == (0.2 if name.removesuffix(".weight") in followed else 0.1), name
 
 
 def test_mixed_labels_are_shares_of_the_two_classes():
