@@ -117,7 +117,7 @@ class RunConfig:
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 0.0001
-    normalized_weight_decay: float | None = _later(None)  # of weights that a BatchNorm follows, of a factorized layer both factors; null: weight_decay
+    normalized_weight_decay: float | None = _later(None)  # of weights that a BatchNorm follows, factors too; null: weight_decay
     milestones: tuple[int, ...] = (10, 15)  # epochs at which the learning rate falls to a tenth
     validation_fraction: float = 0.0  # share of training images held out; above 0 they, not the test set, are scored
     crops: str | None = _later(None)  # imagefolder, training: square (null: of the central one, kept at 8/7 of image_size) | whole (as in the paper)

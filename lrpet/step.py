@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from lrpet.bfloat16 import Bfloat16Products, has_bfloat16_products
 from lrpet.config import RunConfig
 from lrpet.recipes import training_loss
 
@@ -112,11 +113,13 @@ class Step:
                 self._add_gradients(*piece, images)
 
     def _add_gradients(self, x: Tensor, target: Tensor, y: Tensor, images: int) -> None:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            logits = self.model(x)
-            loss = training_loss(self.config, logits, target) if len(y) else logits.sum()  # which is 0, and so are its gradients
-        weight = self.world * len(y) / images  # the mean over processes of weighted means is the mean over all images
-        (loss if weight == 1 else weight * loss).backward()
+        bf16 = self.config.precision == "bf16"
+        with Bfloat16Products() if bf16 and not has_bfloat16_products(x.device) else nullcontext():
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                logits = self.model(x)
+                loss = training_loss(self.config, logits, target) if len(y) else logits.sum()  # which is 0, and so are its gradients
+            weight = self.world * len(y) / images  # the mean over processes of weighted means is the mean over all images
+            (loss if weight == 1 else weight * loss).backward()
         self.totals[0] += loss.detach() * len(y)
         self.totals[1] += (logits.detach().argmax(1) == y).sum()
         self.totals[2] += len(y)
