@@ -4,10 +4,11 @@
 import os
 import shlex
 import sys
+from pathlib import Path
 
 import yaml
 
-from lrpet.config import PROJECT, results_root
+from lrpet.paths import PROJECT, results_root
 from lrpet.experiments import MAIN, load_profile
 
 # What every job inherits.
@@ -76,9 +77,8 @@ rule alone:
 rule store:  # notebooks that read what the runs left
     input:
         "notebooks/{notebook}.ipynb",
-        "lrpet/tables.py",
-        "lrpet/figures.py",
-        "lrpet/figures_recorded.py",
+        *Path("lrpet/tables").glob("*.py"),
+        *Path("lrpet/figures").glob("*.py"),
         "paper/reported.csv",
         SUMMARIES,
     output:

@@ -1,14 +1,22 @@
-"""Train compact networks by low-rank projection with energy transfer (LRPET, arXiv 2204.05566)."""
+"""Train compact networks by low-rank projection with energy transfer (LRPET, arXiv 2204.05566).
 
-from lrpet.budget import ranks_for_budget
-from lrpet.config import RunConfig
-from lrpet.cost import cost
-from lrpet.factorize import factorize, fold_batchnorm, load_compact, save_compact
+This loads the library alone. What runs experiments (``run``, ``load_runs``, ``RunConfig``) is loaded when it is first asked for.
+"""
+
+from lrpet.lowrank import (
+    LowRankProjector,
+    cost,
+    factorize,
+    fold_batchnorm,
+    load_compact,
+    project,
+    ranks_for_budget,
+    ranks_from_ratio,
+    save_compact,
+)
 from lrpet.models import build_model
-from lrpet.projection import project
-from lrpet.projector import LowRankProjector
-from lrpet.ranks import ranks_from_ratio
-from lrpet.runs import load_runs, run
+
+HARNESS = {"RunConfig": "lrpet.config", "load_runs": "lrpet.runs", "run": "lrpet.runs"}  # name → the module that has it
 
 __all__ = [
     "LowRankProjector",
@@ -25,3 +33,15 @@ __all__ = [
     "run",
     "save_compact",
 ]
+
+
+def __getattr__(name: str):
+    if name not in HARNESS:
+        raise AttributeError(f"module 'lrpet' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(HARNESS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *HARNESS])

@@ -15,15 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import yaml
 
+from lrpet.bench.loading import keep, measure, throughput_line
 from lrpet.config import PROFILES, RunConfig
-from lrpet.data import ON_CORRUPT
+from lrpet.data.load import load_images, make_batches
+from lrpet.data.shrink import shrink_tree
+from lrpet.data.tree import ON_CORRUPT
+from lrpet.deploy.export import FORMATS
 from lrpet.experiments import load_profile, select
-from lrpet.export import FORMATS, export_run
 from lrpet.processes import Processes, join_processes
-from lrpet.runs import device_of, environment, is_complete, load_run, run
-from lrpet.streaming import load_images, make_batches, shrink_tree
-from lrpet.throughput import keep, measure, throughput_line
-from lrpet.training import Paused, has_checkpoint
+from lrpet.runs.device import device_of
+from lrpet.runs.environment import environment
+from lrpet.runs.export import export_run
+from lrpet.runs.run import run
+from lrpet.runs.store import is_complete, load_run
+from lrpet.training.checkpoint import has_checkpoint
+from lrpet.training.loop import Paused
 
 PAUSED = 75  # exit status: "temporary failure, try again" of sysexits.h
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
@@ -110,14 +116,14 @@ def _list(args) -> int:
 
 
 def _headline(args) -> int:
-    from lrpet.tables import headline
+    from lrpet.tables.pages import headline
 
     print(headline(args.profile))
     return 0
 
 
 def _tables(_args) -> int:
-    from lrpet.tables import write_pages
+    from lrpet.tables.pages import write_pages
 
     write_pages()
     print("tables written to results/*/tables, README.md and REPRODUCING.md")

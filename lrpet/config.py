@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lrpet.models import MODELS
+from lrpet.paths import results_root
 
-__all__ = ["DATASETS", "METHODS", "PROJECT", "RANK_RULES", "RunConfig", "figures_root", "results_root"]
-
+__all__ = ["DATASETS", "METHODS", "RANK_RULES", "RunConfig"]
 DATASETS = {"digits": 8, "cifar10": 32, "imagefolder": 224}  # name → image size in pixels
 SIZE = {"prune_ratio": 0.57, "ranks": None, "layers": None}  # how compact the result is
 PROJECTION = {"bn_rectification": True, "residual": 0.0, "row_eps": 1e-5, "projection_interval": 1, "projection_unit": "epoch"}
@@ -48,17 +47,6 @@ BOUNDS = {  # of the numbers that only some methods read
     "orthogonality": (0.0, 1000.0),
     "sparsity": (0.0, 1000.0),
 }
-PROJECT = Path(__file__).resolve().parent.parent
-
-
-def results_root() -> Path:
-    """Return the folder of all results: ``LRPET_RESULTS``, else ``results/`` of the project."""
-    return Path(os.environ.get("LRPET_RESULTS") or PROJECT / "results").expanduser().absolute()
-
-
-def figures_root() -> Path:
-    """Return the folder of all figures: ``LRPET_FIGURES``, else ``figures/`` of the project."""
-    return Path(os.environ.get("LRPET_FIGURES") or PROJECT / "figures").expanduser().absolute()
 
 
 def _later(absent):

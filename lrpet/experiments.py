@@ -9,10 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from lrpet.config import PROFILES, PROJECT, RunConfig
+from lrpet.config import PROFILES, RunConfig
+from lrpet.paths import PROJECT
 
 __all__ = ["MAIN", "Experiment", "Profile", "load_profile", "select"]
-
 MAIN = {"cifar10": "01_cifar10", "imagenet": "02_imagenet"}  # what an experiment of a main table feeds → the notebook that shows one run
 
 

@@ -12,10 +12,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lrpet.figures import plot_spectrum
-from lrpet.pairing import batchnorm_scale, find_batchnorms
-from lrpet.progress import bar_is_possible
-from lrpet.projection import project
+from lrpet.figures.one_matrix import plot_spectrum
+from lrpet.lowrank.batchnorm import batchnorm_scale, find_batchnorms
+from lrpet.lowrank.projection import project
+from lrpet.training.progress import bar_is_possible
 
 __all__ = ["RankExplorer", "describe_projection", "measure_by_depth"]
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrpet.projector import LowRankProjector
-from lrpet.ranks import compressible_layers
+from lrpet.lowrank.projector import LowRankProjector
+from lrpet.lowrank.ranks import compressible_layers
 
 __all__ = ["compare_projections", "gradient_norms", "norm_product_bound", "operator_norm"]
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["Processes", "divide", "join_processes"]
-
 PATIENCE = timedelta(hours=6)  # for one another: the first process may decode a large data set, or wait for the lock of the run
 
 
@@ -185,3 +184,6 @@ def divide(costs: Mapping[str, float], parts: int) -> list[list[str]]:
         part_of[name] = loads.index(min(loads))
         loads[part_of[name]] += costs[name]
     return [[name for name in costs if part_of[name] == part] for part in range(parts)]
+
+
+ALONE = Processes()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrpet.config import PROJECT
+from lrpet.paths import PROJECT
 
 torch.set_num_threads(1)
 

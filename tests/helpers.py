@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lrpet import RunConfig, run
 from lrpet.__main__ import main
-from lrpet.training import save_checkpoint
+from lrpet.training.checkpoint import save_checkpoint
 
 TINY = {"epochs": 2, "milestones": (1,), "batch_size": 256}  # a run of 12 steps on the digits
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-import lrpet.runs
 from lrpet import LowRankProjector, RunConfig, build_model, cost, factorize, project, ranks_for_budget, ranks_from_ratio, run
-from lrpet.data import DataError, load_data
+from lrpet.data.cache import DataError
+from lrpet.data.sets import load_data
 from lrpet.experiments import load_profile, select
-from lrpet.notebooks import config_from_parameters
-from lrpet.ranks import rank_from_ratio, resolve_ranks
+from lrpet.lowrank.ranks import rank_from_ratio, resolve_ranks
+from lrpet.parameters import config_from_parameters
 
 NAN, INF, M = math.nan, math.inf, torch.eye(4)
 LIST = "ranks must be a list of whole numbers or a map of layer names to them"
@@ -330,7 +331,7 @@ def test_the_table_is_long_enough():
 
 @pytest.mark.parametrize(("what", "row"), TABLE, ids=[f"{what}-{row}" for what, row in TABLE])
 def test_bad_input_is_refused_in_words_before_any_training(what, row, tmp_path, monkeypatch):
-    monkeypatch.setattr(lrpet.runs, "train", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(import_module("lrpet.runs.run"), "train", lambda *_, **__: pytest.fail("training began"))
     rows, do = DO[what]
     given, *words = rows[row]
     with pytest.raises(ValueError) as caught:
@@ -426,7 +427,7 @@ def test_images_of_one_pixel_are_enlarged(tmp_path, size):
 AS_NOBODY = """
 import os, sys
 from lrpet import RunConfig
-from lrpet.data import load_data
+from lrpet.data.sets import load_data
 from lrpet.runs import run
 import torchvision.datasets, PIL.Image, sklearn.datasets
 os.seteuid(65534)

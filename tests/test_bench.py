@@ -10,8 +10,9 @@ import lrpet.bench.scaling
 import lrpet.bench.training
 from lrpet import bench
 from lrpet.bench.__main__ import main
-from lrpet.config import results_root
-from lrpet.timing import peak_bytes, side_by_side
+from lrpet.bench.memory import peak_bytes
+from lrpet.lowrank.timing import side_by_side
+from lrpet.paths import results_root
 
 
 def result(name):

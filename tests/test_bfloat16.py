@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from lrpet import RunConfig
-from lrpet.bfloat16 import Bfloat16Products
-from lrpet.step import Step
+from lrpet.training.bfloat16 import Bfloat16Products
+from lrpet.training.step import Step
 
 
 def network():
@@ -41,8 +41,8 @@ def test_factors_are_rounded_and_other_dtypes_left_alone():
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_step_takes_them_only_where_the_cpu_lacks_its_own(monkeypatch, precision, fast):
     entered = []
-    monkeypatch.setattr("lrpet.step.has_bfloat16_products", lambda device: fast)
-    monkeypatch.setattr("lrpet.step.Bfloat16Products", lambda: entered.append(1) or Bfloat16Products())
+    monkeypatch.setattr("lrpet.training.step.has_bfloat16_products", lambda device: fast)
+    monkeypatch.setattr("lrpet.training.step.Bfloat16Products", lambda: entered.append(1) or Bfloat16Products())
     model = network()
     step = Step(RunConfig(precision=precision), model, torch.optim.SGD(model.parameters(), lr=0.1), torch.zeros(3, dtype=torch.float64))
     step.backward(torch.randn(4, 3, 12, 12), torch.zeros(4).long(), torch.zeros(4).long())

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lrpet.config import PROJECT
+from lrpet.paths import PROJECT
 
 pytest.importorskip("playwright", reason="playwright is not installed: pip install playwright", exc_type=ImportError)
 SCRIPT = PROJECT / "scripts" / "browser_check.py"

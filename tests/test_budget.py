@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from lrpet import build_model, cost
-from lrpet.budget import ranks_for_budget
-from lrpet.pairing import batchnorm_scale
+from lrpet.lowrank.batchnorm import batchnorm_scale
+from lrpet.lowrank.budget import ranks_for_budget
 
 SHAPE = (3, 32, 32)
 

@@ -4,10 +4,12 @@ import re
 
 import pytest
 
-from lrpet.config import PROJECT, RunConfig
-from lrpet.data import Batches, load_data
-from lrpet.runs import HALF_WEIGHTS, is_complete, load_network, load_run
-from lrpet.training import evaluate
+from lrpet.config import RunConfig
+from lrpet.data.batches import Batches
+from lrpet.data.sets import load_data
+from lrpet.paths import PROJECT
+from lrpet.runs.store import HALF_WEIGHTS, is_complete, load_network, load_run
+from lrpet.training.evaluate import evaluate
 
 WEIGHTS = sorted(PROJECT.glob(f"results/*/runs/*/{HALF_WEIGHTS}"))
 RUNS = sorted(path.parent for path in PROJECT.glob("results/*/runs/*/config.json") if path.parts[-4] != "smoke")

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from lrpet import RunConfig
-from lrpet.config import METHODS, PROJECT, figures_root, results_root
+from lrpet.config import METHODS
 from lrpet.models import MODELS
+from lrpet.paths import PROJECT, figures_root, results_root
 
 LRPET = {"method": "lrpet", "prune_ratio": 0.57, "seed": 1}
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-import lrpet.data
+import lrpet.data.sets
 from lrpet import RunConfig
-from lrpet.data import Batches, DataError, ImageData, load_data
+from lrpet.data.batches import Batches
+from lrpet.data.cache import DataError
+from lrpet.data.sets import ImageData, load_data
 
 FOLDER = RunConfig(dataset="imagefolder", image_size=16)  # stored with a shorter side of 18 pixels
 RED, GREY, BLUE = (200, 10, 30), (100, 100, 100), (20, 40, 220)
@@ -213,7 +215,7 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
-    monkeypatch.setattr(lrpet.data, "PROJECT", tmp_path)
+    monkeypatch.setattr(lrpet.data.sets, "PROJECT", tmp_path)
     with pytest.raises(DataError, match=r"could not be downloaded \(OSError: no network\).*--data or LRPET_DATA"):
         load_data(CIFAR10)
 

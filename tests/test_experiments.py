@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lrpet.config import PROJECT
 from lrpet.experiments import load_profile, select
+from lrpet.paths import PROJECT
 
 PROFILES = list(yaml.safe_load((PROJECT / "experiments.yaml").read_text(encoding="utf-8")))
 GOOD = """

@@ -2,17 +2,18 @@
 
 import json
 import sys
+from importlib import import_module
 
 import pytest
 import torch
 from helpers import TINY, randomize_batchnorms
 from torch import nn
 
-import lrpet.export
 from lrpet import LowRankProjector, RunConfig, build_model, factorize, fold_batchnorm, load_compact, ranks_from_ratio, run
 from lrpet.__main__ import main
-from lrpet.export import export, export_run, find_run
-from lrpet.runs import load_network
+from lrpet.deploy.export import export
+from lrpet.runs.export import export_run, find_run
+from lrpet.runs.store import load_network
 
 
 def compact():
@@ -58,7 +59,7 @@ def test_a_program_that_computes_something_else_is_not_written(tmp_path, monkeyp
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(lrpet.export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else sys)
+    monkeypatch.setattr(import_module("lrpet.deploy.export").importlib.util, "find_spec", lambda name: None if name == "onnxscript" else sys)
     with pytest.raises(ValueError, match=r"ONNX needs the package onnxscript.*pip install lrpet\[export\]"):
         export(nn.Conv2d(3, 4, 3), tmp_path / "net.onnx", "onnx", (3, 8, 8))
 

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lrpet import LowRankProjector, build_model, factorize, fold_batchnorm, load_compact, ranks_from_ratio, save_compact
-from lrpet.factorize import measure_gains
+from lrpet.lowrank.factors import ConstantOutput
+from lrpet.lowrank.gains import measure_gains
 from lrpet.models import MODELS, TORCHVISION
-from lrpet.pairing import ConstantOutput
 
-FACTORIZE = sys.modules["lrpet.factorize"]  # the module, not the function of its name
+FACTORIZE = sys.modules["lrpet.lowrank.factorize"]  # the module, not the function of its name
 
 
 def images(name, count=2):
@@ -342,7 +342,7 @@ def test_gains_are_measured_once_for_each_distinct_layer_on_its_own_inputs(monke
         seen.append([task().shape for task in tasks.values()])
         return {"dense": {"ratio_to_first": float(len(seen))}}
 
-    monkeypatch.setattr(FACTORIZE, "side_by_side", measure)
+    monkeypatch.setattr("lrpet.lowrank.gains.side_by_side", measure)
     ranks = ranks_from_ratio(model, 0.57)
     before = copy.deepcopy(model.state_dict())
     gains = measure_gains(model, ranks, images("resnet20"))

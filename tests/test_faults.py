@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,16 @@ import yaml
 from helpers import TINY, command, in_folders, outcome, save_and_die
 from PIL import Image
 
-import lrpet.data
-import lrpet.step
-import lrpet.training
+import lrpet.data.decode
+import lrpet.training.loop
+import lrpet.training.step
 from lrpet import RunConfig, load_runs, run
 from lrpet.__main__ import INTERRUPTED, main
-from lrpet.config import PROJECT
-from lrpet.data import load_data
+from lrpet.data.sets import load_data
 from lrpet.experiments import load_profile
-from lrpet.runs import is_complete, load_network, load_run
-from lrpet.training import has_checkpoint, load_checkpoint, save_checkpoint
+from lrpet.paths import PROJECT
+from lrpet.runs.store import is_complete, load_network, load_run
+from lrpet.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 
 KILLS = int(os.environ.get("LRPET_TEST_KILLS", "4"))  # of the grid, each of which costs some 20 seconds; the run is killed 20 times
 CONFIG = RunConfig(**TINY)
@@ -268,7 +269,7 @@ def test_a_limit_on_file_sizes_is_told_with_the_name_and_the_room_and_the_checkp
 def test_a_results_folder_that_is_read_only_is_refused_before_training(small_disk, monkeypatch, capsys):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     monkeypatch.setenv("LRPET_RESULTS", str(small_disk))
-    monkeypatch.setattr(lrpet.runs, "train", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(import_module("lrpet.runs.run"), "train", lambda *_, **__: pytest.fail("training began"))
     assert main(["train", *fields(CONFIG)]) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"error: results must be a folder that can be written; got {small_disk}") and "Read-only" in err and "LRPET_RESULTS" in err
@@ -403,14 +404,14 @@ def test_caches_of_a_folder_before_its_images_changed_are_deleted_and_others_are
 
 def test_of_runs_that_start_together_one_decodes_and_the_others_wait(tmp_path, monkeypatch):
     make_tree(tmp_path / "images")
-    decode, decoded = lrpet.data._decode, []
+    decode, decoded = lrpet.data.decode._decode, []
 
     def slow(paths, *size):
         decoded.append(len(paths))
         time.sleep(0.5)  # the other is here by now, unless it waits
         return decode(paths, *size)
 
-    monkeypatch.setattr(lrpet.data, "_decode", slow)
+    monkeypatch.setattr(lrpet.data.decode, "_decode", slow)
     with ThreadPoolExecutor(2) as pool:
         one, other = [loaded.fingerprint for loaded in pool.map(load_data, [FOLDER] * 2, [tmp_path / "images"] * 2)]
     assert one == other
@@ -435,9 +436,9 @@ def test_ctrl_c_at_any_moment_leaves_a_checkpoint_from_which_the_same_bits_come(
 
     with monkeypatch.context() as patch:
         places = {  # kind: where it is called from
-            "step": (lrpet.step, "training_loss"),
-            "evaluation": (lrpet.training, "evaluate"),
-            "checkpoint": (lrpet.training, "save_checkpoint"),
+            "step": (lrpet.training.step, "training_loss"),
+            "evaluation": (lrpet.training.loop, "evaluate"),
+            "checkpoint": (lrpet.training.loop, "save_checkpoint"),
         }
         for kind, (module, name) in places.items():
             patch.setattr(module, name, interrupting(kind, getattr(module, name)))
@@ -458,7 +459,7 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch):
         signal.raise_signal(signal.SIGINT)
         pytest.fail("the second one waited")
 
-    monkeypatch.setattr(lrpet.step, "training_loss", twice)
+    monkeypatch.setattr(lrpet.training.step, "training_loss", twice)
     with pytest.raises(KeyboardInterrupt):
         run(CONFIG, device="cpu", progress="off")
 
@@ -466,8 +467,8 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch):
 def test_a_process_that_was_told_to_ignore_ctrl_c_ignores_it(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and a script's & do
     try:
-        original = lrpet.step.training_loss
-        monkeypatch.setattr(lrpet.step, "training_loss", lambda *given: signal.raise_signal(signal.SIGINT) or original(*given))
+        original = lrpet.training.recipes.training_loss
+        monkeypatch.setattr(lrpet.training.step, "training_loss", lambda *given: signal.raise_signal(signal.SIGINT) or original(*given))
         assert is_complete(run(CONFIG, device="cpu", progress="off").folder)
     finally:
         signal.signal(signal.SIGINT, before)

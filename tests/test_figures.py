@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 import lrpet
 from lrpet import config, figures
-from lrpet.config import figures_root
-from lrpet.tables import published
+from lrpet.paths import figures_root
+from lrpet.tables.rows import published
 
 EPOCHS = 6
 

@@ -8,8 +8,8 @@ import tarfile
 import pytest
 import torch
 
-from lrpet.config import PROJECT
 from lrpet.experiments import load_profile
+from lrpet.paths import PROJECT
 
 FIRST = load_profile("smoke").experiments[0]
 

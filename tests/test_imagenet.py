@@ -12,12 +12,13 @@ from test_tables import experiment, put
 from torch import nn
 
 from lrpet import RunConfig, figures, load_runs, run, tables
-from lrpet.config import PROJECT, results_root
-from lrpet.data import Batches, load_data
-from lrpet.digits_tree import make_digits_tree
+from lrpet.data.batches import Batches
+from lrpet.data.digits_tree import make_digits_tree
+from lrpet.data.sets import load_data
 from lrpet.experiments import load_profile
-from lrpet.recipes import learning_rate
-from lrpet.training import evaluate
+from lrpet.paths import PROJECT, results_root
+from lrpet.training.evaluate import evaluate
+from lrpet.training.recipes import learning_rate
 
 SMALL = {"dataset": "imagefolder", "image_size": 16, "model": "resnet8", "epochs": 1, "milestones": (), "batch_size": 16, "learning_rate": 0.05}
 

@@ -7,11 +7,12 @@ from torch import nn
 
 from lrpet import RunConfig, build_model, cost, factorize, project, ranks_from_ratio
 from lrpet.config import METHODS
-from lrpet.filter_pruning import keep_filters, weakest_last
-from lrpet.methods import build_network, make_method, target_macs
-from lrpet.pairing import batchnorm_scale
-from lrpet.recipes import make_optimizer
-from lrpet.recording import weight_matrices
+from lrpet.lowrank.batchnorm import batchnorm_scale
+from lrpet.methods import make_method
+from lrpet.methods.base import build_network, target_macs
+from lrpet.methods.filter_pruning import keep_filters, weakest_last
+from lrpet.training.recipes import make_optimizer
+from lrpet.training.recording import weight_matrices
 
 
 def projected_at(steps, last, **fields):

@@ -14,7 +14,8 @@ import nbformat
 import papermill
 import pytest
 
-from lrpet.config import PROJECT, RunConfig, results_root
+from lrpet.config import RunConfig
+from lrpet.paths import PROJECT, results_root
 
 PATHS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 EXECUTED = ("00_method", "08_tables")  # committed with outputs; the others are stripped of them

@@ -11,10 +11,11 @@ from helpers import TINY, outcome, randomize_batchnorms
 from torch import nn
 
 from lrpet import LowRankProjector, RunConfig, build_model, project, ranks_from_ratio, run
-from lrpet.data import Batches, load_data
+from lrpet.data.batches import Batches
+from lrpet.data.sets import load_data
 from lrpet.experiments import load_profile
 from lrpet.methods import make_method
-from lrpet.training import train
+from lrpet.training.loop import train
 
 SMOKE = {e.name.removesuffix(f"-s{e.config.seed}"): e.config for e in reversed(load_profile("smoke").experiments)}  # one of each kind
 smoke = pytest.mark.parametrize("config", SMOKE.values(), ids=SMOKE)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lrpet import build_model, factorize
-from lrpet.pairing import ConstantOutput, batchnorm_scale, find_batchnorms, resolve_batchnorms
+from lrpet.lowrank.batchnorm import batchnorm_scale, find_batchnorms, resolve_batchnorms
+from lrpet.lowrank.factors import ConstantOutput
 
 
 def conv(inputs=4, outputs=4):

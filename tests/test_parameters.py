@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from lrpet import RunConfig
-from lrpet.notebooks import check_parameters, config_from_parameters
+from lrpet.parameters import check_parameters, config_from_parameters
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(RunConfig), ids=lambda field: field.name)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,16 @@ import yaml
 from helpers import TINY, ZOO_RANKS, Zoo, outcome, randomize_batchnorms
 from torch import nn
 
-import lrpet.runs
 from lrpet import LowRankProjector, RunConfig, build_model, ranks_from_ratio, run
-from lrpet.config import METHODS, PROJECT
-from lrpet.data import Batches, ImageData, load_data
+from lrpet.config import METHODS
+from lrpet.data.batches import Batches
+from lrpet.data.sets import ImageData, load_data
+from lrpet.paths import PROJECT
 from lrpet.processes import Processes, divide, join_processes
-from lrpet.runs import is_complete, load_network, load_run
-from lrpet.step import Step
-from lrpet.training import Paused, evaluate
+from lrpet.runs.store import is_complete, load_network, load_run
+from lrpet.training.evaluate import evaluate
+from lrpet.training.loop import Paused
+from lrpet.training.step import Step
 
 FORK = multiprocessing.get_context("forkserver")  # imports everything once, so that a process starts in no time
 FORK.set_forkserver_preload(["lrpet.__main__", "sklearn.datasets", "torch._dynamo"])  # the last is what an optimizer imports
@@ -250,7 +253,7 @@ def start_run(processes, results, fields, options, spy=False):
         torch.manual_seed(0)
         data = dataclasses.replace(load_data(RunConfig()), train_images=torch.randint(256, (50, 8, 8, 3), dtype=torch.uint8))
         data = dataclasses.replace(data, train_labels=torch.arange(50), classes=tuple(map(str, range(50))))
-        lrpet.runs.load_images = lambda *_, **__: data
+        import_module("lrpet.runs.run").load_images = lambda *_, **__: data
         Step.backward = lambda self, x, target, y, images: (seen.append(y.tolist()), backward(self, x, target, y, images))[1]
     rows = []
     try:
@@ -315,7 +318,7 @@ def test_data_that_differ_between_processes_are_refused(tmp_path):
 
 def with_other_data(processes, results):
     data = load_data(RunConfig())
-    lrpet.runs.load_images = lambda *_, **__: dataclasses.replace(data, train_labels=data.train_labels.roll(processes.rank))
+    import_module("lrpet.runs.run").load_images = lambda *_, **__: dataclasses.replace(data, train_labels=data.train_labels.roll(processes.rank))
     with pytest.raises(ValueError) as refused:
         run(RunConfig(**TINY), results=results, device="cpu", progress="off")
     return str(refused.value).partition(" on another")[0]

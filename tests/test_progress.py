@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from lrpet.progress import Progress, bar_is_possible
+from lrpet.training.progress import Progress, bar_is_possible
 
 ROW = {"epoch": 1, "train_loss": 0.5, "train_top1_pct": 80.0, "scored_on": "test", "top1_pct": 75.25}
 
@@ -50,7 +50,7 @@ def show(mode, epochs=3, steps=4):
 
 @pytest.mark.parametrize("mode", ["lines", "auto"])
 def test_lines_are_one_an_epoch(monkeypatch, capsys, mode):
-    monkeypatch.setattr("lrpet.progress.bar_is_possible", lambda: False)
+    monkeypatch.setattr("lrpet.training.progress.bar_is_possible", lambda: False)
     show(mode)
     out, err = capsys.readouterr()
     lines = out.splitlines()
@@ -62,7 +62,7 @@ def test_lines_are_one_an_epoch(monkeypatch, capsys, mode):
 
 @pytest.mark.parametrize("mode", ["bar", "auto"])
 def test_a_bar_shows_title_epoch_loss_and_accuracy(monkeypatch, capsys, mode):
-    monkeypatch.setattr("lrpet.progress.bar_is_possible", lambda: True)
+    monkeypatch.setattr("lrpet.training.progress.bar_is_possible", lambda: True)
     show(mode)
     out, err = capsys.readouterr()
     assert out == ""

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrpet import project
-from lrpet.projection import follow_basis, gram_matrices, leading_basis, project_and_measure, project_on_basis_, truncated_svd
+from lrpet.lowrank.follow import follow_basis
+from lrpet.lowrank.projection import gram_matrices, leading_basis, project_and_measure, project_on_basis_, truncated_svd
 
 SHAPES = {"wide": (8, 27), "tall": (40, 9), "square": (12, 12), "row": (1, 9), "batch": (3, 16, 36), "batches": (2, 3, 20, 7)}
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

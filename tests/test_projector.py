@@ -6,10 +6,10 @@ import torch
 from helpers import ZOO_RANKS, Zoo, randomize_batchnorms, relative_error
 from torch import nn
 
-import lrpet.projector
+import lrpet.lowrank.projector
 from lrpet import LowRankProjector, build_model, project, ranks_from_ratio
-from lrpet.pairing import batchnorm_scale
-from lrpet.timing import peak_bytes
+from lrpet.bench.memory import peak_bytes
+from lrpet.lowrank.batchnorm import batchnorm_scale
 
 ZOO_BATCHNORMS = {"square": "bn", "pointwise": "bn2", "tall": None, "column": None, "dilated": None, "head": None}
 
@@ -338,14 +338,14 @@ def test_an_exact_step_and_every_tenth_are_bit_for_bit_those_of_the_exact_path()
 def test_a_fast_path_that_was_wrong_is_found_out_and_given_up(monkeypatch, caplog):
     model = zoo()
     fast, twin, exact = both(model, ZOO_RANKS)
-    real = lrpet.projector.follow_basis
+    real = lrpet.lowrank.follow.follow_basis
 
     def overconfident(gram, start):
         basis, certain = real(gram, start)
         wrong = torch.linalg.eigh(gram).eigenvectors[..., : start.shape[-1]]
         return basis._replace(vectors=wrong), torch.ones_like(certain)
 
-    monkeypatch.setattr(lrpet.projector, "follow_basis", overconfident)
+    monkeypatch.setattr(lrpet.lowrank.projector, "follow_basis", overconfident)
     train_a_little(model)
     twin.load_state_dict(model.state_dict())
     fast.step(exact=True), exact.step()

@@ -1,4 +1,3 @@
-
 import pytest
 from helpers import ZOO_RANKS, Zoo
 from hypothesis import given
@@ -6,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lrpet import build_model, ranks_from_ratio
-from lrpet.ranks import compressible_layers, rank_from_ratio, resolve_ranks
+from lrpet.lowrank.ranks import compressible_layers, rank_from_ratio, resolve_ranks
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lrpet import RunConfig, build_model, run
-from lrpet.pairing import find_batchnorms
-from lrpet.recipes import learning_rate, make_mixer, make_optimizer, training_loss
+from lrpet.lowrank.batchnorm import find_batchnorms
+from lrpet.training.recipes import learning_rate, make_mixer, make_optimizer, training_loss
 
 ADAMW = RunConfig(recipe="adamw", learning_rate=0.001, weight_decay=0.05, epochs=40)
 

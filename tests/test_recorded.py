@@ -7,13 +7,20 @@ import torch
 from helpers import TINY
 from test_figures import COLOUR_BLINDNESS, _lab, _linear
 
-from lrpet import RunConfig, build_model, ranks_from_ratio, run
-from lrpet import figures_recorded as figures
+from lrpet import RunConfig, build_model, figures, ranks_from_ratio, run
 from lrpet.experiments import load_profile
-from lrpet.figures import save_figure
+from lrpet.figures.style import save_figure
 from lrpet.gradients import compare_projections
-from lrpet.recorded import choose_runs, describe_energy, describe_gradients, describe_projections, energy_shares, gradient_ratios, read_recorded
-from lrpet.recording import load_gradients, load_spectra
+from lrpet.tables.recorded import (
+    choose_runs,
+    describe_energy,
+    describe_gradients,
+    describe_projections,
+    energy_shares,
+    gradient_ratios,
+    read_recorded,
+)
+from lrpet.training.recording import load_gradients, load_spectra
 
 METHODS = ("dense", "lrp", "lrpet")
 RANKS = ranks_from_ratio(build_model("resnet8"), 0.57)

@@ -8,10 +8,10 @@ from helpers import TINY, Zoo
 from torch import nn
 
 from lrpet import RunConfig, build_model, factorize, ranks_from_ratio, run
-from lrpet.filter_pruning import keep_filters
 from lrpet.methods import make_method
-from lrpet.recording import Recorder, load_gradients, load_spectra, recorded_epochs, singular_values, weight_matrices
-from lrpet.training import Paused
+from lrpet.methods.filter_pruning import keep_filters
+from lrpet.training.loop import Paused
+from lrpet.training.recording import Recorder, load_gradients, load_spectra, recorded_epochs, singular_values, weight_matrices
 
 
 def svd(M):

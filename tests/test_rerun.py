@@ -12,8 +12,8 @@ from helpers import TINY
 from test_notebooks import parameters as notebook_parameters
 
 from lrpet import RunConfig, run
-from lrpet.config import PROJECT
-from lrpet.digits_tree import make_digits_tree
+from lrpet.data.digits_tree import make_digits_tree
+from lrpet.paths import PROJECT
 
 IMAGES = {"dataset": "imagefolder", "model": "resnet8", "image_size": 16, "crops": "whole", "epochs": 1, "milestones": [], "batch_size": 64}
 SETS = {  # notebook, parameters; each once as it comes and once with much changed

@@ -12,8 +12,8 @@ import nbformat
 import pytest
 import yaml
 
-from lrpet.config import PROJECT
 from lrpet.experiments import load_profile
+from lrpet.paths import PROJECT
 
 AFTER_RUNS = ("03_ablations", "04_singular_values", "05_gradient_norms", "08_tables", "09_report")  # notebooks that read the store
 PROFILES = list(yaml.safe_load((PROJECT / "experiments.yaml").read_text()))

@@ -6,18 +6,20 @@ import random
 import shutil
 import signal
 import time
+from importlib import import_module
 
 import pandas as pd
 import pytest
 import torch
 from helpers import TINY, outcome, run_and_report
 
-import lrpet.runs
 from lrpet import RunConfig, build_model, cost, load_runs, ranks_from_ratio, run
 from lrpet.config import METHODS
-from lrpet.data import Batches, load_data
-from lrpet.runs import is_complete, load_network, load_run
-from lrpet.training import Paused, evaluate
+from lrpet.data.batches import Batches
+from lrpet.data.sets import load_data
+from lrpet.runs.store import is_complete, load_network, load_run
+from lrpet.training.evaluate import evaluate
+from lrpet.training.loop import Paused
 
 CONFIG = RunConfig(**TINY)
 RECORDED = {"spectra.npz", "gradients.csv"}
@@ -103,7 +105,7 @@ def test_a_finished_run_is_loaded_without_data_and_says_so(undisturbed, monkeypa
     def fail(*_, **__):
         raise AssertionError("data was loaded")
 
-    monkeypatch.setattr(lrpet.runs, "load_images", fail)
+    monkeypatch.setattr(import_module("lrpet.runs.run"), "load_images", fail)
     again = run(CONFIG, results=undisturbed.folder.parents[2])
     e = undisturbed.environment
     assert capsys.readouterr().out == f"{CONFIG.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}\n"
@@ -196,7 +198,7 @@ def test_going_on_with_other_images_is_refused(monkeypatch, tmp_path):
     folder = pause_twice(tmp_path)
     images = load_data(CONFIG)
     images.train_images[0, 0, 0, 0] += 1
-    monkeypatch.setattr(lrpet.runs, "load_images", lambda *_, **__: images)
+    monkeypatch.setattr(import_module("lrpet.runs.run"), "load_images", lambda *_, **__: images)
     with pytest.raises(ValueError, match=r"was begun with other images \(data_train_sha256 differs\)"):
         run(CONFIG, results=tmp_path, device="cpu", progress="off")
     assert (folder / "checkpoint.pt").is_file()

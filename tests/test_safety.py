@@ -14,12 +14,13 @@ import yaml
 from helpers import TINY
 
 from lrpet import RunConfig, run
-from lrpet.config import PROJECT
-from lrpet.data import DataError, load_data
+from lrpet.data.cache import DataError
+from lrpet.data.sets import load_data
 from lrpet.experiments import load_profile
-from lrpet.factorize import compact_header
-from lrpet.runs import load_run
-from lrpet.training import save_checkpoint
+from lrpet.lowrank.compact_file import compact_header
+from lrpet.paths import PROJECT
+from lrpet.runs.store import load_run
+from lrpet.training.checkpoint import save_checkpoint
 
 SOURCES = [path for folder in ("lrpet", "scripts", "tests") for path in sorted((PROJECT / folder).rglob("*.py"))]
 KINDS = (".md", ".sh", ".py", ".ipynb", ".yml", ".yaml")

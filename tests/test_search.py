@@ -4,8 +4,8 @@ import optuna
 import pytest
 
 from lrpet import RunConfig, build_model
-from lrpet.runs import Run
-from lrpet.search import fitness, group_layers, ranks_from_group_ratios, search, trials_table
+from lrpet.runs.search import fitness, group_layers, ranks_from_group_ratios, search, trials_table
+from lrpet.runs.store import Run
 
 BRIEF = RunConfig(epochs=2, milestones=[], validation_fraction=0.2)
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lrpet import RunConfig, build_model
-from lrpet.recipes import make_optimizer, set_learning_rate
-from lrpet.step import WARM_UP, Step
+from lrpet.training.recipes import make_optimizer, set_learning_rate
+from lrpet.training.step import WARM_UP, Step
 
 SIZES = [16] * 5 + [5] + [16] * 4 + [5] + [16] * 2  # images a step, as with two ends of epochs
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -43,7 +43,7 @@ def pretend(monkeypatch, model):
         for p, grad in zip(parameters, grads, strict=True):
             p.grad = grad
 
-    monkeypatch.setattr("lrpet.step._capture", capture)
+    monkeypatch.setattr("lrpet.training.step._capture", capture)
 
 
 def make_steps(config, model, device, graphs):

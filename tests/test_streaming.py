@@ -5,20 +5,27 @@ import functools
 import json
 import math
 import re
+from importlib import import_module
 
 import pytest
 import torch
 from PIL import Image
 
-import lrpet.runs
-import lrpet.streaming
-import lrpet.throughput
+import lrpet.bench.loading
+import lrpet.data.load
+import lrpet.data.stream
+import lrpet.data.tree
 from lrpet import RunConfig, run
 from lrpet.__main__ import main
-from lrpet.data import Batches, DataError, ImageData, list_images, load_data
-from lrpet.digits_tree import make_digits_tree
-from lrpet.streaming import StreamBatches, StreamData, fits_in_memory, load_images, make_batches, shrink_tree
-from lrpet.training import Paused
+from lrpet.data.batches import Batches
+from lrpet.data.cache import DataError
+from lrpet.data.digits_tree import make_digits_tree
+from lrpet.data.load import fits_in_memory, load_images, make_batches
+from lrpet.data.sets import ImageData, load_data
+from lrpet.data.shrink import shrink_tree
+from lrpet.data.stream import StreamBatches, StreamData
+from lrpet.data.tree import list_images
+from lrpet.training.loop import Paused
 
 CONFIG = RunConfig(
     dataset="imagefolder", image_size=16, model="resnet8", method="lrpet", epochs=2, milestones=[1], batch_size=8, learning_rate=0.05, crops="whole"
@@ -31,8 +38,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 @pytest.fixture(autouse=True)
 def little(monkeypatch):
     """One worker, and three steps for each measurement of speed."""
-    monkeypatch.setattr(lrpet.streaming, "worker_count", lambda: 1)
-    monkeypatch.setattr(lrpet.runs, "measure", functools.partial(lrpet.throughput.measure, seconds=0.0))
+    monkeypatch.setattr(lrpet.data.stream, "worker_count", lambda: 1)
+    monkeypatch.setattr(import_module("lrpet.runs.run"), "measure", functools.partial(lrpet.bench.loading.measure, seconds=0.0))
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +77,19 @@ def all_of(batches):
     ],
 )
 def test_what_fits_is_kept_in_memory_and_whole_images_are_streamed(tree, monkeypatch, crops, room, streamed, kind):
-    monkeypatch.setattr(lrpet.streaming, "fits_in_memory", lambda *_: room)
+    monkeypatch.setattr(lrpet.data.load, "fits_in_memory", lambda *_: room)
     assert isinstance(load_images(dataclasses.replace(CONFIG, crops=crops), tree, streamed=streamed), kind)
 
 
 def test_the_bytes_that_must_fit_are_those_of_the_decoded_images(tree, monkeypatch):
     asked = []
-    monkeypatch.setattr(lrpet.streaming, "fits_in_memory", lambda nbytes, device: asked.append(nbytes) or True)
+    monkeypatch.setattr(lrpet.data.load, "fits_in_memory", lambda nbytes, device: asked.append(nbytes) or True)
     data = load_images(SQUARE, tree)
     assert asked == [data.train_images.nbytes + data.test_images.nbytes]
 
 
 def test_half_of_the_free_memory_is_the_bound(monkeypatch):
-    monkeypatch.setattr(lrpet.streaming.Path, "read_text", lambda _: "MemTotal: 9 kB\nMemAvailable:  100 kB\n")
+    monkeypatch.setattr(lrpet.data.load.Path, "read_text", lambda _: "MemTotal: 9 kB\nMemAvailable:  100 kB\n")
     assert fits_in_memory(51_199, CPU) and not fits_in_memory(51_200, CPU)
 
 
@@ -205,7 +212,7 @@ def test_training_goes_on_without_corrupt_images_and_names_and_counts_them(damag
 def test_a_tree_is_looked_through_once(damaged, monkeypatch, capsys):
     first = list_images(damaged, "skip")
     assert capsys.readouterr().out.count("looking through 36 images") == 1
-    monkeypatch.setattr(lrpet.data, "_wrong_with", lambda _: pytest.fail("looked again"))
+    monkeypatch.setattr(lrpet.data.tree, "_wrong_with", lambda _: pytest.fail("looked again"))
     assert list_images(damaged, "skip") == first
     assert "looking" not in capsys.readouterr().out
     assert len(first[0]) == 23 and len(first[1]) == 11
@@ -245,19 +252,19 @@ def outcome(done):
 
 @pytest.mark.parametrize("config", [CONFIG, SQUARE], ids=["whole", "square"])
 def test_an_interrupted_streamed_run_ends_with_the_same_bits(tree, tmp_path, monkeypatch, config):
-    monkeypatch.setattr(lrpet.streaming, "fits_in_memory", lambda *_: False)
+    monkeypatch.setattr(lrpet.data.load, "fits_in_memory", lambda *_: False)
     through = run(config, data=tree, results=tmp_path / "through", device="cpu", progress="off")
     for _ in range(5):
         with pytest.raises(Paused):
             run(config, data=tree, results=tmp_path / "halting", device="cpu", progress="off", time_budget=0)
-        monkeypatch.setattr(lrpet.streaming, "fits_in_memory", lambda *_: True)  # what is free when it goes on changes nothing
+        monkeypatch.setattr(lrpet.data.load, "fits_in_memory", lambda *_: True)  # what is free when it goes on changes nothing
     halting = run(config, data=tree, results=tmp_path / "halting", device="cpu", progress="off")
     assert outcome(halting) == outcome(through)
 
 
 def test_streaming_and_memory_train_the_same_network(tree, tmp_path, monkeypatch):
     memory = run(SQUARE, data=tree, results=tmp_path / "memory", device="cpu", progress="off")
-    monkeypatch.setattr(lrpet.streaming, "fits_in_memory", lambda *_: False)
+    monkeypatch.setattr(lrpet.data.load, "fits_in_memory", lambda *_: False)
     streamed = run(SQUARE, data=tree, results=tmp_path / "streamed", device="cpu", progress="off")
     assert memory.history.train_loss.tolist() == streamed.history.train_loss.tolist()
     assert memory.environment["data_train_sha256"] != streamed.environment["data_train_sha256"]

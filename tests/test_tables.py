@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 
 from lrpet import tables
-from lrpet.config import PROJECT
 from lrpet.experiments import load_profile
+from lrpet.paths import PROJECT
+from lrpet.tables import claims, costs, names, pages
+from lrpet.tables.names import label_of
 
 
 def put(results, config, top1_pct, **more):
@@ -71,7 +73,7 @@ def test_runs_of_another_configuration_do_not_enter_a_table(tmp_path):
     assert (tables.accuracy_table(tables.profile_runs("short", tmp_path), tables.published()).top1_pct == "not run").all()
 
 
-COUNTED = [r for r in tables.cost_table().to_dict("records") if r["paper_macs_m"] and r["macs_m"] not in (tables.NOT_HERE, tables.NO_RANKS)]
+COUNTED = [r for r in tables.cost_table().to_dict("records") if r["paper_macs_m"] and r["macs_m"] not in (costs.NOT_HERE, costs.NO_RANKS)]
 
 
 @pytest.mark.parametrize("row", COUNTED, ids=lambda r: f"{r['network']}-{r['dataset']}-{r['method']}")
@@ -88,7 +90,7 @@ def test_reductions_of_the_searched_ranks_agree_to_the_digit_given():
 
 def test_parameters_agree_when_batchnorm_is_left_out():
     for row in tables.cost_table().itertuples():
-        if row.paper_params_m and row.macs_m not in (tables.NOT_HERE, tables.NO_RANKS) and row.network != "vit":
+        if row.paper_params_m and row.macs_m not in (costs.NOT_HERE, costs.NO_RANKS) and row.network != "vit":
             assert abs(float(row.params_without_bn_m) - float(row.paper_params_m)) <= 0.0051
 
 
@@ -107,15 +109,15 @@ def test_total_epochs_and_multiply_adds_stand_beside_every_competitor(tmp_path):
 
 def test_every_experiment_of_a_profile_has_a_name_of_its_own_in_the_tables():
     for profile in ("smoke", "short", "paper"):
-        names = [(e.config.model, tables._label(e.config), e.config.prune_ratio, e.config.ranks) for e in load_profile(profile).experiments]
+        names = [(e.config.model, label_of(e.config), e.config.prune_ratio, e.config.ranks) for e in load_profile(profile).experiments]
         names = [name for name, e in zip(map(str, names), load_profile(profile).experiments, strict=True) if e.config.seed == 1]
         assert len(names) == len(set(names))
 
 
 def test_figures_and_tables_call_the_methods_alike():
-    from lrpet.figures import METHOD_STYLES
+    from lrpet.figures.style import METHOD_STYLES
 
-    assert {name: style.label for name, style in METHOD_STYLES.items()} == tables.METHOD_NAMES
+    assert {name: style.label for name, style in METHOD_STYLES.items()} == names.METHOD_NAMES
 
 
 CLAIM = {"energy transfer helps": "lrp", "BN rectification helps": "lrpet-no-bn", "beats pruning": "filter-pruning"}
@@ -164,7 +166,7 @@ def test_ablations_differ_from_lrpet_in_what_their_question_names_and_nothing_el
     put(tmp_path, experiment("smoke", "resnet8-lrpet-s1"), 90.0)
     put(tmp_path, experiment("smoke", "resnet8-lrpet-5-epochs-s1"), 88.5)
     table = tables.ablation_table(tables.profile_runs("smoke", tmp_path))
-    assert set(table.question) == set(tables.ABLATED)
+    assert set(table.question) == set(claims.ABLATED)
     assert (table.groupby("question").verdict.agg(lambda v: (v == "LRPET as it is").sum()) == 1).all()
     assert table.groupby("question").size().to_dict() == {
         "energy transfer × BN rectification": 4,
@@ -236,8 +238,8 @@ def test_readme_may_ask_for_some_columns(tmp_path):
 
 def test_committed_tables_are_up_to_date(tmp_path, monkeypatch):
     monkeypatch.delenv("LRPET_RESULTS")
-    copies = [tmp_path / page.name for page in tables.PAGES]
-    for copy, page in zip(copies, tables.PAGES, strict=True):
+    copies = [tmp_path / page.name for page in pages.PAGES]
+    for copy, page in zip(copies, pages.PAGES, strict=True):
         copy.write_text(page.read_text())
     before = {p: p.read_bytes() for p in (PROJECT / "results").glob("*/tables/*")}
     fresh = tables.write_pages(copies)
@@ -245,5 +247,5 @@ def test_committed_tables_are_up_to_date(tmp_path, monkeypatch):
     for path, content in before.items():
         path.write_bytes(content)
     advice = "stale tables: run python -m lrpet tables"
-    assert fresh == [page.read_text() for page in tables.PAGES], advice
+    assert fresh == [page.read_text() for page in pages.PAGES], advice
     assert not changed, advice

@@ -7,10 +7,13 @@ from helpers import TINY
 from torch import nn
 
 from lrpet import LowRankProjector, RunConfig, build_model, ranks_from_ratio
-from lrpet.data import Batches, load_data
+from lrpet.data.batches import Batches
+from lrpet.data.sets import load_data
 from lrpet.methods import make_method
-from lrpet.recipes import learning_rate
-from lrpet.training import Paused, evaluate, load_checkpoint, save_checkpoint, train
+from lrpet.training.checkpoint import load_checkpoint, save_checkpoint
+from lrpet.training.evaluate import evaluate
+from lrpet.training.loop import Paused, train
+from lrpet.training.recipes import learning_rate
 
 
 def batches(config, data=None):
@@ -163,7 +166,7 @@ def test_weights_lost_in_the_last_step_of_an_epoch_are_an_error_too(tmp_path):
 @pytest.mark.parametrize(("every", "kept"), [(1, [6, 12, 18]), (2, [12, 18]), (5, [18])])
 def test_checkpoints_come_every_so_many_epochs_and_at_the_end(monkeypatch, tmp_path, every, kept):
     steps = []
-    monkeypatch.setattr("lrpet.training.save_checkpoint", lambda path, state: steps.append(state["step"]))
+    monkeypatch.setattr("lrpet.training.loop.save_checkpoint", lambda path, state: steps.append(state["step"]))
     config = RunConfig(**TINY | {"epochs": 3})
     train(config, start(config), batches(config), tmp_path / "checkpoint.pt", checkpoint_epochs=every, progress="off")
     assert steps == kept

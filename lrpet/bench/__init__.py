@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lrpet.config import results_root
+from lrpet.paths import results_root
 
 __all__ = ["TARGETS", "describe", "find", "load_results", "projection_table", "training_table", "verdicts"]
-
 TARGETS = {"cpu": {"resnet56": 8, "resnet18": 10, "resnet50": 8}, "cuda": {"resnet56": 20, "resnet18": 20, "resnet50": 20}}  # times one SVD a layer
 TRAINING_TARGETS = {"cpu": 1.5, "cuda": 10}  # times the throughput of a plain loop, ResNet-56 at batch 128
 EPOCH_SECONDS_TARGET = 1.5  # of ResNet-56 on one H200

@@ -13,9 +13,9 @@ from lrpet.bench.inference import bench_inference
 from lrpet.bench.projection import bench_projection
 from lrpet.bench.scaling import bench_scaling
 from lrpet.bench.training import bench_training
-from lrpet.config import results_root
 from lrpet.models import MODELS
-from lrpet.runs import environment
+from lrpet.paths import results_root
+from lrpet.runs.environment import environment
 
 BENCHMARKS = {"projection": bench_projection, "training": bench_training, "inference": bench_inference, "scaling": bench_scaling}
 

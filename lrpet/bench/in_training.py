@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lrpet.projector import LowRankProjector
+from lrpet.lowrank.projector import LowRankProjector
 
 __all__ = ["InTraining"]
 

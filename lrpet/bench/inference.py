@@ -8,15 +8,16 @@ import os
 
 import torch
 
-from lrpet.cost import cost
-from lrpet.factorize import factorize, fold_batchnorm, measure_gains
+from lrpet.lowrank.batchnorm import fold_batchnorm
+from lrpet.lowrank.cost import cost
+from lrpet.lowrank.factorize import factorize
+from lrpet.lowrank.gains import measure_gains
+from lrpet.lowrank.projector import LowRankProjector
+from lrpet.lowrank.ranks import ranks_from_ratio
+from lrpet.lowrank.timing import side_by_side
 from lrpet.models import TORCHVISION, build_model
-from lrpet.projector import LowRankProjector
-from lrpet.ranks import ranks_from_ratio
-from lrpet.timing import side_by_side
 
 __all__ = ["bench_inference"]
-
 BATCHES = (1, 256)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import importlib.util
 
 import torch
 
 from lrpet.bench.in_training import InTraining
+from lrpet.bench.memory import peak_bytes
+from lrpet.lowrank.ranks import ranks_from_ratio
+from lrpet.lowrank.timing import side_by_side
 from lrpet.models import TORCHVISION, build_model
-from lrpet.ranks import ranks_from_ratio
-from lrpet.timing import peak_bytes, side_by_side
 
 __all__ = ["bench_projection"]
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from lrpet.bench.in_training import InTraining
-from lrpet.timing import peak_bytes, side_by_side
+from lrpet.bench.memory import peak_bytes
+from lrpet.lowrank.timing import side_by_side
 
 __all__ = ["AXES", "BASE", "bench_scaling"]
-
 BASE = {"width": 64, "depth": 8, "batch": 16, "rank": 16}
 AXES = {"width": (16, 32, 64, 128, 256), "depth": (4, 8, 16, 32), "batch": (8, 16, 32, 64, 128), "rank": (4, 8, 16, 32, 48)}
 EDGE = 8  # pixels, height and width

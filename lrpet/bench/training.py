@@ -15,16 +15,17 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from lrpet.config import RunConfig
-from lrpet.data import Batches, ImageData, load_data
-from lrpet.methods import Dense
+from lrpet.data.batches import Batches
+from lrpet.data.sets import ImageData, load_data
+from lrpet.lowrank.timing import side_by_side
+from lrpet.methods.base import Dense
 from lrpet.models import build_model
-from lrpet.recipes import learning_rate, make_optimizer, set_learning_rate
-from lrpet.step import Step
-from lrpet.timing import side_by_side
-from lrpet.training import evaluate, train
+from lrpet.training.evaluate import evaluate
+from lrpet.training.loop import train
+from lrpet.training.recipes import learning_rate, make_optimizer, set_learning_rate
+from lrpet.training.step import Step
 
 __all__ = ["bench_training"]
-
 IMAGES = 50_000  # of CIFAR-10's training set, whose size decides how long an epoch is
 SEEDS = (1, 2, 3)
 

@@ -1,0 +1,38 @@
+"""Decoded images on the disk, so that a tree is decoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["DataError"]
+
+
+class DataError(ValueError):
+    """The images are missing, incomplete or damaged; the text says which and what to do."""
+
+
+def cache_names(root: Path, purpose: str, files: list[tuple[str, int]]) -> tuple[str, str]:
+    """Return what cache files are called after: a hash of the folder and purpose, and one of names, sizes and times of its images."""
+    try:
+        listing = [f"{Path(p).relative_to(root)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p, _ in files]
+    except OSError as error:
+        raise DataError(f"{root} must be a folder of images that can be read; got: {error}. Remove that file or give another --data") from error
+    return tuple(hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] for lines in ([str(root.resolve()), purpose], listing))
+
+
+def read_cache(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return the pixels of a cache file, the SHA-256 of which stands behind them; None where it is missing or, said aloud, damaged."""
+    if not file.is_file():
+        return None
+    content = np.fromfile(file, np.uint8)
+    pixels, digest = content[:-32], content[-32:].tobytes()
+    if len(pixels) == math.prod(shape) and hashlib.sha256(pixels.data).digest() == digest:
+        return pixels.reshape(shape)
+    print(f"{file} is damaged; decoding the images again", flush=True)
+    file.unlink(missing_ok=True)
+    return None

@@ -1,0 +1,79 @@
+"""Images in memory where they fit, else streamed from the disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from lrpet.config import RunConfig
+from lrpet.data.batches import Batches
+from lrpet.data.sets import ImageData, load_data, stored_side
+from lrpet.data.stream import StreamBatches, StreamData
+from lrpet.data.tree import held_out, list_images
+from lrpet.paths import data_folder
+
+__all__ = ["fits_in_memory", "load_images", "make_batches"]
+
+
+def fits_in_memory(nbytes: int, device: torch.device) -> bool:
+    """Tell whether decoded images may be kept: they must take less than half of what is free, on this machine and on the device.
+
+    >>> fits_in_memory(1, torch.device("cpu")), fits_in_memory(10**15, torch.device("cpu"))
+    (True, False)
+    """
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        free = 1024 * next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    return nbytes < free / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of a torchrun keeps its own
+
+
+def load_images(
+    config: RunConfig,
+    root: str | Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    on_corrupt: str = "stop",
+    streamed: bool | None = None,
+) -> ImageData | StreamData:
+    """Load the data set of a configuration into memory, or only the names of its files where they are to be streamed.
+
+    With ``crops="whole"`` images are streamed. With "square" they are where they do not fit into memory, which changes no bit
+    of a training batch.
+
+    Args:
+        config: what :func:`lrpet.data.sets.load_data` reads.
+        root: folder of the images; None takes ``LRPET_DATA``.
+        device: where batches will be made.
+        on_corrupt: "stop" or "skip", see :func:`lrpet.data.tree.list_images`.
+        streamed: how a run that goes on was begun; None decides by :func:`fits_in_memory`.
+
+    Raises:
+        DataError: missing, incomplete or damaged data.
+
+    >>> type(load_images(RunConfig())).__name__
+    'ImageData'
+    """
+    if config.dataset != "imagefolder":
+        return load_data(config, root)
+    folder, size = data_folder(root), config.image_size
+    train, test, classes, corrupt = list_images(folder, on_corrupt)
+    if config.crops is None:
+        nbytes = 3 * (len(train) * stored_side(size) ** 2 + len(test) * size**2)
+        if not streamed if streamed is not None else fits_in_memory(nbytes, torch.device(device)):
+            return load_data(config, folder, on_corrupt)
+    if config.validation_fraction:
+        held, rest = held_out(len(train), config.validation_fraction)
+        train, test = [train[i] for i in rest], [train[i] for i in held]
+    (train_x, train_y), (test_x, test_y) = (([path for path, _ in part], torch.tensor([y for _, y in part])) for part in (train, test))
+    return StreamData(folder, train_x, train_y, test_x, test_y, classes, size, config.crops or "square", corrupt)
+
+
+def make_batches(data: ImageData | StreamData, batch_size: int, device: str | torch.device, seed: int, rank: int = 0, world: int = 1) -> Batches:
+    """Return what serves the batches of a data set, from memory or streamed; see :class:`lrpet.data.batches.Batches`."""
+    return (StreamBatches if isinstance(data, StreamData) else Batches)(data, batch_size, device, seed, rank, world)

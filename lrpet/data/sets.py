@@ -1,0 +1,140 @@
+"""The data sets as images in memory: digits, CIFAR-10, and any tree of folders."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lrpet.config import RunConfig
+from lrpet.data.cache import DataError
+from lrpet.data.decode import read_tree
+from lrpet.data.tree import held_out
+from lrpet.paths import PROJECT, data_folder
+
+__all__ = ["ImageData", "load_data"]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, scaled to [0, 1]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set in memory: uint8 images (n, H, W, 3), labels (n,), and how training images are varied."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]  # of pixels scaled to [0, 1]
+    std: tuple[float, ...]
+    image_size: int  # pixels that the network sees
+    pad: int | None  # random crop after padding by this many pixels; None: random resized crop
+    flip: bool  # random horizontal flip
+    corrupt: tuple[str, ...] = ()  # images that could not be decoded and were left out
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 over pixels and labels of each split: tells copies of a data set apart."""
+        splits = {"train": (self.train_images, self.train_labels), "test": (self.test_images, self.test_labels)}
+        return {
+            f"data_{split}_sha256": hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+            for split, (images, labels) in splits.items()
+        }
+
+
+def load_data(config: RunConfig, root: str | Path | None = None, on_corrupt: str = "stop") -> ImageData:
+    """Load the data set that a configuration names into memory; :mod:`lrpet.data.load` is for what does not fit.
+
+    Args:
+        config: its ``dataset``, ``image_size``, ``crops`` and ``validation_fraction`` are read.
+        root: folder of the images (``--data``); None takes ``LRPET_DATA``, and for CIFAR-10 without either
+            torchvision downloads to ``data/`` of the project. digits needs none.
+        on_corrupt: "stop" refuses a tree of which an image cannot be decoded, "skip" leaves such images out; imagefolder only.
+
+    Returns:
+        The images. With ``validation_fraction`` > 0 the "test" part is held out from the training
+        images, the same ones for every seed, and the real test set is not touched.
+
+    Raises:
+        DataError: missing, incomplete or damaged data, or crops that need the whole images.
+
+    Source: Krizhevsky 2009 for CIFAR-10; UCI "Optical Recognition of Handwritten Digits" through
+    scikit-learn for digits; mean, deviation and augmentation as in arXiv 2204.05566, experimental settings.
+
+    >>> load_data(RunConfig()).train_images.shape
+    torch.Size([1297, 8, 8, 3])
+    """
+    root = data_folder(root)
+    if config.dataset == "digits":
+        data = _digits()
+    elif config.dataset == "cifar10":
+        data = _cifar10(root)
+    else:
+        if config.crops is not None:
+            raise DataError(f"crops {config.crops!r} cannot be taken from memory, where a square of each image is kept; use lrpet.streaming")
+        data = _imagefolder(root, config.image_size, on_corrupt)
+    return _hold_out(data, config.validation_fraction) if config.validation_fraction else data
+
+
+def _hold_out(data: ImageData, fraction: float) -> ImageData:
+    held, rest = held_out(len(data.train_labels), fraction)
+    images = data.train_images[held]
+    if images.shape[1] != data.image_size:  # stored larger for random resized crops
+        edge = (images.shape[1] - data.image_size) // 2
+        images = images[:, edge : edge + data.image_size, edge : edge + data.image_size].contiguous()
+    parts = {"train_images": data.train_images[rest], "train_labels": data.train_labels[rest]}
+    return ImageData(**{**data.__dict__, **parts, "test_images": images, "test_labels": data.train_labels[held]})
+
+
+def _digits() -> ImageData:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)).expand(-1, -1, -1, 3).contiguous()
+    labels = torch.from_numpy(labels).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the writers come in blocks
+    train, test = order[:1297], order[1297:]
+    return ImageData(images[train], labels[train], images[test], labels[test], tuple("0123456789"), (0.306,) * 3, (0.377,) * 3, 8, pad=1, flip=False)
+
+
+def _cifar10(root: Path | None) -> ImageData:
+    place = root or PROJECT / "data" / "cifar10"
+    if (place / "train").is_dir():
+        train_x, train_y, test_x, test_y, classes, _ = read_tree(place, None, 32, 32)
+        if (len(train_y), len(test_y), len(classes)) != (50_000, 10_000, 10):
+            raise DataError(
+                f"{place} holds {len(train_y)} training and {len(test_y)} test images of {len(classes)} classes; CIFAR-10 has 50000, 10000 "
+                "and 10. Unpack it again, or use dataset='imagefolder' for another set"
+            )
+    else:
+        from torchvision.datasets import CIFAR10
+
+        if root is not None and not (place / "cifar-10-batches-py").is_dir():
+            raise DataError(f"{place} holds neither train/ nor cifar-10-batches-py/; give the folder of CIFAR-10, or none to download it")
+        try:
+            sets = [CIFAR10(place, train=train, download=True) for train in (True, False)]
+        except Exception as error:  # torchvision lets errors of urllib, tarfile and its own checks through
+            raise DataError(
+                f"CIFAR-10 is not in {place} and could not be downloaded ({type(error).__name__}: {error}). Delete that folder and try again "
+                "with a network, or give a folder with train/ and test/ by --data or LRPET_DATA"
+            ) from error
+        train_x, test_x = (torch.from_numpy(s.data) for s in sets)
+        train_y, test_y = (torch.tensor(s.targets) for s in sets)
+        classes = tuple(sets[0].classes)
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    return ImageData(train_x, train_y, test_x, test_y, classes, mean, std, 32, pad=4, flip=True)
+
+
+def stored_side(size: int) -> int:
+    """Return to how many pixels the shorter side of an image is resized that is shown at ``size``: as 256 to 224."""
+    return round(size * 256 / 224)
+
+
+def _imagefolder(root: Path | None, size: int, on_corrupt: str) -> ImageData:
+    short = stored_side(size)
+    *parts, corrupt = read_tree(root, short, short, size, on_corrupt)
+    return ImageData(*parts, MEAN, STD, size, pad=None, flip=True, corrupt=corrupt)

@@ -1,0 +1,166 @@
+"""Figures of speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import NullLocator
+
+from lrpet.figures.style import INK, METHOD_STYLES, PAPER, ProjectFigure, add_legend, in_style
+
+__all__ = ["plot_growth", "plot_inference", "plot_layer_gains", "plot_projection_speed"]
+
+
+@in_style()
+def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
+    """Draw how many times as fast as one SVD a layer each way to project a network is.
+
+    Args:
+        results: JSON of ``python -m lrpet.bench projection``, one a network and device.
+
+    Returns:
+        One panel with a bar a network and way; the time in milliseconds stands at each bar.
+
+    >>> timings = {"svd": {"median_seconds": 1.0, "ratio_to_first": 1.0}, "fast": {"median_seconds": 0.1, "ratio_to_first": 0.1}}
+    >>> figure = plot_projection_speed([{"model": "resnet20", "device": "CPU", "threads": 2, "timings": timings}])
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['1,000 ms', '100 ms']
+    """
+    labels = {"svd": "SVD a layer", "svd_thin": "thin SVD a layer", "torchao": "torchao SVDGrouper", "exact": "ours, exact", "fast": "ours, fast"}
+    colors = dict(zip(labels, ("#BBBBBB", "#888888", "#E69F00", "#56B4E9", "#0072B2"), strict=True))
+    figure = ProjectFigure(0.7 + 1.15 * max(1, len(results)))
+    ax = figure.subplots()
+    ax.grid(axis="x"), ax.grid(visible=False, axis="y")
+    y, ticks = 0.0, {}
+    for result in results:
+        ways = [way for way in labels if way in result["timings"]]
+        for way in ways:
+            timing = result["timings"][way]
+            ax.barh(y, 1 / timing["ratio_to_first"], 0.8, color=colors[way], label=labels[way])
+            ms = 1e3 * timing["median_seconds"]
+            ax.annotate(
+                f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms",
+                (1 / timing["ratio_to_first"], y),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+            y += 1
+        ticks[y - (len(ways) + 1) / 2] = f"{result['model']}\n{result['device']}, {result['threads']} threads"
+        y += 0.8
+    ax.set(xlabel="times as fast as one torch.linalg.svd a layer", yticks=list(ticks), yticklabels=list(ticks.values()))
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    add_legend(figure, ax)
+    return figure
+
+
+@in_style()
+def plot_inference(rows: pd.DataFrame, ideal: float) -> ProjectFigure:
+    """Draw how many times as fast as the dense network the compact one is, setting by setting.
+
+    Args:
+        rows: of ``python -m lrpet.bench inference``: batch, threads, memory, mode, compact_gain, selective_gain.
+        ideal: dense by compact multiply-adds.
+
+    Returns:
+        One panel a batch size, with two bars a setting, a line at 1 and one at the ideal.
+
+    >>> row = {"batch": 1, "threads": 1, "memory": "contiguous", "mode": "eager", "compact_gain": 0.8, "selective_gain": 1.1}
+    >>> len(plot_inference(pd.DataFrame([row]), 2.2).axes)
+    1
+    """
+    batches = sorted(rows["batch"].unique())
+    most = max(sum(rows["batch"] == batch) for batch in batches)
+    figure = ProjectFigure(1.2 + 0.42 * most)
+    panels = figure.subplots(1, len(batches), sharey=False, squeeze=False)[0]
+    for ax, batch in zip(panels, batches, strict=True):
+        chosen = rows[rows["batch"] == batch]
+        place = np.arange(len(chosen))
+        ax.barh(place - 0.2, chosen["compact_gain"], 0.38, color="#0072B2", label="compact")
+        ax.barh(place + 0.2, chosen["selective_gain"], 0.38, color="#56B4E9", hatch="///", edgecolor=PAPER, label="layers that lose left dense")
+        ax.axvline(1, color=INK, linewidth=0.8)
+        ax.axvline(ideal, color="#D55E00", linestyle="--", linewidth=1.2, label=f"multiply-adds promise {ideal:.2f}")
+        names = [f"{r.memory}, {r.mode}\n{r.threads} thread{'s' * (r.threads > 1)}" for r in chosen.itertuples()]
+        ax.set(title=f"batch {batch}", xlabel="times as fast as dense", yticks=place, yticklabels=names)
+        ax.grid(axis="x"), ax.grid(visible=False, axis="y")
+        ax.invert_yaxis()
+    add_legend(figure, *panels)
+    return figure
+
+
+@in_style()
+def plot_layer_gains(layers: pd.DataFrame) -> ProjectFigure:
+    """Draw how many times as fast as a layer its two factors are, measured and by multiply-adds.
+
+    Args:
+        layers: of ``python -m lrpet.bench inference``: batch, layer, N, D, rank, gain, ideal.
+
+    Returns:
+        One panel with a group of points a distinct layer and a line at 1: to its left a layer loses by being factorized.
+
+    >>> row = {"batch": 1, "layer": "conv1", "N": 16, "D": 27, "rank": 6, "gain": 0.5, "ideal": 1.7}
+    >>> plot_layer_gains(pd.DataFrame([row])).axes[0].get_yticklabels()[0].get_text()
+    'conv1 (16×27, R = 6)'
+    """
+    names = list(dict.fromkeys(layers["layer"]))
+    figure = ProjectFigure(1.2 + 0.24 * len(names))
+    ax = figure.subplots()
+    first = layers.drop_duplicates("layer").set_index("layer").loc[names]
+    ax.plot(first["ideal"], range(len(names)), "|", color="#D55E00", markersize=12, markeredgewidth=2, label="multiply-adds")
+    for batch, marker, color in zip(sorted(layers["batch"].unique()), "os^D", ("#0072B2", "#222222", "#009E73", "#CC79A7"), strict=False):
+        chosen = layers[layers["batch"] == batch].set_index("layer")["gain"].reindex(names)
+        ax.plot(chosen, range(len(names)), marker, color=color, label=f"measured, batch {batch}")
+    ax.axvline(1, color=INK, linewidth=0.8)
+    ax.set(xlabel="times as fast as the dense layer", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+    ax.set_yticklabels([f"{name} ({row.N}×{row.D}, R = {row.rank})" for name, row in zip(names, first.itertuples(), strict=True)])
+    ax.grid(axis="x")
+    add_legend(figure, ax)
+    return figure
+
+
+@in_style()
+def plot_growth(rows: pd.DataFrame) -> ProjectFigure:
+    """Draw how time and memory grow with each size of a network, and write the fitted slope at each line.
+
+    Args:
+        rows: of ``python -m lrpet.bench scaling``: axis, value, what, median_seconds, peak_bytes.
+
+    Returns:
+        Time above, memory below, a column a size; both axes logarithmic. A slope of 2 means four times the cost at twice the size;
+        it is fitted to the upper half of the values, where fixed costs matter least.
+
+    >>> rows = [{"axis": "width", "value": v, "what": "x", "median_seconds": v**3, "peak_bytes": v**2} for v in (8, 16, 32)]
+    >>> [text.get_text() for ax in plot_growth(pd.DataFrame(rows)).axes for text in ax.texts]
+    ['3.0', '2.0']
+    """
+    columns = list(dict.fromkeys(rows["axis"]))
+    figure = ProjectFigure(4.6)
+    panels = figure.subplots(2, len(columns), sharex="col", sharey="row", squeeze=False)
+    looks = [METHOD_STYLES[name] for name in ("dense", "narrow", "lrpet")]
+    for (axis, part), column in zip(rows.groupby("axis", sort=False), range(len(columns)), strict=True):
+        for row, (quantity, unit) in enumerate({"median_seconds": 1e3, "peak_bytes": 2**-20}.items()):
+            ax, ends = panels[row][column], []
+            for (what, line), style in zip(part.groupby("what", sort=False), cycle(looks), strict=False):
+                values, cost = line["value"].to_numpy(float), unit * line[quantity].to_numpy(float)
+                ax.plot(values, cost, label=what, color=style.color, marker=style.marker, linestyle=style.linestyle, markersize=3.5)
+                upper = slice(len(values) // 2 - (len(values) < 4), None)
+                slope = np.polyfit(np.log(values[upper]), np.log(cost[upper]), 1)[0]
+                ends.append((cost[-1], f"{slope:.1f}".replace("-0.0", "0.0"), style.color))
+            for place, (cost, slope, color) in enumerate(sorted(ends, reverse=True)):  # the highest line's number highest, none on another
+                shift = 6 * (len(ends) - 1 - 2 * place) / 2
+                ax.annotate(slope, (values[-1], cost), (4, shift), textcoords="offset points", color=color, va="center")
+            ax.set(xscale="log", yscale="log")
+            shown = values if len(values) < 5 else values[::2]
+            ax.set_xticks(shown, [f"{value:g}" for value in shown])
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.margins(x=0.22)
+        panels[1][column].set_xlabel(axis)
+    panels[0][0].set_ylabel("time, ms")
+    panels[1][0].set_ylabel("peak memory, MiB")
+    add_legend(figure, panels[0][0])
+    return figure

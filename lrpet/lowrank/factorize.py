@@ -1,0 +1,86 @@
+"""A projected network as a smaller one that computes the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lrpet.lowrank.factors import replace_layer, symmetric_padding
+from lrpet.lowrank.gains import measure_gains
+from lrpet.lowrank.projection import truncated_svd
+from lrpet.lowrank.ranks import LayerReport, resolve_ranks
+
+__all__ = ["DEAD_AT_FACTORIZATION", "factorize"]
+DEAD_AT_FACTORIZATION = 1e-5  # largest singular value under which a layer computes nothing (authors' code)
+
+
+@torch.no_grad()
+def factorize(
+    model: nn.Module,
+    ranks: Mapping[str, int] | Sequence[int],
+    *,
+    min_gain: float | None = None,
+    example: torch.Tensor | None = None,
+) -> nn.Module:
+    """Return a compact copy of a network: each chosen layer becomes two thinner ones.
+
+    M = U·diag(s)·Vᵀ cut to R columns; a convolution turns into a k×k one from C to R channels with the
+    weight diag(√s)·Vᵀ and the original stride, padding and dilation, and a 1×1 one from R to N with U·diag(√s)
+    and the bias. Exact but for rounding where the weight has rank R, the best approximation elsewhere.
+
+    Args:
+        model: the trained network; it is not changed.
+        ranks: layer name → R, or one R for each compressible convolution in module order. A layer with
+            R = min(N, D) stays dense; one whose largest singular value is under 1e-5 becomes its bias.
+        min_gain: leave a layer dense where its factors are not at least so many times as fast, as :func:`measure_gains` finds
+            on this machine: 1 for "not slower". None factorizes every layer, whatever it costs.
+        example: a batch of inputs as in use, for ``min_gain``.
+
+    Returns:
+        A new module of the same dtype, device and mode; its attribute ``factorization`` is a list of
+        :class:`LayerReport`, which says for each layer what was done and where the factors cost more.
+
+    Raises:
+        ValueError: ranks that do not fit the model, or NaN or infinity in a weight, with the layer's name.
+
+    Source: arXiv 2204.05566.
+
+    >>> compact = factorize(nn.Sequential(nn.Conv2d(8, 16, 3, padding=1)), {"0": 2})
+    >>> [tuple(p.shape) for p in compact.parameters()]
+    [(2, 8, 3, 3), (16, 2, 1, 1), (16,)]
+    """
+    if (min_gain is None) != (example is None):
+        raise ValueError("min_gain and example go together: gains are measured on a batch of inputs; give both or neither")
+    ranks = resolve_ranks(model, ranks)
+    gains = {} if min_gain is None else measure_gains(model, ranks, example)
+    compact = copy.deepcopy(model)
+    compact.factorization = []
+    for name, rank in ranks.items():
+        layer = compact.get_submodule(name)
+        M = layer.weight.reshape(layer.weight.shape[0], -1)  # (N, D)
+        if not torch.isfinite(M).all():
+            raise ValueError(f"NaN or infinity in the weight of layer {name!r}; it cannot be factorized")
+        N, D = M.shape
+        U, s, Vh = truncated_svd(M, rank)
+        energy = M.double().square().sum().item()
+        kept = s.square().sum().item() / energy if energy else 1.0
+        if s[0] < DEAD_AT_FACTORIZATION and isinstance(layer, nn.Conv2d) and symmetric_padding(layer) is not None:
+            reason = f"dead: largest singular value {s[0]:.1e} < {DEAD_AT_FACTORIZATION:.0e}; replaced by its bias"
+            compact.factorization.append(LayerReport(name, 0, kept, "constant", reason))
+        elif rank == min(N, D):
+            compact.factorization.append(LayerReport(name, rank, 1.0, "dense", "full rank"))
+        elif name in gains and gains[name] < min_gain:
+            reason = f"measured: factors {gains[name]:.2f} times as fast, less than {min_gain:g}"
+            compact.factorization.append(LayerReport(name, rank, kept, "dense", reason))
+        else:
+            costly = f"factors cost {rank * (N + D) / (N * D):.2f} of the dense layer" if rank * (N + D) >= N * D else ""
+            compact.factorization.append(LayerReport(name, rank, kept, "factorized", costly))
+        replace_layer(compact, compact.factorization[-1])
+        new = compact.get_submodule(name)
+        if isinstance(new, nn.Sequential):
+            new[0].weight.copy_((s.sqrt().unsqueeze(-1) * Vh).reshape(new[0].weight.shape))
+            new[1].weight.copy_((U * s.sqrt()).reshape(new[1].weight.shape))
+    return compact

@@ -1,0 +1,102 @@
+"""What every method offers, and the baseline: plain training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lrpet.config import RunConfig
+from lrpet.lowrank.budget import closest_share
+from lrpet.lowrank.cost import cost
+from lrpet.lowrank.ranks import LayerReport, ranks_from_ratio, resolve_ranks
+from lrpet.models import build_model
+
+__all__ = ["Dense", "build_network", "is_due", "ranks_of", "target_macs"]
+
+
+def ranks_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
+    """Return the rank of every layer that a configuration fixes before training; empty where it fixes none.
+
+    >>> ranks_of(nn.Sequential(nn.Conv2d(3, 16, 3)), RunConfig(prune_ratio=0.57))
+    {'0': 6}
+    """
+    if config.ranks is not None:
+        return resolve_ranks(model, config.ranks)
+    return {} if config.prune_ratio is None else ranks_from_ratio(model, config.prune_ratio, layers=config.layers)
+
+
+def target_macs(model: nn.Module, config: RunConfig) -> int:
+    """Return the multiply-adds of an image that a configuration's ranks lead to; methods without ranks aim at them too.
+
+    >>> config = RunConfig(dataset="cifar10", model="resnet56", prune_ratio=0.57)
+    >>> round(target_macs(build_model(config.model), config) / 1e6, 2)
+    56.06
+    """
+    return cost(model, image_shape(config), ranks_of(model, config)).macs
+
+
+def build_network(config: RunConfig, num_classes: int = 10) -> nn.Module:
+    """Return the fresh network that a run starts from: the named one, or for ``narrow`` one of fewer channels.
+
+    The width is the one whose multiply-adds come closest to those of the low-rank network.
+
+    >>> build_network(RunConfig(method="narrow", prune_ratio=0.57)).conv.out_channels
+    11
+    """
+    if config.method != "narrow":
+        return build_model(config.model, num_classes)
+    state = torch.get_rng_state()  # the search draws none of the numbers that the network starts from
+    macs = lambda width: cost(build_model(config.model, num_classes, width), image_shape(config)).macs
+    width = closest_share(macs, target_macs(build_model(config.model, num_classes), config))
+    torch.set_rng_state(state)
+    return build_model(config.model, num_classes, width)
+
+
+def image_shape(config: RunConfig) -> tuple[int, int, int]:
+    return (3, config.image_size, config.image_size)
+
+
+class Dense:
+    """Plain training of the network: the baseline, and ``narrow``, a network of fewer channels.
+
+    Cost: that of training. Source: He et al., arXiv 1512.03385.
+
+    >>> Dense(nn.Linear(2, 2)).ranks
+    {}
+    """
+
+    ranks: dict[str, int] = {}
+    undecayed: tuple[Tensor, ...] = ()  # parameters that the optimizer's weight decay leaves alone
+    structure: dict | list | None = None  # what a checkpoint keeps besides weights: names, numbers, tensors; None: nothing yet
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def begin_epoch(self, epoch: int) -> bool:
+        """Act before epoch number ``epoch`` (from 0); True where the network was replaced and needs a new optimizer."""
+        return False
+
+    def regularize(self) -> None:
+        """Add the gradients of penalties to those of the loss, before the optimizer's step."""
+
+    def after_step(self, step: int, steps_per_epoch: int, last: bool) -> list[LayerReport] | None:
+        """Act after optimizer step number ``step`` (from 1); return the report of a projection, if one was made."""
+        return None
+
+    def compact(self) -> nn.Module:
+        """Return the network that is deployed."""
+        return self.model
+
+    def restore(self, structure: dict | list | None) -> None:
+        """Bring the method and the structure of its network to where a checkpoint was written; weights are loaded afterwards."""
+
+
+def is_due(config: RunConfig, step: int, steps_per_epoch: int) -> bool:
+    """Tell whether the schedule of projections has one after optimizer step number ``step`` (from 1).
+
+    >>> is_due(RunConfig(), step=40, steps_per_epoch=20), is_due(RunConfig(method="dense"), step=40, steps_per_epoch=20)
+    (True, False)
+    """
+    if config.projection_interval is None:
+        return False
+    return step % (config.projection_interval * (steps_per_epoch if config.projection_unit == "epoch" else 1)) == 0

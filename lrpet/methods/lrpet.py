@@ -1,0 +1,52 @@
+"""LRPET and LRP: dense SGD with a projection on a schedule."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lrpet.config import RunConfig
+from lrpet.lowrank.factorize import factorize
+from lrpet.lowrank.projector import LowRankProjector
+from lrpet.lowrank.ranks import LayerReport
+from lrpet.methods.base import Dense, is_due, ranks_of
+
+__all__ = ["LowRankProjection"]
+
+
+class LowRankProjection(Dense):
+    """LRPET: dense SGD with a projection of every compressed layer on a schedule; without energy transfer, LRP.
+
+    Cost: one projection every ``projection_interval`` epochs or iterations, and always after the last step. With
+    ``pretrain_epochs`` the projections begin after them: from a trained network in place of from scratch.
+    Source: arXiv 2204.05566.
+
+    >>> from lrpet.models import build_model
+    >>> method = LowRankProjection(build_model("resnet8"), RunConfig(prune_ratio=0.57))
+    >>> method.after_step(step=1, steps_per_epoch=20, last=False) is None
+    True
+    >>> method.after_step(step=20, steps_per_epoch=20, last=False)[0].rank
+    6
+    """
+
+    def __init__(self, model: nn.Module, config: RunConfig):
+        super().__init__(model)
+        self.ranks = ranks_of(model, config)
+        self.projector = LowRankProjector(
+            model,
+            self.ranks,
+            energy_transfer=config.method == "lrpet",
+            bn_rectification=config.bn_rectification,
+            residual=config.residual,
+            row_eps=config.row_eps,
+        )
+        self.config = config
+
+    def after_step(self, step: int, steps_per_epoch: int, last: bool) -> list[LayerReport] | None:
+        """Project when the schedule says so and after the last step of all; see :class:`Dense`."""
+        if step < (self.config.pretrain_epochs or 0) * steps_per_epoch:
+            return None
+        return self.projector.step(exact=last) if last or is_due(self.config, step, steps_per_epoch) else None
+
+    def compact(self) -> nn.Module:
+        """Return the factorized network."""
+        return factorize(self.model, self.ranks)

@@ -1,0 +1,73 @@
+"""The network of a finished run as a file for other programs."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lrpet.deploy.export import FORMATS, export
+from lrpet.lowrank.batchnorm import fold_batchnorm
+from lrpet.lowrank.compact_file import compact_header, save_compact
+from lrpet.paths import results_root
+from lrpet.runs.store import is_complete, load_network, load_run, weights_file
+
+__all__ = ["export_run", "find_run"]
+
+
+def find_run(name: str) -> Path:
+    """Return the folder of a finished run, given that folder or its run id.
+
+    Raises:
+        ValueError: there is none, or several profiles have it.
+    """
+    folders = [folder for folder in [Path(name), *sorted(results_root().glob(f"*/runs/{name}"))] if is_complete(folder)]
+    if not folders:
+        raise ValueError(f"{name!r} is neither the folder of a finished run nor the id of one below {results_root()}; 'list' shows ids")
+    if len(folders) > 1:
+        raise ValueError(f"{name!r} is a run of {len(folders)} profiles; give its folder: {', '.join(map(str, folders))}")
+    return folders[0]
+
+
+def export_run(name: str, to: str, out: str | Path | None = None, half: bool = False) -> tuple[Path, float]:
+    """Export the compact network of a finished run, with its BatchNorm folded.
+
+    Args:
+        name: run id or folder.
+        to: "onnx", "pt2" or "safetensors" (the factors as the run kept them, BatchNorm not folded; :func:`lrpet.load_compact` reads it).
+        out: the file to write; None is ``<run id>.<to>`` here.
+        half: for safetensors, round the weights to half precision; :func:`lrpet.load_compact` gives float32 again.
+
+    Returns:
+        The path, and the largest difference of an output on random images, relative to the largest output (0 for a copy).
+
+    Raises:
+        ValueError: the run is not there, has no weights, or cannot be exported.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to must be one of {', '.join(FORMATS)}; got {to!r}")
+    if half and to != "safetensors":
+        raise ValueError(f"half is for safetensors; got to={to!r}, whose programs compute in float32")
+    done = load_run(find_run(name))
+    path = Path(out or f"{done.config.run_id}.{to}")
+    file, network = weights_file(done.folder), load_network(done)
+    shape = (3, done.config.image_size, done.config.image_size)
+    if half:
+        return path, _save_half(network, path, compact_header(file), shape)
+    if to == "safetensors":
+        shutil.copyfile(file, path)
+        return path, 0.0
+    return path, export(fold_batchnorm(network), path, to, shape)
+
+
+@torch.no_grad()
+def _save_half(network: nn.Module, path: Path, header: dict, shape: tuple[int, int, int]) -> float:
+    """Write a network in half precision, as :func:`lrpet.load_compact` reads it; return the largest relative difference of an output."""
+    rounded = copy.deepcopy(network).half()
+    save_compact(rounded, path, **{name: header[name] for name in ("model", "num_classes", "filters") if name in header})
+    images = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+    reference = network.eval()(images)
+    return float((rounded.float().eval()(images) - reference).abs().max() / reference.abs().max())

@@ -1,0 +1,291 @@
+"""LRPET-S: a rank for each group of layers by Bayesian optimization, with Optuna.
+
+A candidate is a prune ratio for each group, drawn log-uniformly between 0.5 and 0.999. It trains briefly, from the same
+initialization as all others, and is scored on images held out from the training set: the test set takes no part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import optuna
+import pandas as pd
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from lrpet.config import DATASETS, RunConfig
+from lrpet.lowrank.budget import ranks_for_budget
+from lrpet.lowrank.cost import cost
+from lrpet.lowrank.ranks import compressible_layers, rank_from_ratio
+from lrpet.models import build_model
+from lrpet.paths import results_root
+from lrpet.runs.run import run
+from lrpet.runs.store import load_network
+
+__all__ = [
+    "NOTEBOOK_PARAMETERS",
+    "brief_config",
+    "compare_final",
+    "fitness",
+    "group_layers",
+    "groups_of",
+    "importance",
+    "ranks_from_group_ratios",
+    "search",
+    "trials_table",
+    "uniform_trials",
+    "verdict",
+]
+LOWEST, HIGHEST = 0.5, 0.999  # prune ratios that are tried; arXiv 2204.05566
+
+
+def group_layers(model, per_layer: bool = False) -> dict[str, list[str]]:
+    """Group the compressible convolutions that share a ratio: by stage (width) and kernel size, or one by one.
+
+    Returns:
+        Group name → layer names, in module order.
+
+    >>> {group: len(layers) for group, layers in group_layers(build_model("resnet20")).items()}
+    {'16-3x3': 7, '32-3x3': 6, '64-3x3': 6}
+    """
+    groups: dict[str, list[str]] = {}
+    for name, (N, _) in compressible_layers(model).items():
+        kernel = "x".join(map(str, model.get_submodule(name).kernel_size))
+        groups.setdefault(name if per_layer else f"{N}-{kernel}", []).append(name)
+    return groups
+
+
+def ranks_from_group_ratios(model, ratios: Mapping[str, float], per_layer: bool = False) -> dict[str, int]:
+    """Turn a ratio for each group into a rank for each layer.
+
+    >>> ranks_from_group_ratios(build_model("resnet8"), {"16-3x3": 0.5, "32-3x3": 0.5, "64-3x3": 0.5})["conv"]
+    8
+    """
+    shapes = compressible_layers(model)
+    return {name: rank_from_ratio(min(shapes[name]), ratios[group]) for group, names in group_layers(model, per_layer).items() for name in names}
+
+
+def fitness(summary: Mapping, weight: float = 1.0) -> float:
+    """Return what the search minimizes: −(accuracy + accuracy after factorization) + λ · MACs / dense MACs.
+
+    Args:
+        summary: of a finished run.
+        weight: λ.
+
+    Source: arXiv 2204.05566, LRPET-S. Both accuracies are equal up to rounding here, because a run ends with a projection.
+
+    >>> fitness({"top1_pct": 90.0, "compact_top1_pct": 90.0, "macs": 45, "dense_macs": 100})
+    -1.35
+    """
+    accuracy = (summary["top1_pct"] + summary["compact_top1_pct"]) / 100
+    return -accuracy + weight * summary["macs"] / summary["dense_macs"]
+
+
+def search(
+    config: RunConfig,
+    trials: int,
+    *,
+    objectives: int = 1,
+    per_layer: bool = False,
+    sampler: str = "tpe",
+    weight: float = 1.0,
+    data: str | None = None,
+    device: str = "auto",
+    results: str | Path | None = None,
+    workers: int = 1,
+    do_run: Callable = run,
+) -> optuna.Study:
+    """Search ranks until a study holds the given number of finished trials; started again, it goes on.
+
+    Several processes, on one machine or more, may work on one study: all write to one journal. Each trial is an ordinary run of the
+    store, so that a trial which was interrupted, or asked for twice, is resumed or loaded.
+
+    Args:
+        config: of one brief training; its ``validation_fraction`` must be above 0, its ratio and ranks are replaced.
+        trials: finished or pruned trials the study shall hold.
+        objectives: 1 minimizes the paper's fitness and prunes bad trials early; 2 seeks the Pareto front of
+            accuracy (percent, up) and MACs (share of dense, down).
+        per_layer: a ratio for each layer instead of one for each stage and kernel size.
+        sampler: "tpe" or "gp" (Gaussian process).
+        weight: λ of the fitness.
+        data, device, results: as in :func:`lrpet.run`.
+        workers: processes that work on the study side by side; their samplers see each other's trials.
+        do_run: what trains a candidate.
+
+    Returns:
+        The study; its journal lies in ``<results>/<profile>/search/``.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: arXiv 2204.05566, LRPET-S; Akiba et al. 2019 for Optuna.
+    """
+    if not config.validation_fraction:
+        raise ValueError("validation_fraction must be above 0: ranks are chosen on images held out from the training set, never on the test set")
+    if objectives not in (1, 2) or sampler not in ("tpe", "gp") or trials < 1:
+        raise ValueError(f"objectives must be 1 or 2, sampler tpe or gp, trials at least 1; got {objectives!r}, {sampler!r}, {trials!r}")
+    root = Path(results or results_root()) / config.profile / "search"
+    root.mkdir(parents=True, exist_ok=True)
+    model = build_model(config.model)
+    groups = group_layers(model, per_layer)
+    dense = dataclasses.replace(config, method="dense", prune_ratio=None, ranks=None)
+    name = f"{dense.run_id}-{sampler}-{objectives}-{'layer' if per_layer else 'stage'}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        journal = JournalStorage(JournalFileBackend(str(root / f"{name}.journal")))
+        seed = config.seed if workers == 1 and multiprocessing.parent_process() is None else None  # workers must not draw the same
+        choose = optuna.samplers.TPESampler(seed=seed, multivariate=True) if sampler == "tpe" else optuna.samplers.GPSampler(seed=seed)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name=name,
+        storage=journal,
+        sampler=choose,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
+        directions=["minimize"] if objectives == 1 else ["maximize", "minimize"],
+        load_if_exists=True,
+    )
+
+    def objective(trial: optuna.Trial):
+        ratios = {group: trial.suggest_float(group, LOWEST, HIGHEST, log=True) for group in groups}
+        ranks = ranks_from_group_ratios(model, ratios, per_layer)
+        counted = cost(model, (3, DATASETS[config.dataset], DATASETS[config.dataset]), ranks)
+        share = counted.macs / counted.dense_macs
+
+        def watch(row: dict) -> None:
+            """Give a hopeless candidate up: its fitness so far is worse than the median at this epoch."""
+            trial.report(-2 * row["top1_pct"] / 100 + weight * share, row["epoch"])
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        candidate = dataclasses.replace(config, prune_ratio=None, ranks=ranks)
+        done = do_run(candidate, data=data, device=device, results=results, progress="off", on_epoch=watch if objectives == 1 else None)
+        trial.set_user_attr("ranks", ranks)
+        trial.set_user_attr("top1_pct", done.summary["top1_pct"])
+        trial.set_user_attr("macs", done.summary["macs"])
+        return fitness(done.summary, weight) if objectives == 1 else (done.summary["top1_pct"], share)
+
+    if workers > 1:
+        settings = {"objectives": objectives, "per_layer": per_layer, "sampler": sampler, "weight": weight, "data": data, "device": device}
+        settings |= {"results": results, "do_run": do_run}
+        start = multiprocessing.get_context("spawn").Process
+        processes = [start(target=search, args=(config, trials), kwargs=settings) for _ in range(workers)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    over = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, states=over)], n_trials=_missing(study, trials, over))
+    return study
+
+
+def _missing(study, trials, over) -> int:
+    return max(0, trials - len(study.get_trials(deepcopy=False, states=over)))
+
+
+def trials_table(study: optuna.Study) -> pd.DataFrame:
+    """Return a row a finished trial: its ratios, accuracy on the held-out images in percent, MACs, and whether it is Pareto-optimal.
+
+    A trial is Pareto-optimal when no other is at least as good in both and better in one.
+    """
+    rows = [
+        {"trial": t.number, **t.params, "top1_pct": t.user_attrs["top1_pct"], "macs": t.user_attrs["macs"]}
+        for t in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    ]
+    table = pd.DataFrame(rows)
+    table["pareto"] = [
+        not ((table.top1_pct >= a) & (table.macs <= m) & ((table.top1_pct > a) | (table.macs < m))).any()
+        for a, m in zip(table.top1_pct, table.macs, strict=True)
+    ]
+    return table
+
+
+NOTEBOOK_PARAMETERS = (
+    "dataset",
+    "model",
+    "search_epochs",
+    "final_epochs",
+    "trials",
+    "workers",
+    "sampler",
+    "per_layer",
+    "weight",
+    "validation_fraction",
+    "batch_size",
+    "seed",
+    "precision",
+    "profile",
+    "data",
+    "device",
+)
+
+
+def brief_config(parameters: Mapping) -> RunConfig:
+    """Return the configuration of a candidate's brief training from the parameters of ``06_rank_search``."""
+    shared = ("dataset", "model", "validation_fraction", "batch_size", "seed", "precision", "profile")
+    return RunConfig(epochs=parameters["search_epochs"], milestones=(), **{name: parameters[name] for name in shared})
+
+
+def groups_of(config: RunConfig, per_layer: bool = False) -> dict[str, list[str]]:
+    """Return the groups of layers that share a ratio, for the network of a configuration."""
+    return group_layers(build_model(config.model), per_layer)
+
+
+def uniform_trials(config: RunConfig, ratios=(0.5, 0.6, 0.7, 0.8, 0.9), **where) -> pd.DataFrame:
+    """Train one ratio for all layers, as briefly as a candidate; return a row a ratio, as :func:`trials_table`."""
+    rows = []
+    for ratio in ratios:
+        summary = run(dataclasses.replace(config, prune_ratio=ratio), progress="off", **where).summary
+        rows.append({"prune_ratio": ratio, "top1_pct": summary["top1_pct"], "macs": summary["macs"]})
+    return pd.DataFrame(rows)
+
+
+def importance(study: optuna.Study) -> pd.Series:
+    """Return how much each group's ratio matters for the accuracy, as shares that sum to 1; needs a two-objective study."""
+    shares = optuna.importance.get_param_importances(
+        study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0), target=lambda trial: trial.values[0]
+    )
+    return pd.Series(shares, name="importance").sort_index()
+
+
+def compare_final(study: optuna.Study, config: RunConfig, epochs: int, **where) -> pd.DataFrame:
+    """Train the best ranks of a study in full, and at equal MACs one ratio for all and the greedy ranks by spectra.
+
+    Args:
+        study: of :func:`search` with one objective.
+        config: of the brief training; its held-out images return to the training set.
+        epochs: of the full training, with milestones at half and three quarters as in the paper.
+        where: ``data``, ``device`` and ``results`` of :func:`lrpet.run`.
+
+    Returns:
+        A row an allocation: MACs in millions and accuracy on the test images in percent, one seed.
+    """
+    size = DATASETS[config.dataset]
+    full = dataclasses.replace(config, epochs=epochs, milestones=tuple(sorted({epochs // 2, epochs * 3 // 4} - {0})), validation_fraction=0.0)
+    searched = study.best_trial.user_attrs["ranks"]
+    model = build_model(config.model)
+    saved = cost(model, (3, size, size), searched)
+    reduction = 1 - saved.macs / saved.dense_macs
+    dense = run(dataclasses.replace(config, method="dense", prune_ratio=None), progress="off", **where)
+    allocations = {
+        "searched": searched,
+        "one ratio": ranks_for_budget(model, (3, size, size), reduction),
+        "by spectra": ranks_for_budget(load_network(dense), (3, size, size), reduction, allocation="energy"),
+    }
+    rows = []
+    for name, ranks in allocations.items():
+        summary = run(dataclasses.replace(full, prune_ratio=None, ranks=ranks), progress="off", **where).summary
+        rows.append({"allocation": name, "macs_m": summary["macs"] / 1e6, "top1_pct": summary["top1_pct"]})
+    return pd.DataFrame(rows)
+
+
+def verdict(final: pd.DataFrame) -> str:
+    """Return in words what the comparison shows, which rests on one seed."""
+    top = final.set_index("allocation").top1_pct
+    return "\n".join(
+        f"- searched ranks against {other}: {top['searched'] - top[other]:+.2f} points; one seed, so nothing is decided"
+        for other in ("one ratio", "by spectra")
+    )

@@ -1,0 +1,122 @@
+"""Finished runs, read back and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from lrpet.config import RunConfig
+from lrpet.lowrank.compact_file import compact_header, load_compact
+from lrpet.methods.base import build_network
+from lrpet.methods.filter_pruning import keep_filters
+from lrpet.paths import results_root
+
+__all__ = ["Run", "is_complete", "load_network", "load_run", "load_runs", "weights_file"]
+ANEW = "delete the folder to run it anew, or take it from where you got it"
+WEIGHTS, HALF_WEIGHTS = "compact.safetensors", "compact-half.safetensors"  # the second of some runs, see results/README.md
+FILES = ("config.json", "environment.json", "history.csv", "layers.csv", "summary.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its configuration, summary, one row an epoch, one row a layer, and where it came from."""
+
+    config: RunConfig
+    summary: dict
+    history: pd.DataFrame
+    layers: pd.DataFrame
+    environment: dict
+    folder: Path
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether a run folder holds a finished run; ``summary.json`` is written last and by rename."""
+    return (folder / "summary.json").is_file()
+
+
+def load_run(folder: Path) -> Run:
+    """Read a finished run.
+
+    Raises:
+        FileNotFoundError: the run is not complete.
+        ValueError: a file of it is damaged; names the file.
+    """
+    if not is_complete(folder):
+        raise FileNotFoundError(f"{folder} holds no finished run: it has no summary.json")
+    _verify(folder)
+    config, summary, environment = (read_json(folder / f"{name}.json") for name in ("config", "summary", "environment"))
+    history, layers = (_read(folder / f"{name}.csv", pd.read_csv) for name in ("history", "layers"))
+    return Run(RunConfig.from_dict(config), summary, history, layers, environment, folder)
+
+
+def _verify(folder: Path) -> None:
+    """Refuse a run whose files are not as ``SHA256SUMS`` says, which ``sha256sum -c`` reads too; runs from before it came have none."""
+    sums = folder / "SHA256SUMS"
+    if sums.is_file():
+        told = _read(sums, lambda file: {line[66:]: line[:64] for line in file.read_text().splitlines()})
+        for name in FILES:
+            if told.get(name) != _read(folder / name, lambda file: hashlib.sha256(file.read_bytes()).hexdigest()):
+                raise ValueError(f"{folder / name} is damaged, or {sums.name} beside it: the two disagree; {ANEW}")
+
+
+def read_json(file: Path) -> dict:
+    return _read(file, lambda file: json.loads(file.read_text()))
+
+
+def _read(file: Path, read: Callable):
+    try:
+        return read(file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}); {ANEW}") from error
+
+
+def load_runs(root: str | Path | None = None) -> pd.DataFrame:
+    """Return every finished run below a folder: a row a run, a column for each config field and summary value.
+
+    Args:
+        root: ``results/``, ``results/<profile>`` or any folder above run folders; None is the project's results.
+
+    Returns:
+        A DataFrame, with the run folder, device and commit as further columns; empty where nothing has finished.
+
+    >>> len(load_runs("no such folder"))
+    0
+    """
+    rows = []
+    for file in sorted(Path(root or results_root()).glob("**/summary.json")):
+        run = load_run(file.parent)
+        origin = {name: run.environment[name] for name in ("device", "commit", "finished", "data_train_sha256")}
+        rows.append({**run.config.to_dict(), **run.summary, **origin, "folder": str(run.folder)})
+    return pd.DataFrame(rows)
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the file with a finished run's weights: as they were trained, else rounded to half precision, as the repository keeps a few.
+
+    Raises:
+        ValueError: neither is there, as in most results that came with the repository.
+    """
+    kept = [folder / name for name in (WEIGHTS, HALF_WEIGHTS) if (folder / name).is_file()]
+    if not kept:
+        raise ValueError(f"{folder / WEIGHTS} is not there: the repository keeps the weights of few runs; delete the run's folder and run it anew")
+    return kept[0]
+
+
+def load_network(finished: Run) -> torch.nn.Module:
+    """Return the network of a finished run as it would be deployed, in float32: compact, or dense where nothing was factorized.
+
+    Raises:
+        ValueError: the weights are not there, as in most results that came with the repository.
+    """
+    file = weights_file(finished.folder)
+    header = compact_header(file)
+    model = build_network(finished.config, header["num_classes"])
+    if finished.config.method == "filter_pruning":
+        model = keep_filters(model, header["filters"], (3, finished.config.image_size, finished.config.image_size))
+    return load_compact(file, model)

@@ -1,0 +1,46 @@
+"""Every table, from the store: DataFrames in, DataFrames out, written as Markdown and CSV."""
+
+from lrpet.tables.accuracy import accuracy_table, imagenet_table
+from lrpet.tables.claims import ablation_table, claims_table, differences, summary_of_ablations
+from lrpet.tables.costs import cost_table
+from lrpet.tables.one_run import comparison, verdict
+from lrpet.tables.pages import headline, summary_of, write_pages, write_tables
+from lrpet.tables.recorded import (
+    choose_runs,
+    describe_energy,
+    describe_gradients,
+    describe_projections,
+    energy_shares,
+    gradient_ratios,
+    read_recorded,
+)
+from lrpet.tables.rows import profile_runs, published
+from lrpet.tables.time_spent import projection_share, provenance, replication_cost
+
+__all__ = [
+    "ablation_table",
+    "accuracy_table",
+    "choose_runs",
+    "claims_table",
+    "comparison",
+    "cost_table",
+    "describe_energy",
+    "describe_gradients",
+    "describe_projections",
+    "differences",
+    "energy_shares",
+    "gradient_ratios",
+    "headline",
+    "imagenet_table",
+    "profile_runs",
+    "projection_share",
+    "provenance",
+    "published",
+    "read_recorded",
+    "replication_cost",
+    "summary_of",
+    "summary_of_ablations",
+    "verdict",
+    "write_pages",
+    "write_tables",
+]

@@ -1,0 +1,119 @@
+"""Accuracy and cost of each experiment, compared with the paper."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from lrpet.config import RunConfig
+from lrpet.paths import results_root
+from lrpet.tables.rows import ABLATIONS, NOT_RUN, as_published, counted_cost, lrpet_targets, of_imagenet, off_target, published, published_row, spread
+
+__all__ = ["accuracy_table", "imagenet_table"]
+
+
+def accuracy_table(runs: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
+    """Return accuracy and cost of each experiment of a profile beside the published row of the same network, method and ratio.
+
+    Args:
+        runs: of :func:`profile_runs`, for one profile.
+        reported: of :func:`published`.
+
+    Returns:
+        A row an experiment. ``top1_pct`` is the last epoch's, mean ± sample standard deviation over seeds. What was not
+        run says so. The difference to the paper is given for the paper's own schedule only.
+    """
+    rows = []
+    target = lrpet_targets(runs)
+    for _, seeds in runs[runs.feeds != ABLATIONS].groupby("experiment", sort=False):
+        first, done = seeds.iloc[0], seeds["top1_pct"].dropna()
+        macs, params, dense = counted_cost(seeds.loc[seeds.top1_pct.first_valid_index()] if len(done) else first)
+        config = first.config
+        paper = published_row(reported, first.config, macs).top1_pct.dropna()
+        comparable = len(paper) and len(done) and as_published(seeds)
+        rows.append(
+            {
+                "network": first.network,
+                "method": first.label,
+                "prune_ratio": "ranks given" if config.ranks else "" if pd.isna(first.ratio) else f"{first.ratio:g}",
+                "epochs": f"{config.epochs}" + (f" ({config.pretrain_epochs} dense first)" if config.pretrain_epochs else ""),
+                "macs_m": f"{macs / 1e6:.2f}" if macs else NOT_RUN,
+                "params_m": f"{params / 1e6:.3f}" if macs else NOT_RUN,
+                "macs_reduction_pct": f"{100 * (1 - macs / dense):.1f}" if macs else NOT_RUN,
+                "macs_against_lrpet": off_target(first.feeds, macs, target.get(first.network)),
+                "top1_pct": spread(seeds.top1_pct),
+                "best_epoch_top1_pct": spread(seeds.best_top1_pct),
+                "seeds": f"{len(done)} of {len(seeds)}",
+                "train_minutes": NOT_RUN if done.empty else f"{seeds.train_seconds.mean() / 60:.1f}",
+                "paper_top1_pct": f"{paper.iloc[0]:.2f}" if len(paper) else "",
+                "difference_pct": f"{done.mean() - paper.iloc[0]:+.2f}" if comparable else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+IMAGENET_IMAGES = 1_281_167  # training images of ILSVRC 2012
+
+
+def imagenet_table(runs: pd.DataFrame, reported: pd.DataFrame, results: Path | None = None) -> pd.DataFrame:
+    """Return top-1 and top-5 accuracy and cost of each experiment on larger images; for ImageNet beside the published numbers.
+
+    Args:
+        runs: of :func:`profile_runs`, for profile imagenet or imagenette.
+        reported: of :func:`published`.
+        results: root of the store, in whose ``bench`` measured throughputs are.
+
+    Returns:
+        A row an experiment: exact multiply-adds and parameters, accuracy of the last epoch as mean ± sample standard deviation (n).
+        For profile imagenet also the published accuracies with the difference, and the command of the row with the hours it takes,
+        estimated from the throughput that was measured on a GPU; "not measured" where none was.
+    """
+    rows = []
+    for name, seeds in runs.groupby("experiment", sort=False):
+        seeds = seeds.reindex(columns=[*seeds.columns, *({"top5_pct", "num_classes", "epochs"} - set(seeds.columns))])
+        first, done = seeds.iloc[0], seeds.dropna(subset=["top1_pct"])
+        config = first.config
+        macs, params, dense = counted_cost(done.iloc[0] if len(done) else first)
+        row = {
+            "network": first.network,
+            "method": first.label,
+            "prune_ratio": "" if pd.isna(first.ratio) else f"{first.ratio:g}",
+            "epochs": f"{config.epochs}",
+            "macs_m": f"{macs / 1e6:.2f}",
+            "params_m": f"{params / 1e6:.3f}",
+            "macs_reduction_pct": f"{100 * (1 - macs / dense):.1f}",
+            "top1_pct": spread(seeds.top1_pct),
+            "top5_pct": spread(seeds.top5_pct) if done.top5_pct.notna().any() or done.empty else "not recorded",
+            "seeds": f"{len(done)} of {len(seeds)}",
+        }
+        if of_imagenet(config):
+            paper = published_row(reported, config, macs)
+            for top in ("top1", "top5"):
+                value = paper[f"{top}_pct"].dropna()
+                comparable = len(value) and len(done) and as_published(done)
+                row[f"paper_{top}_pct"] = f"{value.iloc[0]:.2f}" if len(value) else ""
+                row[f"{top}_difference_pct"] = f"{done[f'{top}_pct'].mean() - value.iloc[0]:+.2f}" if comparable else ""
+            row["hardware"], row["hours_of_a_run"] = "one CUDA GPU or more", _estimated_hours(config, results)
+            row["command"] = f"python -m lrpet run '{name}-s*' --profile imagenet --data DIR"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _estimated_hours(config: RunConfig, results: Path | None) -> str:
+    """Return how long a run would train on ImageNet at the highest throughput that was measured for it on a GPU."""
+    kept = ((results or results_root()) / "bench").glob(f"throughput-{config.model}-{config.method}-{config.image_size}-*.json")
+    measured = [result for result in map(json.loads, (file.read_text() for file in sorted(kept))) if not result["device"].startswith("CPU")]
+    if not measured:
+        return "not measured"
+    best = max(measured, key=lambda result: result["both_images_per_second"])
+    hours = config.epochs * IMAGENET_IMAGES / best["both_images_per_second"] / 3600
+    return f"{hours:.0f}, estimated from {best['both_images_per_second']:.0f} images/s measured on one {best['device']}, training alone counted"
+
+
+def related_table() -> pd.DataFrame:
+    """Return the published CIFAR-10 rows of Trained Rank Pruning; other schedule, other authors, for orientation only."""
+    rows = published().query("table == 'related' and dataset == 'cifar10'")
+    rows = rows[["model", "method", "params_m", "macs_reduction_pct", "top1_pct", "source"]].rename(columns={"model": "network"})
+    return rows.astype(object).where(rows.notna(), "").reset_index(drop=True)

@@ -1,0 +1,88 @@
+"""Multiply-adds and parameters compared with the published ones; nothing is trained."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+
+from lrpet.lowrank.cost import cost
+from lrpet.lowrank.ranks import compressible_layers, ranks_from_ratio
+from lrpet.models import MODELS, build_model
+from lrpet.paths import PROJECT
+from lrpet.tables.rows import published
+
+__all__ = ["cost_table"]
+NOT_HERE, NO_RANKS = "not here", "ranks not published"  # a network or method of others; a network whose ranks nobody can know
+COST_COLUMNS = ("network", "dataset", "method", "prune_ratio", "macs_m", "paper_macs_m", "params_m", "params_without_bn_m", "paper_params_m")
+COST_COLUMNS += ("macs_reduction_pct", "paper_macs_reduction_pct", "paper_source")
+
+
+def cost_table() -> pd.DataFrame:
+    """Return our multiply-adds and parameters beside the published ones, for every published network that we have.
+
+    Nothing is trained: ranks come from the published ratio or list, costs from layer shapes.
+
+    >>> cost_table().query("network == 'resnet56' and prune_ratio == '0.57'").macs_m.item()
+    '56.06'
+    """
+    return pd.DataFrame(_cost_rows())
+
+
+@cache
+def _cost_rows() -> list[dict]:
+    rows = []
+    for row in published().itertuples():
+        if row.table != "related":  # other authors' networks stand in their own table
+            rows.append(_cost_row(row.model, row.dataset, row.method, row.prune_ratio, None, row))
+    for name, entry in json.loads((PROJECT / "paper" / "searched_ranks.json").read_text()).items():
+        if isinstance(entry, dict):
+            reported = SimpleNamespace(macs_m=np.nan, params_m=np.nan, macs_reduction_pct=entry["macs_reduction_pct"], source="authors' rank list")
+            rows.append(_cost_row(name.split("_")[0], entry["dataset"], f"LRPET, {name} ranks", np.nan, entry["ranks"], reported))
+    return rows
+
+
+def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, reported) -> dict:
+    imagenet = dataset == "imagenet"
+    paper = lambda value: "" if pd.isna(value) else f"{value:g}"
+    published_cost = {
+        "paper_macs_m": paper(reported.macs_m),
+        "paper_params_m": paper(reported.params_m),
+        "paper_macs_reduction_pct": paper(reported.macs_reduction_pct),
+        "paper_source": reported.source,
+    }
+    names = {"network": network, "dataset": dataset, "method": method, "prune_ratio": paper(ratio)}
+    row_of = lambda ours: {column: (names | ours | published_cost)[column] for column in COST_COLUMNS}
+    if network not in MODELS or method.split(",")[0] not in ("LRPET", "baseline"):
+        return row_of(dict.fromkeys(("macs_m", "params_m", "params_without_bn_m", "macs_reduction_pct"), NOT_HERE))
+    model = build_model(network, {"imagenet": 1000, "cifar100": 100}.get(dataset, 10))
+    fixed = json.loads((PROJECT / "paper" / "fixed_ranks.json").read_text()).get(network)
+    known = True
+    if ranks is None and method != "baseline":
+        if ratio > 0:
+            ranks = ranks_from_ratio(model, ratio)
+        elif fixed is not None:
+            ranks = _ranks_by_pattern(model, fixed["ranks"])
+        else:
+            known = False  # neither ratio nor list is published
+    counted = cost(model, (3, 224, 224) if imagenet else (3, 32, 32), ranks)
+    text = lambda value, form: form.format(value) if known else NO_RANKS
+    ours = {
+        "macs_m": text(counted.macs / 1e6, "{:.2f}"),
+        "params_m": text(counted.params / 1e6, "{:.3f}"),
+        "params_without_bn_m": text(sum(layer.params for layer in counted.layers) / 1e6, "{:.3f}"),  # what the authors count
+        "macs_reduction_pct": text(100 * (1 - counted.macs / counted.dense_macs), "{:.1f}"),
+    }
+    return row_of(ours)
+
+
+def _ranks_by_pattern(model, patterns: dict[str, int]) -> dict[str, int]:
+    """Return the rank of the first pattern that matches, for each layer that one matches."""
+    layers = compressible_layers(model, "*")
+    matches = {name: [rank for pattern, rank in patterns.items() if fnmatch.fnmatch(name, pattern)] for name in layers}
+    classifier = list(layers)[-1]
+    return {name: ranks[0] for name, ranks in matches.items() if ranks and name != classifier}

@@ -1,0 +1,100 @@
+"""Tables into pages: results/*/tables, README.md and REPRODUCING.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from lrpet.experiments import MAIN
+from lrpet.paths import PROJECT, results_root
+from lrpet.tables.accuracy import accuracy_table, imagenet_table, related_table
+from lrpet.tables.claims import ablation_table, claims_table, differences
+from lrpet.tables.costs import NO_RANKS, NOT_HERE, cost_table
+from lrpet.tables.rows import NOT_RUN, profile_runs, published
+from lrpet.tables.time_spent import replication_cost
+
+__all__ = ["headline", "summary_of", "write_pages", "write_tables"]
+
+
+def headline(profile: str) -> str:
+    """Return the numbers of a profile that matter most, for a terminal: accuracy and cost of each main row, and the claims' verdicts."""
+    runs = profile_runs(profile)
+    table = accuracy_table(runs[runs.feeds.isin(MAIN)], published())
+    lines = [f"  {r.network:10s} {r.method:32s} {r.macs_m:>8s} M MACs  {r.top1_pct}" for r in table.itertuples()]
+    claims = claims_table(runs)
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in claims.verdict.value_counts().items())
+    return "\n".join([f"top-1 accuracy of profile {profile}, last epoch, %:", *lines, f"claims of the paper: {counts}"])
+
+
+def summary_of(tables: dict[str, pd.DataFrame]) -> str:
+    """Return in words what the tables of a profile show, computed from them."""
+    accuracy, decided = tables["accuracy"], tables["differences"]
+    done = (accuracy.top1_pct != NOT_RUN).sum()
+    lines = [f"- {done} of {len(accuracy)} experiments have at least one finished run; the others say “{NOT_RUN}”."]
+    for row in decided.itertuples():
+        if row.n:
+            error = f", standard error {row.standard_error_pct}" if row.standard_error_pct else ""
+            pair = f"{row.network}, {row.difference}, ratio {row.prune_ratio}"
+            lines.append(f"- {pair}: {row.top1_difference_pct} points (n={row.n}{error}): {row.verdict}.")
+    cost = tables["cost"]
+    known = cost[(cost.paper_macs_m != "") & ~cost.macs_m.isin((NOT_HERE, NO_RANKS))]
+    off = [(float(r.macs_m) / float(r.paper_macs_m) - 1) * 100 for r in known.itertuples()]
+    lines.append(f"- Multiply-adds of {len(known)} published networks are within {max(map(abs, off)):.2f} % of ours.")
+    return "\n".join(lines)
+
+
+def write_tables(profile: str, results: Path | None = None) -> dict[str, pd.DataFrame]:
+    """Write every table of a profile as Markdown and CSV to ``results/<profile>/tables`` and return them by name."""
+    runs, reported = profile_runs(profile, results), published()
+    tables = {
+        "accuracy": accuracy_table(runs, reported),
+        "claims": claims_table(runs),
+        "differences": differences(runs),
+        "ablations": ablation_table(runs),
+        "replication": replication_cost(runs),
+        "cost": cost_table(),
+    }
+    if profile == "short":
+        tables["related"] = related_table()
+    if profile in ("imagenet", "imagenette"):
+        tables["imagenet"] = imagenet_table(runs, reported, results)
+    folder = (results or results_root()) / profile / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        (folder / f"{name}.csv").write_text(table.to_csv(index=False), encoding="utf-8")
+        (folder / f"{name}.md").write_text(_markdown(table), encoding="utf-8")
+    return tables
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    return table.to_markdown(index=False, disable_numparse=True) + "\n"
+
+
+PAGES = (PROJECT / "README.md", PROJECT / "REPRODUCING.md")  # whose tables come from the store
+
+
+def write_pages(pages: Sequence[Path] = PAGES) -> list[str]:
+    """Put the tables of the store where README.md and REPRODUCING.md have a marker for them; return the new texts.
+
+    A marker is ``<!-- table: short accuracy -->``, closed by ``<!-- end -->``; ``<!-- table: short accuracy: method top1_pct -->`` shows
+    only these columns.
+    """
+    tables: dict[str, dict[str, pd.DataFrame]] = {}
+
+    def fill(match: re.Match) -> str:
+        marker, profile, name, columns = match.groups()
+        if profile not in tables:
+            tables[profile] = write_tables(profile)
+        table = tables[profile][name]
+        return f"{marker}\n{_markdown(table[columns.split()] if columns else table)}<!-- end -->"
+
+    marked = re.compile(r"(<!-- table: (\w+) (\w+)(?:: ([\w ]+))? -->).*?<!-- end -->", re.DOTALL)
+    texts = [marked.sub(fill, path.read_text(encoding="utf-8")) for path in pages]
+    for path, text in zip(pages, texts, strict=True):
+        path.write_text(text, encoding="utf-8")
+    for profile in {"paper", "imagenet", "imagenette"} - set(tables):
+        write_tables(profile)
+    return texts

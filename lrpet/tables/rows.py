@@ -1,0 +1,123 @@
+"""The runs of a profile as rows, and what their cells are made of."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from lrpet.config import RunConfig
+from lrpet.experiments import MAIN, load_profile
+from lrpet.lowrank.cost import cost
+from lrpet.methods.base import build_network, ranks_of, target_macs
+from lrpet.models import build_model
+from lrpet.paths import PROJECT, results_root
+from lrpet.runs.store import load_runs
+from lrpet.tables.names import PUBLISHED_NAMES, label_of
+
+__all__ = ["profile_runs", "published"]
+NOT_RUN = "not run"
+COMPETITORS, ABLATIONS = "competitors", "ablations"  # what experiments beside the main table feed
+MACS_TOLERANCE = 0.02  # two networks whose multiply-adds differ by less are compared as equal
+
+
+def published() -> pd.DataFrame:
+    """Return the published numbers, ``paper/reported.csv``.
+
+    >>> published().query("model == 'resnet56' and prune_ratio == 0.57").top1_pct.item()
+    93.27
+    """
+    return pd.read_csv(PROJECT / "paper" / "reported.csv")
+
+
+def profile_runs(profile: str, results: Path | None = None) -> pd.DataFrame:
+    """Return a row for every run a profile asks for, finished or not, in the order of ``experiments.yaml``.
+
+    Args:
+        profile: smoke, short, paper, imagenette or imagenet.
+        results: root of the store.
+
+    Returns:
+        ``experiment``, ``feeds``, ``network``, ``label``, ``run_id`` and, where the run is finished, every column of
+        :func:`lrpet.load_runs`; missing values elsewhere.
+    """
+    store = load_runs((results or results_root()) / profile)
+    wanted = pd.DataFrame(
+        [
+            {
+                "experiment": e.name.rsplit("-s", 1)[0],
+                "feeds": e.feeds,
+                "network": e.config.model,
+                "label": label_of(e.config),
+                "run_id": e.config.run_id,
+                "ratio": e.config.prune_ratio,
+                "config": e.config,
+            }
+            for e in load_profile(profile).experiments
+        ]
+    )
+    columns = store if len(store) else pd.DataFrame(columns=["run_id", "top1_pct", "best_top1_pct", "macs", "params", "dense_macs", "train_seconds"])
+    return wanted.merge(columns, on="run_id", how="left")
+
+
+def spread(values: pd.Series) -> str:
+    """Format seeds as "mean ± sample standard deviation (n)"; one seed has no deviation."""
+    values = values.dropna()
+    if values.empty:
+        return NOT_RUN
+    return f"{values.mean():.2f} (n=1)" if len(values) == 1 else f"{values.mean():.2f} ± {values.std(ddof=1):.2f} (n={len(values)})"
+
+
+def counted_cost(row: pd.Series) -> tuple[int | None, int | None, int]:
+    """Return MACs, parameters and dense MACs: measured on the finished network, else by rank; None where only training tells."""
+    if not pd.isna(row.macs):
+        return row.macs, row.params, row.dense_macs
+    return _expected(row.config)
+
+
+@cache
+def _expected(config: RunConfig) -> tuple[int | None, int | None, int]:
+    shape, classes = (3, config.image_size, config.image_size), _num_classes(config)
+    model = build_model(config.model, classes)
+    counted = cost(build_network(config, classes), shape, ranks_of(model, config) if config.method != "narrow" else None)
+    dense = cost(model, shape).macs
+    known = config.method in ("dense", "narrow") or config.ranks is not None or (config.prune_ratio is not None and config.method != "filter_pruning")
+    return (counted.macs, counted.params, dense) if known else (None, None, dense)
+
+
+def lrpet_targets(runs: pd.DataFrame) -> dict[str, int]:
+    """Return the multiply-adds of each network's LRPET at the ratio of the main table, which competitors aim at."""
+    mains = runs[runs.feeds.isin(MAIN) & (runs.label == "LRPET")].drop_duplicates("network")
+    return {row.network: target_macs(build_model(row.network, _num_classes(row.config)), row.config) for row in mains.itertuples()}
+
+
+def off_target(feeds: str, macs: int | None, target: int | None) -> str:
+    if feeds != COMPETITORS or not target or not macs:
+        return ""
+    return "equal" if abs(macs / target - 1) <= MACS_TOLERANCE else f"{100 * (macs / target - 1):+.0f} %"
+
+
+def of_imagenet(config: RunConfig) -> bool:
+    """Tell whether a run is meant to be of ImageNet; any other tree of images has no published numbers."""
+    return config.profile == "imagenet"
+
+
+def _num_classes(config: RunConfig) -> int:
+    return 1000 if of_imagenet(config) else 10
+
+
+def as_published(done: pd.DataFrame) -> bool:
+    """Tell whether finished runs followed the paper's schedule, on data of as many classes."""
+    done = done.dropna(subset="top1_pct")
+    imagenet = of_imagenet(done.iloc[0].config)
+    return (done.epochs == (120 if imagenet else 400)).all() and (not imagenet or (done.num_classes == 1000).all())
+
+
+def published_row(reported: pd.DataFrame, config: RunConfig, macs: float) -> pd.DataFrame:
+    """Return the published rows of the same data, network and method whose multiply-adds are within 1 % of ours."""
+    if not macs:
+        return reported.iloc[:0]
+    dataset, label = "imagenet" if of_imagenet(config) else config.dataset, label_of(config)
+    same = reported[(reported.dataset == dataset) & (reported.model == config.model) & (reported.method == PUBLISHED_NAMES.get(label, label))]
+    return same[(same.macs_m * 1e6 / macs - 1).abs() < 0.01]

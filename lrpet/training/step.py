@@ -1,0 +1,150 @@
+"""One step of training: forward, loss, backward, optimizer; on a GPU recorded once as CUDA graphs and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from lrpet.config import RunConfig
+from lrpet.training.bfloat16 import Bfloat16Products, has_bfloat16_products
+from lrpet.training.recipes import training_loss
+
+__all__ = ["Step"]
+WARM_UP = 3  # steps done plainly before they are recorded: by then cuDNN has chosen its algorithms and the optimizer has its buffers
+
+
+class Step:
+    """Makes the steps of one network with one optimizer, and keeps their running totals on the device.
+
+    A step of a small network is about a thousand kernels of a few microseconds, less than it takes to launch each from Python.
+    So on a GPU the kernels of a whole batch are recorded as two graphs, cut where gradients are complete (there they may be
+    read or added to), and each is launched by one call. A smaller last batch is done plainly. Nothing here waits for the GPU
+    but the recording itself.
+
+    Args:
+        config: of the run; its recipe and precision are read.
+        model: in training mode, on the device of ``totals``.
+        optimizer: of its parameters; on a GPU with learning rates as tensors, see :func:`lrpet.training.recipes.set_learning_rate`.
+        totals: (3,), float64: sum of losses, number of correct answers and of images; each step adds to it.
+        graphs: record and replay; only on a GPU, and in one process.
+        world: processes that each do a part of a batch; ``model`` then averages their gradients (DistributedDataParallel).
+        device_batch: images that are taken at a time; gradients of several pieces add up.
+
+    Source: CUDA graphs as in the PyTorch notes "CUDA semantics", section "CUDA Graphs".
+
+    >>> model, totals = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.zeros(3, dtype=torch.float64)
+    >>> step = Step(RunConfig(), model, torch.optim.SGD(model.parameters(), lr=0.1), totals)
+    >>> step.backward(torch.zeros(5, 1, 2, 2), torch.zeros(5).long(), torch.zeros(5).long())
+    >>> step.update()
+    >>> step.look()[2]
+    5.0
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        totals: Tensor,
+        *,
+        graphs: bool = False,
+        world: int = 1,
+        device_batch: int | None = None,
+    ):
+        self.config, self.model, self.optimizer, self.totals, self.world, self.device_batch = config, model, optimizer, totals, world, device_batch
+        self._stream = torch.cuda.Stream() if graphs else None
+        self._calls, self._graphs = 0, None  # graphs: (backward, update), and the tensors that they read and write
+        self._host, self._copied = None, None
+
+    def backward(self, x: Tensor, target: Tensor, y: Tensor, images: int | None = None) -> None:
+        """Leave the gradients of a batch in the parameters and add to the totals.
+
+        Args:
+            x: (B, 3, H, W); of several processes, this one's part of the batch, which may hold no image.
+            target: what the loss compares with, (B,) or (B, classes).
+            y: the labels that a correct answer has, (B,).
+            images: of the whole batch, over which the loss is a mean; None: B.
+        """
+        images = len(y) if images is None else images
+        self._replaying = self._stream is not None and self._calls >= WARM_UP and len(y) == self.config.batch_size
+        if self._replaying:
+            if self._graphs is None:
+                self._record(x, target, y)
+            for static, new in zip(self._batch, (x, target, y), strict=True):
+                static.copy_(new)
+            if self._grads and self._grads[0][0].grad is not self._grads[0][1]:  # a plain step came between
+                for p, grad in self._grads:
+                    p.grad = grad
+            self._graphs[0].replay()
+        else:
+            self._calls += 1
+            self._aside(self._backward, x, target, y, images)
+
+    def update(self) -> None:
+        """Let the optimizer make its step."""
+        self._graphs[1].replay() if self._replaying else self.optimizer.step()
+
+    def look(self) -> list[float] | None:
+        """Return the totals; on a GPU as they were at one of the last steps, or None where even those are still on their way."""
+        if self.totals.device.type != "cuda":
+            return self.totals.tolist()
+        if self._copied is not None and not self._copied.query():
+            return None
+        values = self._host.tolist() if self._copied else None
+        if self._host is None:
+            self._host, self._copied = torch.empty(3, dtype=self.totals.dtype, pin_memory=True), torch.cuda.Event()
+        self._host.copy_(self.totals, non_blocking=True)
+        self._copied.record()
+        return values
+
+    def _backward(self, x: Tensor, target: Tensor, y: Tensor, images: int) -> None:
+        self.optimizer.zero_grad()
+        self._forward_backward(x, target, y, images)
+
+    def _forward_backward(self, x: Tensor, target: Tensor, y: Tensor, images: int) -> None:
+        count = max(1, -(-len(y) // (self.device_batch or self.config.batch_size)))
+        pieces = zip(*(whole.tensor_split(count) for whole in (x, target, y)), strict=True)
+        for left, piece in zip(reversed(range(count)), pieces, strict=True):
+            with self.model.no_sync() if left and self.world > 1 else nullcontext():  # processes meet at the last piece
+                self._add_gradients(*piece, images)
+
+    def _add_gradients(self, x: Tensor, target: Tensor, y: Tensor, images: int) -> None:
+        bf16 = self.config.precision == "bf16"
+        with Bfloat16Products() if bf16 and not has_bfloat16_products(x.device) else nullcontext():
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                logits = self.model(x)
+                loss = training_loss(self.config, logits, target) if len(y) else logits.sum()  # which is 0, and so are its gradients
+            weight = self.world * len(y) / images  # the mean over processes of weighted means is the mean over all images
+            (loss if weight == 1 else weight * loss).backward()
+        self.totals[0] += loss.detach() * len(y)
+        self.totals[1] += (logits.detach().argmax(1) == y).sum()
+        self.totals[2] += len(y)
+
+    def _aside(self, work, *arguments) -> None:
+        """Do something on the stream of the recording, where autograd then finds what it keeps for a parameter."""
+        if self._stream is None:
+            work(*arguments)
+            return
+        here = torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            work(*arguments)
+        here.wait_stream(self._stream)
+
+    def _record(self, *batch: Tensor) -> None:
+        self._batch = [tensor.clone() for tensor in batch]
+        self.optimizer.zero_grad()  # gradients are made anew in the graph's memory, so replaying overwrites them
+        backward = _capture(lambda: self._forward_backward(*self._batch, self.config.batch_size), self._stream)
+        self._grads = [(p, p.grad) for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._graphs = backward, _capture(self.optimizer.step, self._stream, backward.pool())
+
+
+def _capture(work: Callable, stream: torch.cuda.Stream, pool: tuple | None = None) -> torch.cuda.CUDAGraph:
+    """Return the kernels of ``work`` as a graph; they are not run."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        work()
+    return graph
