@@ -16,7 +16,11 @@ from lrpet.lowrank import (
 )
 from lrpet.models import build_model
 
-HARNESS = {"RunConfig": "lrpet.config", "load_runs": "lrpet.runs", "run": "lrpet.runs"}  # name → the module that has it
+HARNESS = {
+    "RunConfig": "lrpet.config",
+    "load_runs": "lrpet.runs",
+    "run": "lrpet.runs",
+}  # name → the module that has it
 
 __all__ = [
     "LowRankProjector",

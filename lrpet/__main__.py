@@ -37,7 +37,9 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; return its exit status: 0 all complete, 1 an error, 75 paused by the time budget, 130 by Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m lrpet", description="Train, resume and list the runs of experiments.yaml.")
+    parser = argparse.ArgumentParser(
+        prog="python -m lrpet", description="Train, resume and list the runs of experiments.yaml."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, text in (
         ("list", "list the runs of a profile and their state"),
@@ -46,38 +48,79 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         sub = verbs.add_parser(verb, help=text)
         sub.add_argument("--profile", default="smoke", choices=PROFILES)
-    sub = verbs.add_parser("tables", help="write the tables of results/, README.md and REPRODUCING.md from the store")
-    sub = verbs.add_parser("export", help="write the compact network of a finished run for other programs, and check it")
+    sub = verbs.add_parser(
+        "tables", help="write the tables of results/, README.md and REPRODUCING.md from the store"
+    )
+    sub = verbs.add_parser(
+        "export", help="write the compact network of a finished run for other programs, and check it"
+    )
     sub.add_argument("run", metavar="RUN", help="run id, as 'list' shows it, or folder")
     sub.add_argument("--to", required=True, choices=FORMATS)
     sub.add_argument("--out", metavar="FILE", help="default: RUN.onnx and so on, here")
     sub.add_argument("--half", action="store_true", help="round the weights to half precision (safetensors)")
-    for verb, text in (("run", "do the named runs of a profile; * and ? match"), ("train", "do one run of your own")):
+    for verb, text in (
+        ("run", "do the named runs of a profile; * and ? match"),
+        ("train", "do one run of your own"),
+    ):
         sub = verbs.add_parser(verb, help=text)
         if verb == "run":
             sub.add_argument("names", nargs="*", metavar="NAME", help="as 'list' shows them; none is all")
             sub.add_argument("--profile", default="smoke", choices=PROFILES)
             sub.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
         else:
-            sub.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help="fields of RunConfig, as dataset=imagefolder epochs=10")
+            sub.add_argument(
+                "fields",
+                nargs="*",
+                metavar="FIELD=VALUE",
+                help="fields of RunConfig, as dataset=imagefolder epochs=10",
+            )
         sub.add_argument("--data", metavar="DIR", help="folder of the images (default: LRPET_DATA)")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-        sub.add_argument("--time-budget", type=float, metavar="SECONDS", help="stop at a checkpoint after this time")
-        sub.add_argument("--checkpoint-epochs", type=int, default=1, metavar="N", help="epochs between checkpoints")
-        sub.add_argument("--device-batch", type=int, metavar="N", help="images that a device takes at a time (default: all of its batch)")
-        sub.add_argument("--on-corrupt", default="stop", choices=ON_CORRUPT, help="an image that cannot be decoded ends the run, or is left out")
-    sub = verbs.add_parser("throughput", help="measure loading and training of the named runs of a profile, alone and together")
+        sub.add_argument(
+            "--time-budget", type=float, metavar="SECONDS", help="stop at a checkpoint after this time"
+        )
+        sub.add_argument(
+            "--checkpoint-epochs", type=int, default=1, metavar="N", help="epochs between checkpoints"
+        )
+        sub.add_argument(
+            "--device-batch",
+            type=int,
+            metavar="N",
+            help="images that a device takes at a time (default: all of its batch)",
+        )
+        sub.add_argument(
+            "--on-corrupt",
+            default="stop",
+            choices=ON_CORRUPT,
+            help="an image that cannot be decoded ends the run, or is left out",
+        )
+    sub = verbs.add_parser(
+        "throughput", help="measure loading and training of the named runs of a profile, alone and together"
+    )
     sub.add_argument("names", nargs="+", metavar="NAME", help="as 'list' shows them")
     sub.add_argument("--profile", default="imagenet", choices=PROFILES)
     sub.add_argument("--data", metavar="DIR", help="folder of the images (default: LRPET_DATA)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     sub.add_argument("--seconds", type=float, default=20.0, help="of each of the three measurements")
-    sub.add_argument("--keep", action="store_true", help="write results/bench/throughput-*.json, which the tables estimate times from")
-    sub = verbs.add_parser("shrink", help="copy a tree of images with shorter sides of fewer pixels, which decodes faster")
+    sub.add_argument(
+        "--keep",
+        action="store_true",
+        help="write results/bench/throughput-*.json, which the tables estimate times from",
+    )
+    sub = verbs.add_parser(
+        "shrink", help="copy a tree of images with shorter sides of fewer pixels, which decodes faster"
+    )
     sub.add_argument("source", metavar="DIR")
     sub.add_argument("target", metavar="COPY")
-    sub.add_argument("--short", type=int, default=256, metavar="PIXELS", help="of the shorter side (default: 256)")
-    sub.add_argument("--on-corrupt", default="stop", choices=ON_CORRUPT, help="an image that cannot be decoded ends it, or is left out")
+    sub.add_argument(
+        "--short", type=int, default=256, metavar="PIXELS", help="of the shorter side (default: 256)"
+    )
+    sub.add_argument(
+        "--on-corrupt",
+        default="stop",
+        choices=ON_CORRUPT,
+        help="an image that cannot be decoded ends it, or is left out",
+    )
     args = parser.parse_args(arguments)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
@@ -140,7 +183,9 @@ def _throughput(args) -> int:
     for experiment in select(load_profile(args.profile), args.names):
         config = experiment.config
         where = device_of(args.device, config)
-        batches = make_batches(load_images(config, args.data, device=where), config.batch_size, where, config.seed)
+        batches = make_batches(
+            load_images(config, args.data, device=where), config.batch_size, where, config.seed
+        )
         result = measure(config, batches, args.seconds)
         print(f"{experiment.name}: {throughput_line(result)}", flush=True)
         if args.keep:
@@ -162,12 +207,18 @@ def _train(args) -> int:
     done = _do(config, args, args.time_budget)
     s = done.summary
     if Processes.now().first:
-        print(f"{s['top1_pct']:.2f} % {s['scored_on']} accuracy at {s['macs'] / 1e6:.2f} M MACs; all files: {done.folder}")
+        print(
+            f"{s['top1_pct']:.2f} % {s['scored_on']} accuracy at {s['macs'] / 1e6:.2f} M MACs; all files: {done.folder}"
+        )
     return 0
 
 
 def _do(config: RunConfig, args, time_budget: float | None):
-    options = {"checkpoint_epochs": args.checkpoint_epochs, "device_batch": args.device_batch, "on_corrupt": args.on_corrupt}
+    options = {
+        "checkpoint_epochs": args.checkpoint_epochs,
+        "device_batch": args.device_batch,
+        "on_corrupt": args.on_corrupt,
+    }
     return run(config, data=args.data, device=args.device, time_budget=time_budget, **options)
 
 
@@ -179,18 +230,37 @@ def _run(args) -> int:
     todo = [e for e in chosen if not is_complete(e.config.folder())]
     processes, began = join_processes(), time.monotonic()
     if processes.first:
-        print(f"profile {profile.name}: {len(chosen)} runs asked for, {len(chosen) - len(todo)} complete, cost of all: {profile.cost}", flush=True)
-    left = lambda: None if args.time_budget is None else max(0.0, args.time_budget - (time.monotonic() - began))
-    if len(chosen) == 1 or processes.world > 1:  # torchrun's processes do one run after the other, all of them together
+        print(
+            f"profile {profile.name}: {len(chosen)} runs asked for, {len(chosen) - len(todo)} complete, cost of all: {profile.cost}",
+            flush=True,
+        )
+    left = lambda: (
+        None if args.time_budget is None else max(0.0, args.time_budget - (time.monotonic() - began))
+    )
+    if (
+        len(chosen) == 1 or processes.world > 1
+    ):  # torchrun's processes do one run after the other, all of them together
         if args.jobs > 1 and processes.world > 1:
-            raise ValueError(f"--jobs must be 1 under torchrun, whose processes share one run; got {args.jobs}")
+            raise ValueError(
+                f"--jobs must be 1 under torchrun, whose processes share one run; got {args.jobs}"
+            )
         for experiment in chosen:
             _do(experiment.config, args, left())
         return 0
 
     def one(experiment) -> int:
         """Do one run in a process of its own, so that its threads and memory are its own."""
-        command = [sys.executable, "-m", "lrpet", "run", experiment.name, "--profile", profile.name, "--device", args.device]
+        command = [
+            sys.executable,
+            "-m",
+            "lrpet",
+            "run",
+            experiment.name,
+            "--profile",
+            profile.name,
+            "--device",
+            args.device,
+        ]
         command += ["--checkpoint-epochs", str(args.checkpoint_epochs), "--on-corrupt", args.on_corrupt]
         command += ["--data", args.data] if args.data else []
         command += ["--device-batch", str(args.device_batch)] if args.device_batch else []
@@ -203,7 +273,9 @@ def _run(args) -> int:
 
     with ThreadPoolExecutor(args.jobs) as pool:
         states = list(pool.map(one, todo))
-    incomplete = [(e.name, state) for e, state in zip(todo, states, strict=True) if not is_complete(e.config.folder())]
+    incomplete = [
+        (e.name, state) for e, state in zip(todo, states, strict=True) if not is_complete(e.config.folder())
+    ]
     for name, state in incomplete:
         print(f"not complete: {name} ({'paused' if state == PAUSED else f'failed with status {state}'})")
     print(f"{len(chosen) - len(incomplete)} of {len(chosen)} complete after {time.monotonic() - began:.0f} s")

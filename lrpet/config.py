@@ -16,7 +16,13 @@ from lrpet.paths import results_root
 __all__ = ["DATASETS", "METHODS", "RANK_RULES", "RunConfig"]
 DATASETS = {"digits": 8, "cifar10": 32, "imagefolder": 224}  # name → image size in pixels
 SIZE = {"prune_ratio": 0.57, "ranks": None, "layers": None}  # how compact the result is
-PROJECTION = {"bn_rectification": True, "residual": 0.0, "row_eps": 1e-5, "projection_interval": 1, "projection_unit": "epoch"}
+PROJECTION = {
+    "bn_rectification": True,
+    "residual": 0.0,
+    "row_eps": 1e-5,
+    "projection_interval": 1,
+    "projection_unit": "epoch",
+}
 PRETRAINING = {"pretrain_epochs": None, "finetune_learning_rate": None}
 METHODS = {  # which fields of a RunConfig a method reads besides those of training, and their defaults
     "dense": {},
@@ -24,14 +30,29 @@ METHODS = {  # which fields of a RunConfig a method reads besides those of train
     "lrpet": SIZE | PROJECTION | PRETRAINING,
     "svd_finetune": SIZE | PRETRAINING,
     "factorized": SIZE | {"product_decay": True},
-    "trp": {"layers": None, "energy_threshold": 0.02, "nuclear_norm": 0.0003, "projection_interval": 20, "projection_unit": "iteration"},
+    "trp": {
+        "layers": None,
+        "energy_threshold": 0.02,
+        "nuclear_norm": 0.0003,
+        "projection_interval": 20,
+        "projection_unit": "iteration",
+    },
     "warmup_switch": SIZE | {"pretrain_epochs": None, "rank_rule": "given"},
     "svd_training": SIZE | PRETRAINING | {"orthogonality": 1.0, "sparsity": 0.01},
     "filter_pruning": SIZE | PRETRAINING,
     "narrow": SIZE,
 }
-METHOD_DEFAULTS = {name: [reads[name] for reads in METHODS.values() if name in reads] for reads in METHODS.values() for name in reads}
-PRETRAINED_SHARE = {"svd_finetune": 2, "svd_training": 2, "filter_pruning": 2, "warmup_switch": 4}  # epochs divided by this, unless given
+METHOD_DEFAULTS = {
+    name: [reads[name] for reads in METHODS.values() if name in reads]
+    for reads in METHODS.values()
+    for name in reads
+}
+PRETRAINED_SHARE = {
+    "svd_finetune": 2,
+    "svd_training": 2,
+    "filter_pruning": 2,
+    "warmup_switch": 4,
+}  # epochs divided by this, unless given
 RANK_RULES = ("given", "stable_rank")
 PROFILES = ("smoke", "short", "scaled", "selection", "paper", "imagenette", "imagenet")
 SMALLEST = {"vgg16": 32, "vit": 32}  # pixels that a network needs
@@ -105,13 +126,21 @@ class RunConfig:
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 0.0001
-    normalized_weight_decay: float | None = _later(None)  # of weights that a BatchNorm follows, factors too; null: weight_decay
+    normalized_weight_decay: float | None = _later(
+        None
+    )  # of weights that a BatchNorm follows, factors too; null: weight_decay
     milestones: tuple[int, ...] = (10, 15)  # epochs at which the learning rate falls to a tenth
-    validation_fraction: float = 0.0  # share of training images held out; above 0 they, not the test set, are scored
-    crops: str | None = _later(None)  # imagefolder, training: square (null: of the central one, kept at 8/7 of image_size) | whole (as in the paper)
+    validation_fraction: float = (
+        0.0  # share of training images held out; above 0 they, not the test set, are scored
+    )
+    crops: str | None = _later(
+        None
+    )  # imagefolder, training: square (null: of the central one, kept at 8/7 of image_size) | whole (as in the paper)
     recipe: str = _later("sgd")  # sgd | adamw (with cosine, mixup, …; see recipes.py)
     seed: int = 1
-    sync_batchnorm: bool = _later(False)  # BatchNorm statistics over the batches of all processes; false: over each one's part
+    sync_batchnorm: bool = _later(
+        False
+    )  # BatchNorm statistics over the batches of all processes; false: over each one's part
     precision: str = "fp32"  # fp32 | tf32 (CUDA) | bf16 (autocast)
     profile: str = "smoke"  # smoke | short | scaled | selection | paper | imagenette | imagenet
 
@@ -136,28 +165,46 @@ class RunConfig:
             self._bound("normalized_weight_decay", 0.0, 1.0)
         self._bound("validation_fraction", 0.0, 0.9)
         if self.dataset != "imagefolder" and self.image_size != DATASETS[self.dataset]:
-            self._refuse("image_size", f"{DATASETS[self.dataset]} for {self.dataset}; another size needs dataset='imagefolder'")
+            self._refuse(
+                "image_size",
+                f"{DATASETS[self.dataset]} for {self.dataset}; another size needs dataset='imagefolder'",
+            )
         if self.crops not in (None, "whole"):
             self._refuse("crops", "one of square, whole")
         if self.crops is not None and self.dataset != "imagefolder":
-            self._refuse("crops", "left out but for dataset='imagefolder'; the other data sets have crops of their own")
+            self._refuse(
+                "crops", "left out but for dataset='imagefolder'; the other data sets have crops of their own"
+            )
         if self.image_size < SMALLEST.get(self.model, 0):
-            self._refuse("image_size", f"{SMALLEST[self.model]} or more for {self.model}; take another model or dataset")
-        if any(b <= a for a, b in zip((0, *self.milestones), self.milestones, strict=False)) or any(m >= self.epochs for m in self.milestones):
-            self._refuse("milestones", f"rising epochs between 1 and {self.epochs - 1}; shorten them together with epochs")
+            self._refuse(
+                "image_size",
+                f"{SMALLEST[self.model]} or more for {self.model}; take another model or dataset",
+            )
+        if any(b <= a for a, b in zip((0, *self.milestones), self.milestones, strict=False)) or any(
+            m >= self.epochs for m in self.milestones
+        ):
+            self._refuse(
+                "milestones",
+                f"rising epochs between 1 and {self.epochs - 1}; shorten them together with epochs",
+            )
         for name in METHODS[self.method]:
             if getattr(self, name) is not None and name in BOUNDS:
                 self._bound(name, *BOUNDS[name])
         if self.prune_ratio is not None and not 0.0 <= self.prune_ratio < 1.0:
             self._refuse("prune_ratio", "at least 0 and below 1")
-        if self.ranks is not None and min(self.ranks.values() if isinstance(self.ranks, dict) else self.ranks, default=0) < 1:
+        if (
+            self.ranks is not None
+            and min(self.ranks.values() if isinstance(self.ranks, dict) else self.ranks, default=0) < 1
+        ):
             self._refuse("ranks", "one or more ranks of at least 1")
         if self.projection_unit is not None:
             self._choose("projection_unit", ("epoch", "iteration"))
         if self.rank_rule is not None:
             self._choose("rank_rule", RANK_RULES)
         if self.pretrain_epochs is not None and not 1 <= self.pretrain_epochs < self.epochs:
-            self._refuse("pretrain_epochs", f"between 1 and {self.epochs - 1}, one below epochs, which counts them too")
+            self._refuse(
+                "pretrain_epochs", f"between 1 and {self.epochs - 1}, one below epochs, which counts them too"
+            )
 
     def _normalize(self) -> None:
         """Fill in what follows from other fields; null what the method does not read."""
@@ -177,7 +224,10 @@ class RunConfig:
                 continue
             if name not in SIZE and value not in values and not (name == "pretrain_epochs" and value == 0):
                 readers = ", ".join(method for method in METHODS if name in METHODS[method])
-                self._refuse(name, f"left out with method={self.method!r}, which does not read it (those that do: {readers})")
+                self._refuse(
+                    name,
+                    f"left out with method={self.method!r}, which does not read it (those that do: {readers})",
+                )
             put(name, None)
         if self.ranks is not None:
             if self.prune_ratio is not None:
@@ -190,11 +240,17 @@ class RunConfig:
         if self.method in ("lrp", "lrpet") and self.pretrain_epochs == 0:
             put("pretrain_epochs", None)  # from scratch, as every run was before this field came
         for name, value in reads.items():
-            if getattr(self, name) is None and not (name == "prune_ratio" and (self.ranks is not None or self.rank_rule == "stable_rank")):
+            if getattr(self, name) is None and not (
+                name == "prune_ratio" and (self.ranks is not None or self.rank_rule == "stable_rank")
+            ):
                 put(name, value)
         if self.pretrain_epochs is None and self.method in PRETRAINED_SHARE:
             put("pretrain_epochs", max(1, self.epochs // PRETRAINED_SHARE[self.method]))
-        if self.finetune_learning_rate is None and self.pretrain_epochs is not None and "finetune_learning_rate" in reads:
+        if (
+            self.finetune_learning_rate is None
+            and self.pretrain_epochs is not None
+            and "finetune_learning_rate" in reads
+        ):
             put("finetune_learning_rate", self.learning_rate / 10)
         if self.finetune_learning_rate is not None and self.pretrain_epochs is None:
             self._refuse("finetune_learning_rate", "left out without pretrain_epochs, after which it holds")
@@ -225,7 +281,9 @@ class RunConfig:
         import difflib
 
         if not isinstance(values, Mapping):
-            raise ValueError(f"a configuration must be a map of fields to values, as {{'seed': 1}}; got {values!r}")
+            raise ValueError(
+                f"a configuration must be a map of fields to values, as {{'seed': 1}}; got {values!r}"
+            )
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
@@ -246,7 +304,13 @@ class RunConfig:
             if "absent" in field.metadata and values[field.name] == field.metadata["absent"]:
                 del values[field.name]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
-        size = ["ranks"] if self.ranks is not None else [] if self.prune_ratio is None else [f"{self.prune_ratio:g}"]
+        size = (
+            ["ranks"]
+            if self.ranks is not None
+            else []
+            if self.prune_ratio is None
+            else [f"{self.prune_ratio:g}"]
+        )
         return "-".join([self.dataset, self.model, self.method, *size, f"s{self.seed}", digest])
 
     def folder(self, results: Path | None = None) -> Path:
@@ -271,7 +335,11 @@ def _check_type(name: str, value, annotation: str) -> None:
         return
     kind = {"str": str, "int": int, "float": (int, float), "bool": bool}[annotation.split(" ")[0]]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        hint = " (YAML reads 1e-4 as text: write 0.0001)" if isinstance(value, str) and kind is not str else ""
-        raise ValueError(f"{name} must be {annotation.split(' ')[0]}; got {type(value).__name__} {value!r}{hint}")
+        hint = (
+            " (YAML reads 1e-4 as text: write 0.0001)" if isinstance(value, str) and kind is not str else ""
+        )
+        raise ValueError(
+            f"{name} must be {annotation.split(' ')[0]}; got {type(value).__name__} {value!r}{hint}"
+        )
     if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite; got {value!r}")

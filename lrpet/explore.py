@@ -63,10 +63,15 @@ class RankExplorer:
 
     def __init__(self, matrix: Tensor, rank: int, *, live: bool | None = None):
         self.matrix, self.live = matrix.detach().double().cpu(), bar_is_possible() if live is None else live
-        self.text, self.picture = ipywidgets.HTML(), ipywidgets.Image(format="png", layout={"max_width": "100%", "width": "825px"})
+        self.text, self.picture = (
+            ipywidgets.HTML(),
+            ipywidgets.Image(format="png", layout={"max_width": "100%", "width": "825px"}),
+        )
         self.draw(rank)
         K = min(self.matrix.shape)
-        self.slider = ipywidgets.IntSlider(rank, 1, K, description="rank R", continuous_update=False, layout={"width": "600px"})
+        self.slider = ipywidgets.IntSlider(
+            rank, 1, K, description="rank R", continuous_update=False, layout={"width": "600px"}
+        )
         self.slider.observe(lambda change: self.draw(change["new"]), "value")
         self.widget = ipywidgets.VBox([self.slider, self.text, self.picture])
 
@@ -78,7 +83,10 @@ class RankExplorer:
     def _repr_mimebundle_(self, include=None, exclude=None):
         if self.live:
             return self.widget._repr_mimebundle_(include=include, exclude=exclude)
-        return {"text/plain": f"{self.text.value} (open the notebook to move R)", "image/png": base64.b64encode(self.picture.value).decode()}
+        return {
+            "text/plain": f"{self.text.value} (open the notebook to move R)",
+            "image/png": base64.b64encode(self.picture.value).decode(),
+        }
 
 
 @torch.no_grad()
@@ -102,9 +110,16 @@ def measure_by_depth(model: nn.Module, images: Tensor) -> pd.DataFrame:
     ['name', 'norm', 'output']
     """
     modules = dict(model.named_modules())
-    pairs = {name: bn for name, bn in find_batchnorms(model).items() if bn is not None and isinstance(modules[name], nn.Conv2d)}
+    pairs = {
+        name: bn
+        for name, bn in find_batchnorms(model).items()
+        if bn is not None and isinstance(modules[name], nn.Conv2d)
+    }
     output = {}
-    hooks = [modules[bn].register_forward_hook(lambda _m, _x, y, bn=bn: output.update({bn: y.std().item()})) for bn in pairs.values()]
+    hooks = [
+        modules[bn].register_forward_hook(lambda _m, _x, y, bn=bn: output.update({bn: y.std().item()}))
+        for bn in pairs.values()
+    ]
     was_training = model.training
     try:
         model.eval()(images)
@@ -112,5 +127,13 @@ def measure_by_depth(model: nn.Module, images: Tensor) -> pd.DataFrame:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    merged = {name: batchnorm_scale(modules[bn]).reshape(-1, 1) * modules[name].weight.flatten(1).double() for name, bn in pairs.items()}
-    return pd.DataFrame([{"name": name, "norm": merged[name].norm().item(), "output": output[bn]} for name, bn in pairs.items()])
+    merged = {
+        name: batchnorm_scale(modules[bn]).reshape(-1, 1) * modules[name].weight.flatten(1).double()
+        for name, bn in pairs.items()
+    }
+    return pd.DataFrame(
+        [
+            {"name": name, "norm": merged[name].norm().item(), "output": output[bn]}
+            for name, bn in pairs.items()
+        ]
+    )

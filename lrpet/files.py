@@ -39,6 +39,9 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         free = shutil.disk_usage(path.parent).free / 1e6
         advice = "what stood there before is untouched; make room or give another folder, then start again"
-        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}, {free:.1f} MB free; {advice}") from error
+        raise OSError(
+            error.errno,
+            f"{path} could not be written: {error.strerror or error}, {free:.1f} MB free; {advice}",
+        ) from error
     finally:
         part.unlink(missing_ok=True)

@@ -36,10 +36,17 @@ def gradient_norms(model: nn.Module, x: Tensor, y: Tensor) -> pd.DataFrame:
     weights = [model.get_submodule(name).weight for name in outputs]
     gradients = torch.autograd.grad(F.cross_entropy(logits, y), [*outputs.values(), *weights])
     norms = torch.stack([g.norm() for g in (*gradients, *weights)]).view(3, -1).tolist()
-    return pd.DataFrame({"layer": list(outputs), **dict(zip(("output_gradient_norm", "gradient_norm", "weight_norm"), norms, strict=True))})
+    return pd.DataFrame(
+        {
+            "layer": list(outputs),
+            **dict(zip(("output_gradient_norm", "gradient_norm", "weight_norm"), norms, strict=True)),
+        }
+    )
 
 
-def compare_projections(model: nn.Module, x: Tensor, y: Tensor, ranks: Mapping[str, int]) -> dict[str, pd.DataFrame]:
+def compare_projections(
+    model: nn.Module, x: Tensor, y: Tensor, ranks: Mapping[str, int]
+) -> dict[str, pd.DataFrame]:
     """Measure how large the gradients of a chain are as it is, after one projection by LRP, and after one by LRPET.
 
     Args:
@@ -128,16 +135,31 @@ def operator_norm(layer: nn.Conv2d, size: tuple[int, int]) -> float:
     half = [d * (k - 1) / 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     if known and layer.padding_mode == "zeros":
         size = [-(-(n + 2 * p) // s) * s for n, p, s in zip(size, layer.padding, layer.stride, strict=True)]
-    elif not known or layer.padding_mode != "circular" or list(layer.padding) != half or any(n % s for n, s in zip(size, layer.stride, strict=True)):
-        raise ValueError(f"layer must be padded with zeros, or circularly by half its kernel with a stride that divides {tuple(size)}; got {layer}")
+    elif (
+        not known
+        or layer.padding_mode != "circular"
+        or list(layer.padding) != half
+        or any(n % s for n, s in zip(size, layer.stride, strict=True))
+    ):
+        raise ValueError(
+            f"layer must be padded with zeros, or circularly by half its kernel with a stride that divides {tuple(size)}; got {layer}"
+        )
     (H, W), (s, t), (d, e) = size, layer.stride, layer.dilation
-    kernel = torch.zeros(*layer.weight.shape[:2], H, W, dtype=torch.float64, device=layer.weight.device)  # (N, C, H, W)
+    kernel = torch.zeros(
+        *layer.weight.shape[:2], H, W, dtype=torch.float64, device=layer.weight.device
+    )  # (N, C, H, W)
     for u in range(layer.kernel_size[0]):
         for v in range(layer.kernel_size[1]):
-            kernel[:, :, u * d % H, v * e % W] += layer.weight[:, :, u, v]  # a kernel wider than the image wraps around
+            kernel[:, :, u * d % H, v * e % W] += layer.weight[
+                :, :, u, v
+            ]  # a kernel wider than the image wraps around
     N, C = kernel.shape[:2]
-    aliases = torch.fft.fft2(kernel).view(N, C, s, H // s, t, W // t).permute(3, 5, 0, 1, 2, 4)  # (H/s, W/t, N, C, s, t)
-    return float(torch.linalg.matrix_norm(aliases.reshape(H // s, W // t, N, C * s * t), 2).max() / (s * t) ** 0.5)
+    aliases = (
+        torch.fft.fft2(kernel).view(N, C, s, H // s, t, W // t).permute(3, 5, 0, 1, 2, 4)
+    )  # (H/s, W/t, N, C, s, t)
+    return float(
+        torch.linalg.matrix_norm(aliases.reshape(H // s, W // t, N, C * s * t), 2).max() / (s * t) ** 0.5
+    )
 
 
 def _pass(model: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]], Tensor]:

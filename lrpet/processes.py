@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["Processes", "divide", "join_processes"]
-PATIENCE = timedelta(hours=6)  # for one another: the first process may decode a large data set, or wait for the lock of the run
+PATIENCE = timedelta(
+    hours=6
+)  # for one another: the first process may decode a large data set, or wait for the lock of the run
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,20 @@ class Processes:
 
     def any(self, *here: bool) -> list[bool]:
         """Tell of each of some things whether it holds in at least one process."""
-        return list(here) if self.world == 1 else [count > 0 for count in self.sum(torch.tensor(here, dtype=torch.int64)).tolist()]
+        return (
+            list(here)
+            if self.world == 1
+            else [count > 0 for count in self.sum(torch.tensor(here, dtype=torch.int64)).tolist()]
+        )
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Tell whether tensors, all on one device, hold the same bits in every process."""
         first = [tensor.detach().clone() for tensor in tensors] if self.world > 1 else []
         self.copy_from(0, first)
         as_bits = lambda tensor: tensor.detach().contiguous().view(-1).view(torch.uint8)
-        return not self.any(not all(torch.equal(as_bits(a), as_bits(b)) for a, b in zip(first, tensors, strict=False)))[0]
+        return not self.any(
+            not all(torch.equal(as_bits(a), as_bits(b)) for a, b in zip(first, tensors, strict=False))
+        )[0]
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """Return the model so wrapped that backward leaves in each process the mean of the gradients of all; alone, the model itself.
@@ -94,7 +102,9 @@ class Processes:
         """
         if self.world == 1 or not tensors:
             return
-        tensors = sorted(tensors, key=lambda t: -t.element_size())  # so that each begins at a multiple of its element size
+        tensors = sorted(
+            tensors, key=lambda t: -t.element_size()
+        )  # so that each begins at a multiple of its element size
         flat = torch.cat([t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors])
         dist.broadcast(flat, source)
         if self.rank != source:
@@ -111,9 +121,13 @@ class Processes:
             return device
         gpus = torch.cuda.device_count()
         if device.index is not None:
-            raise ValueError(f"device must be auto, cpu or cuda where several processes train together, each on a GPU of its own; got '{device}'")
+            raise ValueError(
+                f"device must be auto, cpu or cuda where several processes train together, each on a GPU of its own; got '{device}'"
+            )
         if self.local_rank >= gpus:
-            raise ValueError(f"torchrun --nproc-per-node must be at most {gpus}, the GPUs of this machine; got at least {self.local_rank + 1}")
+            raise ValueError(
+                f"torchrun --nproc-per-node must be at most {gpus}, the GPUs of this machine; got at least {self.local_rank + 1}"
+            )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
@@ -163,7 +177,9 @@ def _agree_on_name(store: dist.Store, rank: int, world: int) -> str:
     waiting = set(range(1, world))
     while waiting:
         for other in waiting:
-            if store.check([f"asks {other}"]):  # perhaps still one that has died; the answer to it is read by nobody
+            if store.check(
+                [f"asks {other}"]
+            ):  # perhaps still one that has died; the answer to it is read by nobody
                 store.set(f"answer to {store.get(f'asks {other}').decode()}", mine)
         waiting = {other for other in waiting if not store.check([f"{other} has {mine}"])}
         time.sleep(0.01)

@@ -25,7 +25,7 @@ once() {
     [ -e "$file" ] || [ "$(left)" -lt 60 ] || timeout "$(($(left) / 4))" "$@" >"$file" 2>&1 || echo "status $?: $*" | tee -a "$file"
 }
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    once cuda-tests.log "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_projection.py tests/test_projector.py tests/test_step.py tests/test_numbers.py
+    once cuda-tests.log "$PYTHON" -m pytest -q -p no:cacheprovider tests/lowrank tests/training/test_step.py
     for model in resnet56 resnet18 resnet50; do
         once "projection-$model.log" "$PYTHON" -m lrpet.bench projection --model "$model" --device cuda
     done

@@ -38,7 +38,9 @@ def cifar10(tmp_path_factory):
     roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**30
     with tempfile.TemporaryDirectory(dir=memory if roomy else tmp_path_factory.mktemp("data")) as folder:
         root = Path(folder) / "cifar10"
-        subprocess.run([sys.executable, str(unpack), "cifar10", "--out", str(root)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, str(unpack), "cifar10", "--out", str(root)], check=True, capture_output=True
+        )
         yield root
 
 

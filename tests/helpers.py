@@ -67,7 +67,11 @@ ZOO_RANKS = {"square": 5, "pointwise": 4, "tall": 6, "column": 3, "dilated": 7}
 
 def outcome(folder):
     """Everything that a run has to say, without the seconds it took."""
-    summary = {name: value for name, value in json.loads((folder / "summary.json").read_text()).items() if not name.endswith("_seconds")}
+    summary = {
+        name: value
+        for name, value in json.loads((folder / "summary.json").read_text()).items()
+        if not name.endswith("_seconds")
+    }
     history = pd.read_csv(folder / "history.csv")
     history = history[[name for name in history.columns if not name.endswith("_seconds")]]
     binary = ("layers.csv", "compact.safetensors", "spectra.npz", "gradients.csv")

@@ -10,17 +10,30 @@ import pandas as pd
 from lrpet.paths import results_root
 
 __all__ = ["TARGETS", "describe", "find", "load_results", "projection_table", "training_table", "verdicts"]
-TARGETS = {"cpu": {"resnet56": 8, "resnet18": 10, "resnet50": 8}, "cuda": {"resnet56": 20, "resnet18": 20, "resnet50": 20}}  # times one SVD a layer
+TARGETS = {
+    "cpu": {"resnet56": 8, "resnet18": 10, "resnet50": 8},
+    "cuda": {"resnet56": 20, "resnet18": 20, "resnet50": 20},
+}  # times one SVD a layer
 TRAINING_TARGETS = {"cpu": 1.5, "cuda": 10}  # times the throughput of a plain loop, ResNet-56 at batch 128
 EPOCH_SECONDS_TARGET = 1.5  # of ResNet-56 on one H200
-SHARES = {"after every epoch": (391, "exact", 1), "every ten iterations": (10, "fast", 10)}  # steps between two, path, target in % of the time
+SHARES = {
+    "after every epoch": (391, "exact", 1),
+    "every ten iterations": (10, "fast", 10),
+}  # steps between two, path, target in % of the time
 MEMORY_TARGET = 2.2  # model, bases and what a projection takes for a while, by the model
 
 
 def load_results() -> list[dict]:
     """Return the JSON of every benchmark that was kept, each with its file name as ``file``, and "cpu" or "cuda" as ``kind``."""
     files = sorted((results_root() / "bench").glob("*.json"))
-    return [{**json.loads(file.read_text(encoding="utf-8")), "file": file.name, "kind": file.stem.rpartition("-")[2]} for file in files]
+    return [
+        {
+            **json.loads(file.read_text(encoding="utf-8")),
+            "file": file.name,
+            "kind": file.stem.rpartition("-")[2],
+        }
+        for file in files
+    ]
 
 
 def find(results: Sequence[dict], benchmark: str, model: str | None = None, kind: str = "cpu") -> dict:
@@ -32,13 +45,19 @@ def find(results: Sequence[dict], benchmark: str, model: str | None = None, kind
     for result in results:
         if (result["benchmark"], result.get("model"), result["kind"]) == (benchmark, model, kind):
             return result
-    raise ValueError(f"not run: python -m lrpet.bench {benchmark}{f' --model {model}' if model else ''} --device {kind}")
+    raise ValueError(
+        f"not run: python -m lrpet.bench {benchmark}{f' --model {model}' if model else ''} --device {kind}"
+    )
 
 
 def describe(results: Sequence[dict]) -> pd.DataFrame:
     """Return where and when each benchmark was measured, a row each."""
     names = ("file", "device", "threads", "torch", "python", "commit", "started")
-    rows = [{name: result[name] for name in names} | {"commit": result["commit"][:9] + " (changed)" * result["dirty"]} for result in results]
+    rows = [
+        {name: result[name] for name in names}
+        | {"commit": result["commit"][:9] + " (changed)" * result["dirty"]}
+        for result in results
+    ]
     return pd.DataFrame(rows, columns=names)
 
 
@@ -54,14 +73,31 @@ def projection_table(results: Sequence[dict]) -> pd.DataFrame:
                 rows.append(row | {"n": "not run", "target": target})
                 continue
             t, memory = result["timings"], result["memory"]
-            row |= {"n": t["svd"]["n"], "threads": result["threads"], "svd_ms": 1e3 * t["svd"]["median_seconds"]}
-            row |= {"exact_ms": 1e3 * t["exact"]["median_seconds"], "fast_ms": 1e3 * t["fast"]["median_seconds"]}
-            row |= {"speedup_exact": 1 / t["exact"]["ratio_to_first"], "speedup": 1 / t["fast"]["ratio_to_first"], "target": target}
+            row |= {
+                "n": t["svd"]["n"],
+                "threads": result["threads"],
+                "svd_ms": 1e3 * t["svd"]["median_seconds"],
+            }
+            row |= {
+                "exact_ms": 1e3 * t["exact"]["median_seconds"],
+                "fast_ms": 1e3 * t["fast"]["median_seconds"],
+            }
+            row |= {
+                "speedup_exact": 1 / t["exact"]["ratio_to_first"],
+                "speedup": 1 / t["fast"]["ratio_to_first"],
+                "target": target,
+            }
             row |= {"speedup_thin": t["svd_thin"]["ratio_to_first"] / t["fast"]["ratio_to_first"]}
-            row |= {"speedup_torchao": t["torchao"]["ratio_to_first"] / t["fast"]["ratio_to_first"] if "torchao" in t else None}
+            row |= {
+                "speedup_torchao": t["torchao"]["ratio_to_first"] / t["fast"]["ratio_to_first"]
+                if "torchao" in t
+                else None
+            }
             row |= {"followed": f"{result['followed']} of {result['layers']}"}
             for way in ("exact", "fast"):
-                row[f"memory_{way}"] = (memory[f"{way}_step_bytes"] + (way == "fast") * memory["bases_bytes"]) / memory["model_bytes"]
+                row[f"memory_{way}"] = (
+                    memory[f"{way}_step_bytes"] + (way == "fast") * memory["bases_bytes"]
+                ) / memory["model_bytes"]
             rows.append(row)
     columns = [
         "network",
@@ -93,9 +129,22 @@ def training_table(results: Sequence[dict]) -> pd.DataFrame:
             rows.append({"on": kind, "way": "not run"})
             continue
         for way, t in result["timings"].items():
-            row = {"on": kind, "way": way, "n": t["n"], "threads": result["threads"], "images_per_second": result["images_per_second"][way]}
+            row = {
+                "on": kind,
+                "way": way,
+                "n": t["n"],
+                "threads": result["threads"],
+                "images_per_second": result["images_per_second"][way],
+            }
             row |= {"epoch_seconds": result["epoch_seconds"][way], "gain": 1 / t["ratio_to_first"]}
-            rows.append(row | {"digits_top1_pct": ", ".join(f"{value:.1f}" for value in result.get("top1_pct", {}).get(way, []))})
+            rows.append(
+                row
+                | {
+                    "digits_top1_pct": ", ".join(
+                        f"{value:.1f}" for value in result.get("top1_pct", {}).get(way, [])
+                    )
+                }
+            )
     columns = ["on", "way", "n", "threads", "images_per_second", "epoch_seconds", "gain", "digits_top1_pct"]
     return pd.DataFrame(rows, columns=columns).astype(object).fillna("")
 
@@ -106,7 +155,9 @@ def verdicts(results: Sequence[dict]) -> pd.DataFrame:
 
     def judge(what: str, measured: float | None, sign: str, target: float) -> None:
         met = measured is not None and (measured >= target if sign == "≥" else measured <= target)
-        shown, verdict = ("not run", "not run") if measured is None else (f"{measured:.2f}", "met" if met else "not met")
+        shown, verdict = (
+            ("not run", "not run") if measured is None else (f"{measured:.2f}", "met" if met else "not met")
+        )
         rows.append({"what": what, "measured": shown, "target": f"{sign} {target}", "verdict": verdict})
 
     for row in projection_table(results).to_dict("records"):
@@ -122,7 +173,12 @@ def verdicts(results: Sequence[dict]) -> pd.DataFrame:
         gain = 1 / training["timings"]["ours_bf16"]["ratio_to_first"] if training else None
         judge(f"training of resnet56 on {kind}, times the throughput of a plain loop", gain, "≥", target)
         if kind == "cuda":
-            judge("training of resnet56 on cuda, seconds an epoch", training and training["epoch_seconds"]["ours_bf16"], "≤", EPOCH_SECONDS_TARGET)
+            judge(
+                "training of resnet56 on cuda, seconds an epoch",
+                training and training["epoch_seconds"]["ours_bf16"],
+                "≤",
+                EPOCH_SECONDS_TARGET,
+            )
         try:
             timings = find(results, "projection", "resnet56", kind)["timings"]
         except ValueError:
@@ -131,6 +187,15 @@ def verdicts(results: Sequence[dict]) -> pd.DataFrame:
             measured = None
             if training and timings:
                 took = timings[path]["median_seconds"]
-                measured = 100 * took / (took + steps * training["timings"]["ours_bf16"]["median_seconds"] / training["steps"])
-            judge(f"projection of resnet56 on {kind} {when} ({path}), % of the training time", measured, "≤", share)
+                measured = (
+                    100
+                    * took
+                    / (took + steps * training["timings"]["ours_bf16"]["median_seconds"] / training["steps"])
+                )
+            judge(
+                f"projection of resnet56 on {kind} {when} ({path}), % of the training time",
+                measured,
+                "≤",
+                share,
+            )
     return pd.DataFrame(rows)

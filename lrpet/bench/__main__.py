@@ -17,18 +17,30 @@ from lrpet.models import MODELS
 from lrpet.paths import results_root
 from lrpet.runs.environment import environment
 
-BENCHMARKS = {"projection": bench_projection, "training": bench_training, "inference": bench_inference, "scaling": bench_scaling}
+BENCHMARKS = {
+    "projection": bench_projection,
+    "training": bench_training,
+    "inference": bench_inference,
+    "scaling": bench_scaling,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark, print its result and keep it."""
-    parser = argparse.ArgumentParser(prog="python -m lrpet.bench", description="Speed, measured side by side in one run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m lrpet.bench", description="Speed, measured side by side in one run."
+    )
     verbs = parser.add_subparsers(dest="benchmark", required=True)
     for verb, function in BENCHMARKS.items():
         sub = verbs.add_parser(verb, help=inspect.getdoc(function).splitlines()[0])
         for name, option in inspect.signature(function).parameters.items():
             choices = {"model": MODELS, "device": ("cpu", "cuda")}.get(name)
-            sub.add_argument(f"--{name.replace('_', '-')}", type=type(option.default), default=option.default, choices=choices)
+            sub.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=type(option.default),
+                default=option.default,
+                choices=choices,
+            )
     args = vars(parser.parse_args(arguments))
     benchmark = args.pop("benchmark")
     if args["device"] == "cuda" and not torch.cuda.is_available():
@@ -36,7 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     origin = environment(torch.device(args["device"]))
     result = {"benchmark": benchmark, "model": args.get("model"), **BENCHMARKS[benchmark](**args), **origin}
-    path = results_root() / "bench" / ("-".join(filter(None, [benchmark, args.get("model"), args["device"]])) + ".json")
+    path = (
+        results_root()
+        / "bench"
+        / ("-".join(filter(None, [benchmark, args.get("model"), args["device"]])) + ".json")
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(path.read_text(encoding="utf-8"), end="")

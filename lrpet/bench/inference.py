@@ -22,7 +22,13 @@ BATCHES = (1, 256)
 
 
 @torch.inference_mode()
-def bench_inference(model: str = "resnet56", prune_ratio: float = 0.57, device: str = "cpu", rounds: int = 7, seconds: float = 20) -> dict:
+def bench_inference(
+    model: str = "resnet56",
+    prune_ratio: float = 0.57,
+    device: str = "cpu",
+    rounds: int = 7,
+    seconds: float = 20,
+) -> dict:
     """Compare dense and compact inference, BatchNorm folded in both, in every setting a user can choose.
 
     Args:
@@ -54,26 +60,63 @@ def bench_inference(model: str = "resnet56", prune_ratio: float = 0.57, device: 
                 x = torch.randn(batch, 3, edge, edge, device=where).to(memory_format=layout)
                 dense = fold_batchnorm(network).to(memory_format=layout)
                 gains = measure_gains(dense, ranks, x)
-                variants = {"dense": dense, "compact": factorize(dense, ranks), "selective": factorize(dense, _winners(ranks, gains))}
+                variants = {
+                    "dense": dense,
+                    "compact": factorize(dense, ranks),
+                    "selective": factorize(dense, _winners(ranks, gains)),
+                }
                 variants = {name: variant.to(memory_format=layout) for name, variant in variants.items()}
-                for mode in ("eager", "compiled") if threads == all_threads and _can_compile(device) else ("eager",):
+                for mode in (
+                    ("eager", "compiled") if threads == all_threads and _can_compile(device) else ("eager",)
+                ):
                     torch.compiler.reset()
                     run = variants
-                    if mode == "compiled":  # each takes a good part of a minute, so only the two that matter most
-                        run = {name: torch.compile(copy.deepcopy(variants[name])) for name in ("dense", "compact")}
-                    timings = side_by_side({n: lambda v=v, x=x: v(x) for n, v in run.items()}, rounds, where, seconds=seconds)
-                    row = {"batch": batch, "threads": threads, "memory": memory, "mode": mode, "n": timings["dense"]["n"]}
+                    if (
+                        mode == "compiled"
+                    ):  # each takes a good part of a minute, so only the two that matter most
+                        run = {
+                            name: torch.compile(copy.deepcopy(variants[name]))
+                            for name in ("dense", "compact")
+                        }
+                    timings = side_by_side(
+                        {n: lambda v=v, x=x: v(x) for n, v in run.items()}, rounds, where, seconds=seconds
+                    )
+                    row = {
+                        "batch": batch,
+                        "threads": threads,
+                        "memory": memory,
+                        "mode": mode,
+                        "n": timings["dense"]["n"],
+                    }
                     row |= {f"{name}_seconds": t["median_seconds"] for name, t in timings.items()}
-                    row |= {f"{name}_gain": 1 / t["ratio_to_first"] for name, t in timings.items() if name != "dense"}
+                    row |= {
+                        f"{name}_gain": 1 / t["ratio_to_first"]
+                        for name, t in timings.items()
+                        if name != "dense"
+                    }
                     rows.append(row | {"kept_dense": sum(gain < 1 for gain in gains.values())})
                 if threads == all_threads and memory == "channels_last":
                     seen = {(c.N, c.D, c.dense_macs): c for c in counted.layers if c.name in gains}
                     layers += [
-                        {"batch": batch, "layer": c.name, "N": c.N, "D": c.D, "rank": c.rank, "gain": gains[c.name], "ideal": c.dense_macs / c.macs}
+                        {
+                            "batch": batch,
+                            "layer": c.name,
+                            "N": c.N,
+                            "D": c.D,
+                            "rank": c.rank,
+                            "gain": gains[c.name],
+                            "ideal": c.dense_macs / c.macs,
+                        }
                         for c in seen.values()
                     ]
     torch.set_num_threads(all_threads)
-    return {"prune_ratio": prune_ratio, "image_edge": edge, "ideal": counted.dense_macs / counted.macs, "rows": rows, "layers": layers}
+    return {
+        "prune_ratio": prune_ratio,
+        "image_edge": edge,
+        "ideal": counted.dense_macs / counted.macs,
+        "rows": rows,
+        "layers": layers,
+    }
 
 
 def _winners(ranks: dict[str, int], gains: dict[str, float]) -> dict[str, int]:

@@ -42,12 +42,23 @@ def measure(config: RunConfig, batches: Batches, seconds: float = 1.0) -> dict:
     True
     """
     device = batches.device
-    method = make_method(build_network(config, len(batches.data.classes)).to(device, memory_format=torch.channels_last), config)
+    method = make_method(
+        build_network(config, len(batches.data.classes)).to(device, memory_format=torch.channels_last), config
+    )
     method.model.train()
-    optimizer, mix = make_optimizer(config, method.model, device, method.undecayed), make_mixer(config, len(batches.data.classes))
+    optimizer, mix = (
+        make_optimizer(config, method.model, device, method.undecayed),
+        make_mixer(config, len(batches.data.classes)),
+    )
 
     set_learning_rate(optimizer, learning_rate(config, 0), device)
-    trainer = Step(config, method.model, optimizer, torch.zeros(3, dtype=torch.float64, device=device), graphs=device.type == "cuda")
+    trainer = Step(
+        config,
+        method.model,
+        optimizer,
+        torch.zeros(3, dtype=torch.float64, device=device),
+        graphs=device.type == "cuda",
+    )
 
     def step(x: torch.Tensor, y: torch.Tensor) -> None:
         trainer.backward(*mix(x, y), y)
@@ -63,7 +74,9 @@ def measure(config: RunConfig, batches: Batches, seconds: float = 1.0) -> dict:
             work(x, y)
         wait()
         began = time.perf_counter()
-        while count < 3 or count % max(1, workers) or time.perf_counter() - began < seconds:  # workers end their batches in bursts
+        while (
+            count < 3 or count % max(1, workers) or time.perf_counter() - began < seconds
+        ):  # workers end their batches in bursts
             x, y = next(served)
             work(x, y)
             count, images = count + 1, images + len(y)
@@ -72,7 +85,9 @@ def measure(config: RunConfig, batches: Batches, seconds: float = 1.0) -> dict:
 
     workers = batches.loader.num_workers if isinstance(batches, StreamBatches) else 0
     epochs = lambda: itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
-    endless = lambda: (batch for batch in epochs() if len(batch[1]))  # one of several processes may get none of a last batch
+    endless = lambda: (
+        batch for batch in epochs() if len(batch[1])
+    )  # one of several processes may get none of a last batch
     one = next(batches.epoch(0))
     rates = {
         "loading": rate(endless(), lambda x, y: None),
@@ -94,7 +109,9 @@ def throughput_line(result: dict) -> str:
     >>> throughput_line(rates | {"workers": 8})
     'loading alone 900 images/s (8 workers), training alone 300, both 290: training is the bottleneck'
     """
-    loading, training, both = (result[f"{name}_images_per_second"] for name in ("loading", "training", "both"))
+    loading, training, both = (
+        result[f"{name}_images_per_second"] for name in ("loading", "training", "both")
+    )
     workers = f"{result['workers']} workers" if result["workers"] else "from memory"
     slower = "loading" if loading < training else "training"
     return f"loading alone {loading:.0f} images/s ({workers}), training alone {training:.0f}, both {both:.0f}: {slower} is the bottleneck"
@@ -103,8 +120,19 @@ def throughput_line(result: dict) -> str:
 def keep(config: RunConfig, result: dict, origin: dict) -> Path:
     """Write a measurement to ``results/bench``, with what was measured and where, and return the file."""
     device = "-".join(origin["device"].split()).replace("/", "-")
-    path = results_root() / "bench" / f"throughput-{config.model}-{config.method}-{config.image_size}-{device}.json"
+    path = (
+        results_root()
+        / "bench"
+        / f"throughput-{config.model}-{config.method}-{config.image_size}-{device}.json"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"benchmark": "throughput", "model": config.model, "method": config.method, "image_size": config.image_size, **result, **origin}
+    result = {
+        "benchmark": "throughput",
+        "model": config.model,
+        "method": config.method,
+        "image_size": config.image_size,
+        **result,
+        **origin,
+    }
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path

@@ -36,7 +36,9 @@ def peak_bytes(task: Callable, device: torch.device) -> int:
     with tempfile.TemporaryDirectory() as folder:
         record.export_chrome_trace(str(Path(folder, "trace.json")))
         events = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))["traceEvents"]
-    allocations = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    allocations = sorted(
+        (event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"
+    )
     now = peak = 0
     for _, change in allocations:
         now += change

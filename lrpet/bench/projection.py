@@ -15,7 +15,13 @@ from lrpet.models import TORCHVISION, build_model
 __all__ = ["bench_projection"]
 
 
-def bench_projection(model: str = "resnet56", prune_ratio: float = 0.57, device: str = "cpu", rounds: int = 15, seconds: float = 150) -> dict:
+def bench_projection(
+    model: str = "resnet56",
+    prune_ratio: float = 0.57,
+    device: str = "cpu",
+    rounds: int = 15,
+    seconds: float = 150,
+) -> dict:
     """Compare one projection of all layers with one ``torch.linalg.svd`` a layer, the usual implementation's main cost.
 
     The weights are those of a network in training, ten steps of SGD (random images) after its last projection.
@@ -67,4 +73,11 @@ def bench_projection(model: str = "resnet56", prune_ratio: float = 0.57, device:
         state.restore()
         memory[f"{name}_step_bytes"] = peak_bytes(projector.step, where)
     timings = side_by_side(tasks, rounds, where, prepare=state.restore, seconds=seconds)
-    return {"prune_ratio": prune_ratio, "layers": len(ranks), "followed": followed, "timings": timings, "memory": memory, **versions}
+    return {
+        "prune_ratio": prune_ratio,
+        "layers": len(ranks),
+        "followed": followed,
+        "timings": timings,
+        "memory": memory,
+        **versions,
+    }

@@ -35,17 +35,37 @@ class Batches:
     (torch.Size([64, 3, 8, 8]), torch.Size([64]))
     """
 
-    def __init__(self, data: ImageData, batch_size: int, device: str | torch.device, seed: int, rank: int = 0, world: int = 1):
-        self.data, self.batch_size, self.device, self.seed, self.rank, self.world = data, batch_size, torch.device(device), seed, rank, world
+    def __init__(
+        self,
+        data: ImageData,
+        batch_size: int,
+        device: str | torch.device,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.data, self.batch_size, self.device, self.seed, self.rank, self.world = (
+            data,
+            batch_size,
+            torch.device(device),
+            seed,
+            rank,
+            world,
+        )
         self.labels = data.train_labels.to(self.device)
         self.scale = torch.tensor([1 / (255 * s) for s in data.std], device=self.device)
-        self.shift = torch.tensor([m / s for m, s in zip(data.mean, data.std, strict=True)], device=self.device)
+        self.shift = torch.tensor(
+            [m / s for m, s in zip(data.mean, data.std, strict=True)], device=self.device
+        )
         self.steps = -(-len(self.labels) // batch_size)
         self._place()
 
     def _place(self) -> None:
         """Put the images where batches are made of them."""
-        self.test_images, self.test_labels = self.data.test_images.to(self.device), self.data.test_labels.to(self.device)
+        self.test_images, self.test_labels = (
+            self.data.test_images.to(self.device),
+            self.data.test_labels.to(self.device),
+        )
         self.images, pad = self.data.train_images.to(self.device), self.data.pad
         if pad:
             self.images = F.pad(self.images, (0, 0, pad, pad, pad, pad))  # zeros, in height and width
@@ -71,7 +91,10 @@ class Batches:
 
     def _test_parts(self, batch_size: int) -> list[slice]:
         """Return which held-out images make up each of this process's batches."""
-        return [slice(i, i + batch_size * self.world, self.world) for i in range(self.rank, len(self.data.test_labels), batch_size * self.world)]
+        return [
+            slice(i, i + batch_size * self.world, self.world)
+            for i in range(self.rank, len(self.data.test_labels), batch_size * self.world)
+        ]
 
     def _resample(self, pixels: Tensor, maps: Tensor) -> Tensor:
         """Normalize (B, H, W, 3) uint8 and show of each image what its affine map (B, 2, 3) says: (B, 3, size, size)."""
@@ -80,7 +103,9 @@ class Batches:
             return self._normalize(pixels[:, :size, :size])
         x = self._normalize(pixels)
         grid = F.affine_grid(maps, [len(x), 3, size, size], align_corners=False)
-        return F.grid_sample(x, grid, padding_mode="border", align_corners=False).contiguous(memory_format=torch.channels_last)
+        return F.grid_sample(x, grid, padding_mode="border", align_corners=False).contiguous(
+            memory_format=torch.channels_last
+        )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (x (B, 3, H, W) float32, y (B,)) of one epoch, from step ``start`` on."""
@@ -99,7 +124,9 @@ class Batches:
             if self.data.pad is None:
                 x = self._resample(self.images[which], maps[part])
             else:
-                x = self._normalize(self.images[which[:, None, None], rows[part, :, None], columns[part, None, :]])
+                x = self._normalize(
+                    self.images[which[:, None, None], rows[part, :, None], columns[part, None, :]]
+                )
             yield x, self.labels[which]
 
     def test(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,10 +19,17 @@ class DataError(ValueError):
 def cache_names(root: Path, purpose: str, files: list[tuple[str, int]]) -> tuple[str, str]:
     """Return what cache files are called after: a hash of the folder and purpose, and one of names, sizes and times of its images."""
     try:
-        listing = [f"{Path(p).relative_to(root)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p, _ in files]
+        listing = [
+            f"{Path(p).relative_to(root)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p, _ in files
+        ]
     except OSError as error:
-        raise DataError(f"{root} must be a folder of images that can be read; got: {error}. Remove that file or give another --data") from error
-    return tuple(hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] for lines in ([str(root.resolve()), purpose], listing))
+        raise DataError(
+            f"{root} must be a folder of images that can be read; got: {error}. Remove that file or give another --data"
+        ) from error
+    return tuple(
+        hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        for lines in ([str(root.resolve()), purpose], listing)
+    )
 
 
 def read_cache(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -44,10 +44,15 @@ def read_tree(root: Path, short: int | None, train_size: int, test_size: int, on
                     with write_whole(file) as out:
                         out.write(images.data)
                         out.write(hashlib.sha256(images.data).digest())
-                    for old in set(cache.glob(f"{place}-{split}-*")) - {file}:  # of this folder before its images changed
+                    for old in set(cache.glob(f"{place}-{split}-*")) - {
+                        file
+                    }:  # of this folder before its images changed
                         old.unlink(missing_ok=True)
         arrays.append(images)
-    (train_x, test_x), (train_y, test_y) = map(torch.from_numpy, arrays), (torch.tensor([y for _, y in part]) for part in (train, test))
+    (train_x, test_x), (train_y, test_y) = (
+        map(torch.from_numpy, arrays),
+        (torch.tensor([y for _, y in part]) for part in (train, test)),
+    )
     return train_x, train_y, test_x, test_y, classes, corrupt
 
 
@@ -59,7 +64,9 @@ def _decode(paths: list[str], short: int | None, size: int) -> np.ndarray:
         if short is not None:
             return central_square(image, short, size)
         if image.size != (size, size):
-            raise DataError(f"{path} is {image.width}×{image.height} pixels, not {size}×{size}; use dataset='imagefolder' for such images")
+            raise DataError(
+                f"{path} is {image.width}×{image.height} pixels, not {size}×{size}; use dataset='imagefolder' for such images"
+            )
         return np.asarray(image)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

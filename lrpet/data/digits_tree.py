@@ -16,7 +16,9 @@ from lrpet.paths import cache_folder
 __all__ = ["make_digits_tree"]
 
 
-def make_digits_tree(folder: str | Path | None = None, *, classes: int = 6, train: int = 32, val: int = 10) -> Path:
+def make_digits_tree(
+    folder: str | Path | None = None, *, classes: int = 6, train: int = 32, val: int = 10
+) -> Path:
     """Draw digits as JPEG files of 48 to 120 pixels, none square alike, into ``train/`` and ``val/``, a folder a digit.
 
     Args:
@@ -50,7 +52,9 @@ def make_digits_tree(folder: str | Path | None = None, *, classes: int = 6, trai
             place.mkdir(parents=True)
             for i, image in enumerate(images[labels == digit][:count]):
                 width, height = (int(edge) for edge in sizes.integers(48, 121, 2))
-                Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.BICUBIC).save(place / f"{i}.jpg", quality=90)
+                Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.BICUBIC).save(
+                    place / f"{i}.jpg", quality=90
+                )
     try:
         part.rename(folder)  # there as a whole, or not at all
     except OSError:  # another process was faster

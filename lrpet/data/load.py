@@ -25,12 +25,18 @@ def fits_in_memory(nbytes: int, device: torch.device) -> bool:
     """
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
-        free = 1024 * next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        free = 1024 * next(
+            int(line.split()[1])
+            for line in meminfo.read_text().splitlines()
+            if line.startswith("MemAvailable")
+        )
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
-    return nbytes < free / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of a torchrun keeps its own
+    return nbytes < free / 2 / int(
+        os.environ.get("LOCAL_WORLD_SIZE", 1)
+    )  # each process of a torchrun keeps its own
 
 
 def load_images(
@@ -70,10 +76,23 @@ def load_images(
     if config.validation_fraction:
         held, rest = held_out(len(train), config.validation_fraction)
         train, test = [train[i] for i in rest], [train[i] for i in held]
-    (train_x, train_y), (test_x, test_y) = (([path for path, _ in part], torch.tensor([y for _, y in part])) for part in (train, test))
-    return StreamData(folder, train_x, train_y, test_x, test_y, classes, size, config.crops or "square", corrupt)
+    (train_x, train_y), (test_x, test_y) = (
+        ([path for path, _ in part], torch.tensor([y for _, y in part])) for part in (train, test)
+    )
+    return StreamData(
+        folder, train_x, train_y, test_x, test_y, classes, size, config.crops or "square", corrupt
+    )
 
 
-def make_batches(data: ImageData | StreamData, batch_size: int, device: str | torch.device, seed: int, rank: int = 0, world: int = 1) -> Batches:
+def make_batches(
+    data: ImageData | StreamData,
+    batch_size: int,
+    device: str | torch.device,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Batches:
     """Return what serves the batches of a data set, from memory or streamed; see :class:`lrpet.data.batches.Batches`."""
-    return (StreamBatches if isinstance(data, StreamData) else Batches)(data, batch_size, device, seed, rank, world)
+    return (StreamBatches if isinstance(data, StreamData) else Batches)(
+        data, batch_size, device, seed, rank, world
+    )

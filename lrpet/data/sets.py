@@ -39,9 +39,14 @@ class ImageData:
     @property
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 over pixels and labels of each split: tells copies of a data set apart."""
-        splits = {"train": (self.train_images, self.train_labels), "test": (self.test_images, self.test_labels)}
+        splits = {
+            "train": (self.train_images, self.train_labels),
+            "test": (self.test_images, self.test_labels),
+        }
         return {
-            f"data_{split}_sha256": hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+            f"data_{split}_sha256": hashlib.sha256(
+                images.numpy().tobytes() + labels.numpy().tobytes()
+            ).hexdigest()
             for split, (images, labels) in splits.items()
         }
 
@@ -75,7 +80,9 @@ def load_data(config: RunConfig, root: str | Path | None = None, on_corrupt: str
         data = _cifar10(root)
     else:
         if config.crops is not None:
-            raise DataError(f"crops {config.crops!r} cannot be taken from memory, where a square of each image is kept; use lrpet.streaming")
+            raise DataError(
+                f"crops {config.crops!r} cannot be taken from memory, where a square of each image is kept; use lrpet.streaming"
+            )
         data = _imagefolder(root, config.image_size, on_corrupt)
     return _hold_out(data, config.validation_fraction) if config.validation_fraction else data
 
@@ -87,18 +94,37 @@ def _hold_out(data: ImageData, fraction: float) -> ImageData:
         edge = (images.shape[1] - data.image_size) // 2
         images = images[:, edge : edge + data.image_size, edge : edge + data.image_size].contiguous()
     parts = {"train_images": data.train_images[rest], "train_labels": data.train_labels[rest]}
-    return ImageData(**{**data.__dict__, **parts, "test_images": images, "test_labels": data.train_labels[held]})
+    return ImageData(
+        **{**data.__dict__, **parts, "test_images": images, "test_labels": data.train_labels[held]}
+    )
 
 
 def _digits() -> ImageData:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)).expand(-1, -1, -1, 3).contiguous()
+    images = (
+        torch.from_numpy(np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8))
+        .expand(-1, -1, -1, 3)
+        .contiguous()
+    )
     labels = torch.from_numpy(labels).long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the writers come in blocks
+    order = torch.randperm(
+        len(labels), generator=torch.Generator().manual_seed(0)
+    )  # the writers come in blocks
     train, test = order[:1297], order[1297:]
-    return ImageData(images[train], labels[train], images[test], labels[test], tuple("0123456789"), (0.306,) * 3, (0.377,) * 3, 8, pad=1, flip=False)
+    return ImageData(
+        images[train],
+        labels[train],
+        images[test],
+        labels[test],
+        tuple("0123456789"),
+        (0.306,) * 3,
+        (0.377,) * 3,
+        8,
+        pad=1,
+        flip=False,
+    )
 
 
 def _cifar10(root: Path | None) -> ImageData:
@@ -114,7 +140,9 @@ def _cifar10(root: Path | None) -> ImageData:
         from torchvision.datasets import CIFAR10
 
         if root is not None and not (place / "cifar-10-batches-py").is_dir():
-            raise DataError(f"{place} holds neither train/ nor cifar-10-batches-py/; give the folder of CIFAR-10, or none to download it")
+            raise DataError(
+                f"{place} holds neither train/ nor cifar-10-batches-py/; give the folder of CIFAR-10, or none to download it"
+            )
         try:
             sets = [CIFAR10(place, train=train, download=True) for train in (True, False)]
         except Exception as error:  # torchvision lets errors of urllib, tarfile and its own checks through

@@ -46,7 +46,10 @@ class StreamData:
         """SHA-256 over name, size and label of each file of a split: reading them all would take as long as an epoch."""
 
         def digest(files: list[str], labels: Tensor) -> str:
-            lines = (f"{os.path.relpath(f, self.root)} {os.stat(f).st_size} {y}\n" for f, y in zip(files, labels.tolist(), strict=True))
+            lines = (
+                f"{os.path.relpath(f, self.root)} {os.stat(f).st_size} {y}\n"
+                for f, y in zip(files, labels.tolist(), strict=True)
+            )
             return "files:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
         return {
@@ -82,13 +85,19 @@ class _Decoder(Dataset):
         kind, files, seeds = job
         try:
             pixels = [self._decode(kind, *one) for one in zip(files, seeds, strict=True)]
-            return torch.from_numpy(np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), np.uint8)), ""
+            return torch.from_numpy(
+                np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), np.uint8)
+            ), ""
         except DataError as error:
-            return torch.empty(0), str(error)  # raised where the batch is wanted, without the worker's traceback
+            return torch.empty(0), str(
+                error
+            )  # raised where the batch is wanted, without the worker's traceback
 
 
 def _start_worker(_number: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the one that trains decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process of a terminal; the one that trains decides
 
 
 class StreamBatches(Batches):
@@ -131,15 +140,26 @@ class StreamBatches(Batches):
                 raise DataError(wrong)
             yield pixels.to(self.device, non_blocking=True)
             if mine != self._passes:
-                raise RuntimeError("a pass over streamed images was begun before the last one had ended; take one after the other")
+                raise RuntimeError(
+                    "a pass over streamed images was begun before the last one had ended; take one after the other"
+                )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (x (B, 3, H, W) float32, y (B,)) of one epoch, from step ``start`` on."""
         order, numbers, flip = self._draw(epoch)
-        seeds = (numbers[:, 1:3].double() * 2**24 @ torch.tensor([2.0**24, 1.0], dtype=torch.float64)).long()  # (n,), all 48 bits drawn
+        seeds = (
+            numbers[:, 1:3].double() * 2**24 @ torch.tensor([2.0**24, 1.0], dtype=torch.float64)
+        ).long()  # (n,), all 48 bits drawn
         parts = [self._part(step) for step in range(start, self.steps)]
-        jobs = [(self.data.crops, [self.data.train_files[i] for i in order[part].tolist()], seeds[part].tolist()) for part in parts]
-        maps, flip, order = crop_maps(numbers, flip).to(self.device), flip.to(self.device), order.to(self.device)
+        jobs = [
+            (self.data.crops, [self.data.train_files[i] for i in order[part].tolist()], seeds[part].tolist())
+            for part in parts
+        ]
+        maps, flip, order = (
+            crop_maps(numbers, flip).to(self.device),
+            flip.to(self.device),
+            order.to(self.device),
+        )
         for part, pixels in zip(parts, self._decoded(jobs), strict=True):
             if self.data.crops == "whole":
                 x = self._normalize(torch.where(flip[part, None, None, None], pixels.flip(2), pixels))

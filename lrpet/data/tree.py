@@ -26,7 +26,9 @@ def held_out(count: int, fraction: float) -> tuple[Tensor, Tensor]:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     cut = round(fraction * count)
     if not 0 < cut < count:
-        raise DataError(f"validation_fraction {fraction} of {count} training images leaves one side empty; choose another")
+        raise DataError(
+            f"validation_fraction {fraction} of {count} training images leaves one side empty; choose another"
+        )
     return order[:cut], order[cut:]
 
 
@@ -41,19 +43,25 @@ def list_images(root: Path | None, on_corrupt: str = "stop"):
         DataError: no tree of images, one that cannot be read, or one of which a class is corrupt as a whole.
     """
     if root is None:
-        raise DataError("dataset 'imagefolder' needs a folder with train/ and val/ (or test/): give it by --data or LRPET_DATA")
+        raise DataError(
+            "dataset 'imagefolder' needs a folder with train/ and val/ (or test/): give it by --data or LRPET_DATA"
+        )
     try:
         train, test, classes = _list_tree(root)
         corrupt = _find_corrupt(root, train + test) if on_corrupt == "skip" else {}
     except OSError as error:
-        raise DataError(f"{root} must be a folder of images that can be read; got: {error}. Allow reading or give another --data") from error
+        raise DataError(
+            f"{root} must be a folder of images that can be read; got: {error}. Allow reading or give another --data"
+        ) from error
     for reason in corrupt.values():
         print(f"left out: {reason}", flush=True)
     if corrupt:
         print(f"{len(corrupt)} of {len(train + test)} images are corrupt and left out", flush=True)
     train, test = ([(path, label) for path, label in part if path not in corrupt] for part in (train, test))
     if {label for _, label in train} != set(range(len(classes))) or not test:
-        raise DataError(f"{root} has a class, or a held-out part, of which no image can be decoded; unpack it again")
+        raise DataError(
+            f"{root} has a class, or a held-out part, of which no image can be decoded; unpack it again"
+        )
     return train, test, classes, tuple(corrupt)
 
 
@@ -65,7 +73,11 @@ def _find_corrupt(root: Path, files: list[tuple[str, int]]) -> dict[str, str]:
         print(f"looking through {len(files)} images for corrupt ones, once", flush=True)
         with ThreadPool(os.cpu_count()) as pool:
             reasons = pool.imap(_wrong_with, (path for path, _ in files), chunksize=64)
-            corrupt = {os.path.relpath(path, root): reason for (path, _), reason in zip(files, reasons, strict=True) if reason}
+            corrupt = {
+                os.path.relpath(path, root): reason
+                for (path, _), reason in zip(files, reasons, strict=True)
+                if reason
+            }
         file.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(file) as out:
             out.write(json.dumps(corrupt).encode())
@@ -88,21 +100,33 @@ def _list_tree(root: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]
     from torchvision.datasets import ImageFolder
 
     if not root.is_dir():
-        raise DataError(f"{root} is no folder; it must hold train/ and test/ (or val/), or a folder a class: give another --data")
+        raise DataError(
+            f"{root} is no folder; it must hold train/ and test/ (or val/), or a folder a class: give another --data"
+        )
     held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     split = (root / "train").is_dir()
     if split != (held_out is not None):
         wanted = "must hold train/ and test/ (or val/), or neither and a folder a class"
         raise DataError(f"{root} {wanted}; unpack the images again or give another --data")
     try:
-        train, test = (ImageFolder(folder) for folder in (root / "train", held_out)) if split else (ImageFolder(root), None)
+        train, test = (
+            (ImageFolder(folder) for folder in (root / "train", held_out))
+            if split
+            else (ImageFolder(root), None)
+        )
     except FileNotFoundError as error:
-        raise DataError(f"{root} has a class without images, or no class: {error}. Unpack it again, or remove the empty folder") from error
+        raise DataError(
+            f"{root} has a class without images, or no class: {error}. Unpack it again, or remove the empty folder"
+        ) from error
     if split and train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(f"train/ and {held_out.name}/ of {root} hold different classes (only one has {odd[0]!r}); unpack it again")
+        raise DataError(
+            f"train/ and {held_out.name}/ of {root} hold different classes (only one has {odd[0]!r}); unpack it again"
+        )
     if len(train.classes) < 2:
-        raise DataError(f"{root} has one class, {train.classes[0]!r}; a classifier needs at least two folders of images")
+        raise DataError(
+            f"{root} has one class, {train.classes[0]!r}; a classifier needs at least two folders of images"
+        )
     if split:
         return train.samples, test.samples, tuple(train.classes)
     place = Counter()  # of an image within its class
@@ -111,7 +135,9 @@ def _list_tree(root: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]
         place[label] += 1
         parts[place[label] % 5 == 0].append((path, label))
     if len({label for _, label in parts[1]}) < len(train.classes):
-        raise DataError(f"{root} has a class of fewer than five images, of which none can be held out; add images, or make train/ and val/")
+        raise DataError(
+            f"{root} has a class of fewer than five images, of which none can be held out; add images, or make train/ and val/"
+        )
     return *parts, tuple(train.classes)
 
 
@@ -125,7 +151,9 @@ def open_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be decoded ({error}); replace or remove it, or leave such images out by on_corrupt 'skip'") from error
+        raise DataError(
+            f"{path} cannot be decoded ({error}); replace or remove it, or leave such images out by on_corrupt 'skip'"
+        ) from error
 
 
 def central_square(image: Image.Image, short: int, size: int) -> np.ndarray:

@@ -39,12 +39,20 @@ def export(network: nn.Module, path: str | Path, to: str, image_shape: tuple[int
     """
     if to not in ("onnx", "pt2"):
         raise ValueError(f"to must be onnx or pt2; got {to!r}")
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" and not importlib.util.find_spec(name)]
+    missing = [
+        name
+        for name in ("onnx", "onnxscript", "onnxruntime")
+        if to == "onnx" and not importlib.util.find_spec(name)
+    ]
     if missing:
-        raise ValueError(f"ONNX needs the package {missing[0]}, which is not installed: pip install lrpet[export]")
+        raise ValueError(
+            f"ONNX needs the package {missing[0]}, which is not installed: pip install lrpet[export]"
+        )
     network = network.to("cpu")
     draw = torch.Generator().manual_seed(0)
-    images, other = (torch.randn(count, *image_shape, generator=draw) for count in (2, 5))  # a batch of 1 would be taken for a constant
+    images, other = (
+        torch.randn(count, *image_shape, generator=draw) for count in (2, 5)
+    )  # a batch of 1 would be taken for a constant
     program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     path = Path(path)
     part = path.with_name(f"part{os.getpid()}-{path.name}")
@@ -58,7 +66,9 @@ def export(network: nn.Module, path: str | Path, to: str, image_shape: tuple[int
 
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the exporter's own making
-                onnx_program = torch.onnx.export(program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False)
+                onnx_program = torch.onnx.export(
+                    program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+                )
                 onnx_program.save(part, external_data=False)
             session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
             outputs = torch.from_numpy(session.run(None, {"images": other.numpy()})[0])
@@ -66,7 +76,9 @@ def export(network: nn.Module, path: str | Path, to: str, image_shape: tuple[int
             reference = network(other)
         difference = float((outputs - reference).abs().max() / reference.abs().max())
         if not difference <= TOLERANCE:
-            raise ValueError(f"the {to} program differs from the network by {difference:.1e}, more than {TOLERANCE:.0e}; nothing was written")
+            raise ValueError(
+                f"the {to} program differs from the network by {difference:.1e}, more than {TOLERANCE:.0e}; nothing was written"
+            )
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -16,7 +16,15 @@ from lrpet.figures.recorded import (
     plot_spectra_over_training,
 )
 from lrpet.figures.speed import plot_growth, plot_inference, plot_layer_gains, plot_projection_speed
-from lrpet.figures.style import METHOD_STYLES, STYLE, MethodStyle, ProjectFigure, method_style, save_figure, saved_figures
+from lrpet.figures.style import (
+    METHOD_STYLES,
+    STYLE,
+    MethodStyle,
+    ProjectFigure,
+    method_style,
+    save_figure,
+    saved_figures,
+)
 
 __all__ = [
     "METHOD_STYLES",

@@ -13,7 +13,16 @@ from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from lrpet.config import METHODS, RunConfig
-from lrpet.figures.style import METHOD_STYLES, PAPER, MethodStyle, ProjectFigure, add_legend, in_style, method_style, say_in_panel
+from lrpet.figures.style import (
+    METHOD_STYLES,
+    PAPER,
+    MethodStyle,
+    ProjectFigure,
+    add_legend,
+    in_style,
+    method_style,
+    say_in_panel,
+)
 
 __all__ = ["plot_ablations", "plot_accuracy_against_macs", "plot_rank_search"]
 
@@ -44,7 +53,9 @@ def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | Non
     """
     for column in ("dataset", "profile"):
         if column in runs and runs[column].nunique() > 1:
-            raise ValueError(f"runs must be of one {column}, else their numbers do not compare; got {', '.join(sorted(runs[column].unique()))}")
+            raise ValueError(
+                f"runs must be of one {column}, else their numbers do not compare; got {', '.join(sorted(runs[column].unique()))}"
+            )
     everything = _series_of_runs(runs) if len(runs) else []
     if everything and published is not None:
         everything += _series_of_published(published, runs)
@@ -53,23 +64,54 @@ def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | Non
     dodges = _dodges(everything)
     for series, dodge in zip(everything, dodges, strict=True):
         points, style = series.points, series.style
-        inside = {"markerfacecolor": PAPER, "markeredgewidth": 1.5} if series.hollow else {"fillstyle": series.fill, "markerfacecoloralt": PAPER}
-        look = {"color": style.color, "linestyle": style.linestyle, "marker": style.marker, "markersize": 7, "linewidth": 0.9, **inside}
+        inside = (
+            {"markerfacecolor": PAPER, "markeredgewidth": 1.5}
+            if series.hollow
+            else {"fillstyle": series.fill, "markerfacecoloralt": PAPER}
+        )
+        look = {
+            "color": style.color,
+            "linestyle": style.linestyle,
+            "marker": style.marker,
+            "markersize": 7,
+            "linewidth": 0.9,
+            **inside,
+        }
         lines = ax.plot(points["macs"], points["top1"], label=series.label, **look)
         deviation = {"xerr": points["macs_std"].where(points["macs_std"] > 0), "yerr": points["top1_std"]}
-        bars = ax.errorbar(points["macs"], points["top1"], **deviation, fmt="none", ecolor=style.color, elinewidth=1.1)
-        for artist in (*lines, *bars[1], *bars[2]):  # shifted only now, as a shifted artist does not count for the axis limits
-            artist.set_transform(artist.get_transform() + ScaledTranslation(dodge / 72, 0, figure.dpi_scale_trans))
+        bars = ax.errorbar(
+            points["macs"], points["top1"], **deviation, fmt="none", ecolor=style.color, elinewidth=1.1
+        )
+        for artist in (
+            *lines,
+            *bars[1],
+            *bars[2],
+        ):  # shifted only now, as a shifted artist does not count for the axis limits
+            artist.set_transform(
+                artist.get_transform() + ScaledTranslation(dodge / 72, 0, figure.dpi_scale_trans)
+            )
     if len({series.model for series in everything}) > 1:
         for k, series in enumerate(sorted(everything, key=lambda series: series.points["macs"].max())):
-            x, y, below = *series.points[["macs", "top1"]].iloc[-1], k % 2 == 0  # by turns, so that neighbours do not collide
-            place = {"ha": "left" if below else "right", "va": "top" if below else "bottom", "textcoords": "offset points"}
-            ax.annotate(series.model, (x, y), (6, -4) if below else (-6, 4), fontsize=8, color="#555555", **place)
+            x, y, below = (
+                *series.points[["macs", "top1"]].iloc[-1],
+                k % 2 == 0,
+            )  # by turns, so that neighbours do not collide
+            place = {
+                "ha": "left" if below else "right",
+                "va": "top" if below else "bottom",
+                "textcoords": "offset points",
+            }
+            ax.annotate(
+                series.model, (x, y), (6, -4) if below else (-6, 4), fontsize=8, color="#555555", **place
+            )
     if not everything:
         say_in_panel(ax, "no run has finished")
     where = sorted(set(runs["scored_on"])) if "scored_on" in runs else []
     aside = "; points of equal cost stand side by side" * any(dodges)
-    ax.set(xlabel=f"MACs of one image, millions{aside}", ylabel=f"top-1 accuracy, {' and '.join(where) or 'test'} images, %")
+    ax.set(
+        xlabel=f"MACs of one image, millions{aside}",
+        ylabel=f"top-1 accuracy, {' and '.join(where) or 'test'} images, %",
+    )
     hollow = "; hollow: published" if any(series.hollow for series in everything) else ""
     seeds = sorted({n for series in everything for n in series.seeds})
     if everything:
@@ -107,10 +149,32 @@ def plot_rank_search(candidates: pd.DataFrame, uniform: pd.DataFrame) -> Project
     ax = figure.subplots()
     searched, plain = METHOD_STYLES["lrpet"], METHOD_STYLES["narrow"]
     front = candidates[candidates.pareto].sort_values("macs")
-    ax.plot(candidates.macs / 1e6, candidates.top1_pct, linestyle="none", marker="o", markerfacecolor="none", color=searched.color, label="candidate")
-    ax.plot(front.macs / 1e6, front.top1_pct, marker="o", color=searched.color, linestyle="-", label="Pareto front of the candidates")
+    ax.plot(
+        candidates.macs / 1e6,
+        candidates.top1_pct,
+        linestyle="none",
+        marker="o",
+        markerfacecolor="none",
+        color=searched.color,
+        label="candidate",
+    )
+    ax.plot(
+        front.macs / 1e6,
+        front.top1_pct,
+        marker="o",
+        color=searched.color,
+        linestyle="-",
+        label="Pareto front of the candidates",
+    )
     line = uniform.sort_values("macs")
-    ax.plot(line.macs / 1e6, line.top1_pct, marker=plain.marker, color=plain.color, linestyle="--", label="one ratio for all layers")
+    ax.plot(
+        line.macs / 1e6,
+        line.top1_pct,
+        marker=plain.marker,
+        color=plain.color,
+        linestyle="--",
+        label="one ratio for all layers",
+    )
     ax.set(xlabel="MACs of one image, millions", ylabel="top-1 accuracy, held-out images, %")
     add_legend(figure, ax)
     return figure
@@ -140,8 +204,14 @@ def _dodges(everything: list[_Series]) -> list[float]:
 
 def _series_of_runs(runs: pd.DataFrame) -> list[_Series]:
     """Average over seeds, then split by what the figure tells apart: method, network, and settings that differ within a method."""
-    fields = [f.name for f in dataclasses.fields(RunConfig) if f.name in runs and f.name not in ("seed", "profile", "dataset")]
-    key = runs[fields].map(lambda value: json.dumps(value) if isinstance(value, (list, tuple, dict)) else str(value))
+    fields = [
+        f.name
+        for f in dataclasses.fields(RunConfig)
+        if f.name in runs and f.name not in ("seed", "profile", "dataset")
+    ]
+    key = runs[fields].map(
+        lambda value: json.dumps(value) if isinstance(value, (list, tuple, dict)) else str(value)
+    )
     key["macs"], key["top1"], key["seed"] = runs["macs"] / 1e6, runs["top1_pct"], runs["seed"]
     everything = []
     for method in [*METHOD_STYLES, *sorted(set(key["method"]) - set(METHOD_STYLES))]:
@@ -149,25 +219,50 @@ def _series_of_runs(runs: pd.DataFrame) -> list[_Series]:
         differ = [f for f in fields if f not in ("model", "prune_ratio", "ranks") and mine[f].nunique() > 1]
         usual = METHODS.get(method, {})
         rows_of = mine[differ].drop_duplicates().sort_values(differ).itertuples(index=False) if differ else []
-        variants = {tuple(row): [_setting(f, v) for f, v in zip(differ, row, strict=True) if f not in usual or v != str(usual[f])] for row in rows_of}
-        variants = dict(sorted(variants.items(), key=lambda variant: len(variant[1])))  # as the method is meant first, with a full marker
+        variants = {
+            tuple(row): [
+                _setting(f, v)
+                for f, v in zip(differ, row, strict=True)
+                if f not in usual or v != str(usual[f])
+            ]
+            for row in rows_of
+        }
+        variants = dict(
+            sorted(variants.items(), key=lambda variant: len(variant[1]))
+        )  # as the method is meant first, with a full marker
         fills = dict(zip(variants, cycle(["full", "left", "bottom", "right", "top"]), strict=False))
         place = {row: k for k, row in enumerate(variants)}
-        for (model, *row), rows in sorted(mine.groupby(["model", *differ]), key=lambda group: place.get(group[0][1:], 0)):
+        for (model, *row), rows in sorted(
+            mine.groupby(["model", *differ]), key=lambda group: place.get(group[0][1:], 0)
+        ):
             points = rows.groupby(fields).agg(
-                macs=("macs", "mean"), macs_std=("macs", "std"), top1=("top1", "mean"), top1_std=("top1", "std"), seeds=("seed", "nunique")
+                macs=("macs", "mean"),
+                macs_std=("macs", "std"),
+                top1=("top1", "mean"),
+                top1_std=("top1", "std"),
+                seeds=("seed", "nunique"),
             )
             style, seeds = method_style(method), frozenset(points["seeds"])
-            name = ", ".join([style.label, *variants.get(tuple(row), [])]).replace(", without BN", " without BN")  # as in the tables
-            everything.append(_Series(name, model, style, fills.get(tuple(row), "full"), seeds, points.sort_values("macs")))
+            name = ", ".join([style.label, *variants.get(tuple(row), [])]).replace(
+                ", without BN", " without BN"
+            )  # as in the tables
+            everything.append(
+                _Series(name, model, style, fills.get(tuple(row), "full"), seeds, points.sort_values("macs"))
+            )
     if len(set().union(*(series.seeds for series in everything))) > 1:  # else the title says it once for all
-        everything = [series._replace(label=f"{series.label} ({_count(sorted(series.seeds))})") for series in everything]
+        everything = [
+            series._replace(label=f"{series.label} ({_count(sorted(series.seeds))})") for series in everything
+        ]
     return everything
 
 
 def _setting(field: str, value: str) -> str:
     """Write a setting that tells two variants of a method apart."""
-    return f"{'with' if value == 'True' else 'without'} BN rectification" if field == "bn_rectification" else f"{field}={value}"
+    return (
+        f"{'with' if value == 'True' else 'without'} BN rectification"
+        if field == "bn_rectification"
+        else f"{field}={value}"
+    )
 
 
 def _count(seeds: list[int]) -> str:
@@ -181,10 +276,20 @@ def _series_of_published(published: pd.DataFrame, runs: pd.DataFrame) -> list[_S
     table = table[table["dataset"].isin(runs["dataset"]) & table["model"].isin(runs["model"])]
     dense = table["model"].map(runs.groupby("model")["dense_macs"].max()).astype(float) / 1e6
     saved = table["macs_reduction_pct"].where(~table["method"].str.startswith("baseline"), 0.0)
-    table = table.assign(macs=table["macs"].fillna(dense * (1 - saved / 100)), macs_std=np.nan, top1_std=np.nan)
+    table = table.assign(
+        macs=table["macs"].fillna(dense * (1 - saved / 100)), macs_std=np.nan, top1_std=np.nan
+    )
     table = table.dropna(subset=["macs", "top1"])
     return [
-        _Series(f"{name}, published", model, method_style(name), "full", frozenset(), points.sort_values("macs"), hollow=True)
+        _Series(
+            f"{name}, published",
+            model,
+            method_style(name),
+            "full",
+            frozenset(),
+            points.sort_values("macs"),
+            hollow=True,
+        )
         for (name, model), points in table.groupby(["method", "model"], sort=False)
     ]
 
@@ -221,13 +326,30 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
             values = runs[runs.experiment == row.experiment].top1_pct.dropna().astype(float)
             base = row.verdict == "LRPET as it is"
             if values.empty:
-                ax.text(0.5, y, "not run", transform=ax.get_yaxis_transform(), ha="center", va="center", color="#666666", fontsize=8.5)
+                ax.text(
+                    0.5,
+                    y,
+                    "not run",
+                    transform=ax.get_yaxis_transform(),
+                    ha="center",
+                    va="center",
+                    color="#666666",
+                    fontsize=8.5,
+                )
                 continue
-            ax.plot(values, [y] * len(values), style.marker, color=style.color, markerfacecolor=style.color if base else PAPER)
+            ax.plot(
+                values,
+                [y] * len(values),
+                style.marker,
+                color=style.color,
+                markerfacecolor=style.color if base else PAPER,
+            )
             ax.plot([values.mean()] * 2, [y - 0.32, y + 0.32], color=style.color)
             if base:
                 ax.axvline(values.mean(), color="#999999", linewidth=0.8, linestyle=":", zorder=0)
-        ax.set(title=question, yticks=range(len(part)), yticklabels=part.setting, ylim=(len(part) - 0.4, -0.6))
+        ax.set(
+            title=question, yticks=range(len(part)), yticklabels=part.setting, ylim=(len(part) - 0.4, -0.6)
+        )
         ax.grid(True, axis="x")
         ax.grid(False, axis="y")
     panels[-1].set_xlabel("top-1 accuracy, %")

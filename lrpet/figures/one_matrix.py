@@ -9,7 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrpet.figures.style import METHOD_STYLES, PAPER, ProjectFigure, add_legend, in_style, mark_rank, method_style, whole_number_ticks
+from lrpet.figures.style import (
+    METHOD_STYLES,
+    PAPER,
+    ProjectFigure,
+    add_legend,
+    in_style,
+    mark_rank,
+    method_style,
+    whole_number_ticks,
+)
 from lrpet.lowrank.projection import project
 
 __all__ = ["plot_by_depth", "plot_channel_errors", "plot_rank_sweep", "plot_spectrum"]
@@ -49,7 +58,9 @@ def plot_spectrum(matrix: Tensor, rank: int) -> ProjectFigure:
     for name in ("lrp", "lrpet"):
         style = METHOD_STYLES[name]
         left.plot(i[kept], s[name][kept], style.marker, color=style.color, markersize=4, label=style.label)
-    left.set(xlabel="i, number of the singular value", ylabel="singular value $s_i$", xlim=(0.2, len(i) + 0.8))
+    left.set(
+        xlabel="i, number of the singular value", ylabel="singular value $s_i$", xlim=(0.2, len(i) + 0.8)
+    )
     left.set_ylim(0, 1.12 * max(values[0] for values in s.values()) or 1)
 
     for name, width in (("dense", 3.5), ("lrp", 1.6), ("lrpet", 1.6)):
@@ -62,7 +73,12 @@ def plot_spectrum(matrix: Tensor, rank: int) -> ProjectFigure:
             box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
             place = {"textcoords": "offset points", "ha": "right", "va": "top", "color": color, "bbox": box}
             right.annotate(f"{percent[-1]:.1f} %", (i[-1], percent[-1]), (0, -8), **place)
-    right.set(xlabel="i, number of the singular value", ylabel="cumulative energy, % of E", xlim=(0, len(i) + 0.8), ylim=(0, 106))
+    right.set(
+        xlabel="i, number of the singular value",
+        ylabel="cumulative energy, % of E",
+        xlim=(0, len(i) + 0.8),
+        ylim=(0, 106),
+    )
     for ax in (left, right):
         whole_number_ticks(ax)
     mark_rank(left, rank + 0.5, f"R = {rank}", at_top=True)
@@ -95,14 +111,19 @@ def plot_rank_sweep(matrix: Tensor, rank: int | None = None) -> ProjectFigure:
     R = np.arange(1, len(kappa) + 1)
     figure = ProjectFigure()
     left, right = figure.subplots(1, 2)
-    curves = {"lrp": (100 * kappa, np.sqrt(1 - kappa)), "lrpet": (np.full(len(R), 100.0), np.sqrt(2 - 2 * np.sqrt(kappa)))}
+    curves = {
+        "lrp": (100 * kappa, np.sqrt(1 - kappa)),
+        "lrpet": (np.full(len(R), 100.0), np.sqrt(2 - 2 * np.sqrt(kappa))),
+    }
     for name, (percent, error) in curves.items():
         style = METHOD_STYLES[name]
         for ax, values in ((left, percent), (right, error)):
             ax.plot(R, values, color=style.color, linestyle=style.linestyle, label=style.label)
             if rank is not None:
                 ax.plot(rank, values[rank - 1], style.marker, color=style.color)
-    left.set(xlabel="rank R", ylabel="energy after the projection, % of E", xlim=(0, len(R) + 0.5), ylim=(0, 106))
+    left.set(
+        xlabel="rank R", ylabel="energy after the projection, % of E", xlim=(0, len(R) + 0.5), ylim=(0, 106)
+    )
     right.set(xlabel="rank R", ylabel="relative error ‖P − M‖ / ‖M‖", xlim=(0, len(R) + 0.5), ylim=(0, None))
     for ax in (left, right):
         whole_number_ticks(ax)
@@ -131,7 +152,14 @@ def plot_by_depth(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Projec
         for name, values in curves.items():
             style = method_style(name)
             look = {"color": style.color, "linestyle": style.linestyle, "marker": style.marker}
-            ax.plot(np.arange(1, len(values) + 1), values, markersize=3.5, linewidth=1.2, label=style.label, **look)
+            ax.plot(
+                np.arange(1, len(values) + 1),
+                values,
+                markersize=3.5,
+                linewidth=1.2,
+                label=style.label,
+                **look,
+            )
         ax.axhline(1, color="#888888", linewidth=0.8, zorder=1)
         ax.set(xlabel="layer, from the input", ylabel=label)
         everything = np.concatenate([np.asarray(values, float) for values in curves.values()])
@@ -166,9 +194,20 @@ def plot_channel_errors(scales: Sequence[float], errors: Mapping[str, Sequence[f
     looks = cycle([METHOD_STYLES["narrow"], METHOD_STYLES["lrpet"], METHOD_STYLES["svd_finetune"]])
     order = np.argsort(scales)
     for (label, values), style in zip(errors.items(), looks, strict=False):
-        look = {"color": style.color, "linestyle": style.linestyle, "marker": style.marker, "markersize": 4, "linewidth": 1}
+        look = {
+            "color": style.color,
+            "linestyle": style.linestyle,
+            "marker": style.marker,
+            "markersize": 4,
+            "linewidth": 1,
+        }
         ax.plot(np.asarray(scales)[order], 100 * np.asarray(values)[order], label=label, **look)
-    ax.set(xscale="log", xlabel="scale |a| that BatchNorm gives the channel", ylabel="error of the channel, %", ylim=(0, None))
+    ax.set(
+        xscale="log",
+        xlabel="scale |a| that BatchNorm gives the channel",
+        ylabel="error of the channel, %",
+        ylim=(0, None),
+    )
     ax.xaxis.set_major_formatter("{x:g}")
     add_legend(figure, ax)
     return figure

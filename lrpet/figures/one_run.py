@@ -7,13 +7,25 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lrpet.figures.style import METHOD_STYLES, OTHER, MethodStyle, ProjectFigure, add_legend, in_style, method_style, say_in_panel, whole_number_ticks
+from lrpet.figures.style import (
+    METHOD_STYLES,
+    OTHER,
+    MethodStyle,
+    ProjectFigure,
+    add_legend,
+    in_style,
+    method_style,
+    say_in_panel,
+    whole_number_ticks,
+)
 
 __all__ = ["plot_history", "plot_layers"]
 
 
 @in_style()
-def plot_history(histories: pd.DataFrame | Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]]) -> ProjectFigure:
+def plot_history(
+    histories: pd.DataFrame | Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
+) -> ProjectFigure:
     """Draw loss and accuracy over the epochs of one run or of several.
 
     Args:
@@ -31,20 +43,41 @@ def plot_history(histories: pd.DataFrame | Mapping[str, pd.DataFrame | Sequence[
     'top-1 accuracy, %'
     """
     runs = {"": histories} if isinstance(histories, pd.DataFrame) else histories
-    runs = {name: [run] if isinstance(run, pd.DataFrame) else list(run) for name, run in runs.items() if len(run)}
+    runs = {
+        name: [run] if isinstance(run, pd.DataFrame) else list(run) for name, run in runs.items() if len(run)
+    }
     figure = ProjectFigure(3.4)
     panels = figure.subplots(1, 2)
     for (name, seeds), style in zip(runs.items(), _line_styles(runs), strict=True):
         table = pd.concat(seeds, ignore_index=True)
         label = style.label + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")
         for ax, column in zip(panels, ("loss", "top1_pct"), strict=True):
-            for source, look in ((f"train_{column}", {"linewidth": 0.9, "alpha": 0.6}), (column, {"label": label if name else None})):
+            for source, look in (
+                (f"train_{column}", {"linewidth": 0.9, "alpha": 0.6}),
+                (column, {"label": label if name else None}),
+            ):
                 values = table.groupby("epoch")[source].agg(["mean", "min", "max"])
                 marker = style.marker if len(values) == 1 else None  # a line of one point would not show
-                ax.plot(values.index, values["mean"], color=style.color, linestyle=style.linestyle, marker=marker, **look)
+                ax.plot(
+                    values.index,
+                    values["mean"],
+                    color=style.color,
+                    linestyle=style.linestyle,
+                    marker=marker,
+                    **look,
+                )
                 if len(seeds) > 1 and source == column:
-                    ax.fill_between(values.index, values["min"], values["max"], color=style.color, alpha=0.15, linewidth=0)
-    falls = sorted({epoch - 0.5 for seeds in runs.values() for t in seeds for epoch in t["epoch"][t["learning_rate"].diff() < 0]})
+                    ax.fill_between(
+                        values.index, values["min"], values["max"], color=style.color, alpha=0.15, linewidth=0
+                    )
+    falls = sorted(
+        {
+            epoch - 0.5
+            for seeds in runs.values()
+            for t in seeds
+            for epoch in t["epoch"][t["learning_rate"].diff() < 0]
+        }
+    )
     for ax in panels:
         ax.set_xlabel("epoch")
         whole_number_ticks(ax)
@@ -55,7 +88,9 @@ def plot_history(histories: pd.DataFrame | Mapping[str, pd.DataFrame | Sequence[
     panels[0].set_ylabel("loss (cross-entropy), nats")
     panels[1].set_ylabel("top-1 accuracy, %")
     if runs:
-        where = sorted({images for seeds in runs.values() for t in seeds for images in t.get("scored_on", ["test"])})
+        where = sorted(
+            {images for seeds in runs.values() for t in seeds for images in t.get("scored_on", ["test"])}
+        )
         panels[0].set(yscale="log")
         panels[0].set_title(f"full: {' and '.join(where)} images, pale: training images", color="#555555")
     if falls:
@@ -98,21 +133,42 @@ def plot_layers(layers: pd.DataFrame) -> ProjectFigure:
     """
     missing = [name for name in ("name", "macs", "dense_macs") if name not in layers]
     if missing:
-        raise ValueError(f"layers must have a column {missing[0]!r}; got {', '.join(map(str, layers.columns))}")
+        raise ValueError(
+            f"layers must have a column {missing[0]!r}; got {', '.join(map(str, layers.columns))}"
+        )
     x = np.arange(len(layers))
     figure = ProjectFigure(4.6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     total, dense = (f"{layers[column].sum() / 1e6:#.3g}".rstrip(".") for column in ("macs", "dense_macs"))
     edge = 0.6 if len(x) <= 60 else 0
-    top.bar(x, layers["dense_macs"] / 1e6, color="#E4E4E4", edgecolor="#777777", linewidth=edge, width=0.8, label=f"dense, {dense} M in all")
+    top.bar(
+        x,
+        layers["dense_macs"] / 1e6,
+        color="#E4E4E4",
+        edgecolor="#777777",
+        linewidth=edge,
+        width=0.8,
+        label=f"dense, {dense} M in all",
+    )
     compact = METHOD_STYLES["lrpet"].color
     top.bar(x, layers["macs"] / 1e6, color=compact, width=0.5, label=f"compact, {total} M in all")
     if "action" in layers and (layers["action"] == "constant").any():
         dead = x[layers["action"] == "constant"]
-        top.plot(dead, np.zeros(len(dead)), "x", color=METHOD_STYLES["lrp"].color, clip_on=False, label="dead layer, no MACs")
+        top.plot(
+            dead,
+            np.zeros(len(dead)),
+            "x",
+            color=METHOD_STYLES["lrp"].color,
+            clip_on=False,
+            label="dead layer, no MACs",
+        )
     top.set_ylabel("MACs, millions")
 
-    energy = 100 * layers["energy_kept"].astype(float) if "energy_kept" in layers else pd.Series(np.nan, layers.index)
+    energy = (
+        100 * layers["energy_kept"].astype(float)
+        if "energy_kept" in layers
+        else pd.Series(np.nan, layers.index)
+    )
     if energy.notna().any():
         bottom.plot(x, energy, "o", color=compact, markersize=4 if len(x) <= 60 else 3)
         low = energy.min()

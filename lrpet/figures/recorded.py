@@ -10,10 +10,26 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, NullLocator
 
-from lrpet.figures.style import INK, PAPER, ProjectFigure, add_legend, in_style, method_style, say_in_panel, whole_number_ticks
+from lrpet.figures.style import (
+    INK,
+    PAPER,
+    ProjectFigure,
+    add_legend,
+    in_style,
+    method_style,
+    say_in_panel,
+    whole_number_ticks,
+)
 from lrpet.tables.recorded import TINY
 
-__all__ = ["plot_energy_kept", "plot_gradient_bound", "plot_gradient_ratios", "plot_gradients", "plot_spectra", "plot_spectra_over_training"]
+__all__ = [
+    "plot_energy_kept",
+    "plot_gradient_bound",
+    "plot_gradient_ratios",
+    "plot_gradients",
+    "plot_spectra",
+    "plot_spectra_over_training",
+]
 MISSING = "not recorded"
 PANELS = 20  # layers on one page
 EPOCHS = 4  # lines in one panel
@@ -23,7 +39,10 @@ FLOOR = 1e-5  # of the largest singular value: what is smaller is rounding, and 
 
 def _evenly(values: Sequence, n: int) -> list:
     """Return n of the values at most, the first and the last among them, evenly between."""
-    return [values[k] for k in sorted(set(np.linspace(0, len(values) - 1, min(n, len(values))).round().astype(int)))]
+    return [
+        values[k]
+        for k in sorted(set(np.linspace(0, len(values) - 1, min(n, len(values))).round().astype(int)))
+    ]
 
 
 def _spectrum(table: pd.DataFrame, layer: str, epoch: int, when: str, rank: int | None) -> pd.DataFrame:
@@ -65,8 +84,17 @@ def plot_spectra(spectra: Mapping[str, pd.DataFrame], ranks: Mapping[str, int]) 
     for ax, layer in zip(panels.flat, layers, strict=False):
         for method, table in spectra.items():
             style = method_style(method)
-            before, after = (_spectrum(table, layer, epoch, when, ranks.get(layer)) for when in ("before", "after"))
-            ax.plot(before["i"], before["s"], color=style.color, linestyle=style.linestyle, linewidth=1.1, label=f"{style.label}, before")
+            before, after = (
+                _spectrum(table, layer, epoch, when, ranks.get(layer)) for when in ("before", "after")
+            )
+            ax.plot(
+                before["i"],
+                before["s"],
+                color=style.color,
+                linestyle=style.linestyle,
+                linewidth=1.1,
+                label=f"{style.label}, before",
+            )
             if len(after):
                 ax.plot(
                     after["i"],
@@ -88,7 +116,9 @@ def plot_spectra(spectra: Mapping[str, pd.DataFrame], ranks: Mapping[str, int]) 
 
 
 @in_style()
-def plot_spectra_over_training(spectra: Mapping[str, pd.DataFrame], layers: Sequence[str], ranks: Mapping[str, int]) -> ProjectFigure:
+def plot_spectra_over_training(
+    spectra: Mapping[str, pd.DataFrame], layers: Sequence[str], ranks: Mapping[str, int]
+) -> ProjectFigure:
     """Draw how the singular values of some layers change over the epochs, a column a method.
 
     Args:
@@ -113,16 +143,28 @@ def plot_spectra_over_training(spectra: Mapping[str, pd.DataFrame], layers: Sequ
         colors = matplotlib.colormaps["viridis_r"](np.linspace(0.12, 1, len(epochs)))
         for ax, layer in zip(column, layers, strict=True):
             for epoch, color in zip(epochs, colors, strict=True):
-                before, after = (_spectrum(table, layer, epoch, when, ranks.get(layer)) for when in ("before", "after"))
+                before, after = (
+                    _spectrum(table, layer, epoch, when, ranks.get(layer)) for when in ("before", "after")
+                )
                 ax.plot(before["i"], before["s"], color=color, linewidth=1.1, label=f"epoch {epoch}")
-                ax.plot(after["i"], after["s"], "o", color=color, markersize=2.6, markevery=-(-max(1, len(after)) // DOTS))
+                ax.plot(
+                    after["i"],
+                    after["s"],
+                    "o",
+                    color=color,
+                    markersize=2.6,
+                    markevery=-(-max(1, len(after)) // DOTS),
+                )
             _at_rank(ax, ranks.get(layer))
             whole_number_ticks(ax)
         column[0].set_title(method_style(method).label)
     for ax, layer in zip(panels[:, 0], layers, strict=True):
         largest = max(table.loc[table["layer"] == layer, "s"].max() for table in spectra.values())
         ax.set(ylabel=f"$s_i$ of {layer}", yscale="log", ylim=(FLOOR * largest, 2 * largest))
-    figure.supxlabel("i, number of the singular value; lines: before the projection, dots: after it; dotted: R", fontsize=9.5)
+    figure.supxlabel(
+        "i, number of the singular value; lines: before the projection, dots: after it; dotted: R",
+        fontsize=9.5,
+    )
     add_legend(figure, *panels.flat)
     return figure
 
@@ -150,7 +192,14 @@ def plot_energy_kept(shares: pd.DataFrame) -> ProjectFigure:
         look = {"color": style.color, "linestyle": style.linestyle}
         last = rows[rows["epoch"] == rows["epoch"].max()]
         beside = 0.16 * (k - 1)  # so that equal values do not hide each other
-        left.plot(np.arange(len(last)) + beside, last["kept_pct"], style.marker, color=style.color, markersize=4, label=style.label)
+        left.plot(
+            np.arange(len(last)) + beside,
+            last["kept_pct"],
+            style.marker,
+            color=style.color,
+            markersize=4,
+            label=style.label,
+        )
         over = rows.groupby("epoch")["kept_pct"].agg(["mean", "min"])
         right.plot(over.index, over["mean"], marker=style.marker, markersize=3.5, **look)
         right.plot(over.index, over["min"], linewidth=0.7, **look)
@@ -180,10 +229,18 @@ def plot_gradients(gradients: Mapping[str, pd.DataFrame]) -> ProjectFigure:
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
     for method, table in gradients.items():
         style = method_style(method)
-        look = {"color": style.color, "linestyle": style.linestyle, "marker": style.marker, "markersize": 3.5, "linewidth": 1.2}
+        look = {
+            "color": style.color,
+            "linestyle": style.linestyle,
+            "marker": style.marker,
+            "markersize": 3.5,
+            "linewidth": 1.2,
+        }
         table = table.assign(scale_free=table["gradient_norm"] * table["weight_norm"])
         for (left, right), quantity in zip(panels, ("gradient_norm", "scale_free"), strict=True):
-            means = np.exp(np.log(table[quantity].clip(lower=TINY)).groupby(table["layer"], sort=False).mean())
+            means = np.exp(
+                np.log(table[quantity].clip(lower=TINY)).groupby(table["layer"], sort=False).mean()
+            )
             first = table[table["layer"] == means.index[0]]
             left.plot(np.arange(len(means)), means, label=style.label, **look)
             right.plot(first["epoch"], first[quantity], **look)
@@ -225,7 +282,9 @@ def plot_gradient_ratios(ratios: pd.DataFrame) -> ProjectFigure:
     limit = max(1.1, float(np.exp(np.abs(np.log(ratios[["gradient", "scale_free"]].to_numpy(float))).max())))
     for ax, column, title in zip(panels, ("gradient", "scale_free"), ("‖∂L/∂M‖", "‖M‖·‖∂L/∂M‖"), strict=True):
         table = ratios.pivot(index="layer", columns="epoch", values=column).loc[layers]  # (layers, epochs)
-        image = ax.imshow(table, aspect="auto", cmap="PuOr", norm=LogNorm(1 / limit, limit), interpolation="nearest")
+        image = ax.imshow(
+            table, aspect="auto", cmap="PuOr", norm=LogNorm(1 / limit, limit), interpolation="nearest"
+        )
         y, x = np.nonzero(table.to_numpy() > 1)
         ax.plot(x, y, "o", color=INK, markeredgecolor=PAPER, markeredgewidth=0.6, markersize=3.2)
         ax.set(title=f"{title}, LRPET / LRP", xlabel="epoch")
@@ -235,8 +294,12 @@ def plot_gradient_ratios(ratios: pd.DataFrame) -> ProjectFigure:
     every = -(-len(layers) // 28)
     panels[0].set_yticks(np.arange(len(layers))[::every], layers[::every], fontsize=8)
     panels[0].set_ylabel("layer, from the input")
-    ticks = sorted({f"{value:.2g}": value for value in (1 / limit, limit**-0.5, 1.0, limit**0.5, limit)}.values())
-    bar = figure.colorbar(image, ax=panels, ticks=ticks, format="{x:.2g}", label="ratio; dot: above 1", fraction=0.05)
+    ticks = sorted(
+        {f"{value:.2g}": value for value in (1 / limit, limit**-0.5, 1.0, limit**0.5, limit)}.values()
+    )
+    bar = figure.colorbar(
+        image, ax=panels, ticks=ticks, format="{x:.2g}", label="ratio; dot: above 1", fraction=0.05
+    )
     bar.ax.minorticks_off()
     return figure
 
@@ -260,8 +323,23 @@ def plot_gradient_bound(panels: Mapping[str, Mapping[str, pd.DataFrame]]) -> Pro
     for ax, (title, methods) in zip(axes, panels.items(), strict=True):
         for method, table in methods.items():
             style, x = method_style(method), np.arange(1, len(table) + 1)
-            ax.plot(x, table["gradient"], color=style.color, marker=style.marker, markersize=3.5, linewidth=1.1, label=style.label)
-            ax.plot(x, table["bound"], color=style.color, linestyle=style.linestyle, linewidth=0.8, label=f"{style.label}, bound")
+            ax.plot(
+                x,
+                table["gradient"],
+                color=style.color,
+                marker=style.marker,
+                markersize=3.5,
+                linewidth=1.1,
+                label=style.label,
+            )
+            ax.plot(
+                x,
+                table["bound"],
+                color=style.color,
+                linestyle=style.linestyle,
+                linewidth=0.8,
+                label=f"{style.label}, bound",
+            )
         if not methods:
             say_in_panel(ax, "weights not in the store")
         ax.set(title=title, xlabel="layer, from the input", yscale="log")

@@ -29,7 +29,13 @@ def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['1,000 ms', '100 ms']
     """
-    labels = {"svd": "SVD a layer", "svd_thin": "thin SVD a layer", "torchao": "torchao SVDGrouper", "exact": "ours, exact", "fast": "ours, fast"}
+    labels = {
+        "svd": "SVD a layer",
+        "svd_thin": "thin SVD a layer",
+        "torchao": "torchao SVDGrouper",
+        "exact": "ours, exact",
+        "fast": "ours, fast",
+    }
     colors = dict(zip(labels, ("#BBBBBB", "#888888", "#E69F00", "#56B4E9", "#0072B2"), strict=True))
     figure = ProjectFigure(0.7 + 1.15 * max(1, len(results)))
     ax = figure.subplots()
@@ -52,7 +58,11 @@ def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
             y += 1
         ticks[y - (len(ways) + 1) / 2] = f"{result['model']}\n{result['device']}, {result['threads']} threads"
         y += 0.8
-    ax.set(xlabel="times as fast as one torch.linalg.svd a layer", yticks=list(ticks), yticklabels=list(ticks.values()))
+    ax.set(
+        xlabel="times as fast as one torch.linalg.svd a layer",
+        yticks=list(ticks),
+        yticklabels=list(ticks.values()),
+    )
     ax.invert_yaxis()
     ax.margins(x=0.12)
     add_legend(figure, ax)
@@ -82,10 +92,22 @@ def plot_inference(rows: pd.DataFrame, ideal: float) -> ProjectFigure:
         chosen = rows[rows["batch"] == batch]
         place = np.arange(len(chosen))
         ax.barh(place - 0.2, chosen["compact_gain"], 0.38, color="#0072B2", label="compact")
-        ax.barh(place + 0.2, chosen["selective_gain"], 0.38, color="#56B4E9", hatch="///", edgecolor=PAPER, label="layers that lose left dense")
+        ax.barh(
+            place + 0.2,
+            chosen["selective_gain"],
+            0.38,
+            color="#56B4E9",
+            hatch="///",
+            edgecolor=PAPER,
+            label="layers that lose left dense",
+        )
         ax.axvline(1, color=INK, linewidth=0.8)
-        ax.axvline(ideal, color="#D55E00", linestyle="--", linewidth=1.2, label=f"multiply-adds promise {ideal:.2f}")
-        names = [f"{r.memory}, {r.mode}\n{r.threads} thread{'s' * (r.threads > 1)}" for r in chosen.itertuples()]
+        ax.axvline(
+            ideal, color="#D55E00", linestyle="--", linewidth=1.2, label=f"multiply-adds promise {ideal:.2f}"
+        )
+        names = [
+            f"{r.memory}, {r.mode}\n{r.threads} thread{'s' * (r.threads > 1)}" for r in chosen.itertuples()
+        ]
         ax.set(title=f"batch {batch}", xlabel="times as fast as dense", yticks=place, yticklabels=names)
         ax.grid(axis="x"), ax.grid(visible=False, axis="y")
         ax.invert_yaxis()
@@ -111,13 +133,28 @@ def plot_layer_gains(layers: pd.DataFrame) -> ProjectFigure:
     figure = ProjectFigure(1.2 + 0.24 * len(names))
     ax = figure.subplots()
     first = layers.drop_duplicates("layer").set_index("layer").loc[names]
-    ax.plot(first["ideal"], range(len(names)), "|", color="#D55E00", markersize=12, markeredgewidth=2, label="multiply-adds")
-    for batch, marker, color in zip(sorted(layers["batch"].unique()), "os^D", ("#0072B2", "#222222", "#009E73", "#CC79A7"), strict=False):
+    ax.plot(
+        first["ideal"],
+        range(len(names)),
+        "|",
+        color="#D55E00",
+        markersize=12,
+        markeredgewidth=2,
+        label="multiply-adds",
+    )
+    for batch, marker, color in zip(
+        sorted(layers["batch"].unique()), "os^D", ("#0072B2", "#222222", "#009E73", "#CC79A7"), strict=False
+    ):
         chosen = layers[layers["batch"] == batch].set_index("layer")["gain"].reindex(names)
         ax.plot(chosen, range(len(names)), marker, color=color, label=f"measured, batch {batch}")
     ax.axvline(1, color=INK, linewidth=0.8)
     ax.set(xlabel="times as fast as the dense layer", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
-    ax.set_yticklabels([f"{name} ({row.N}×{row.D}, R = {row.rank})" for name, row in zip(names, first.itertuples(), strict=True)])
+    ax.set_yticklabels(
+        [
+            f"{name} ({row.N}×{row.D}, R = {row.rank})"
+            for name, row in zip(names, first.itertuples(), strict=True)
+        ]
+    )
     ax.grid(axis="x")
     add_legend(figure, ax)
     return figure
@@ -147,13 +184,30 @@ def plot_growth(rows: pd.DataFrame) -> ProjectFigure:
             ax, ends = panels[row][column], []
             for (what, line), style in zip(part.groupby("what", sort=False), cycle(looks), strict=False):
                 values, cost = line["value"].to_numpy(float), unit * line[quantity].to_numpy(float)
-                ax.plot(values, cost, label=what, color=style.color, marker=style.marker, linestyle=style.linestyle, markersize=3.5)
+                ax.plot(
+                    values,
+                    cost,
+                    label=what,
+                    color=style.color,
+                    marker=style.marker,
+                    linestyle=style.linestyle,
+                    markersize=3.5,
+                )
                 upper = slice(len(values) // 2 - (len(values) < 4), None)
                 slope = np.polyfit(np.log(values[upper]), np.log(cost[upper]), 1)[0]
                 ends.append((cost[-1], f"{slope:.1f}".replace("-0.0", "0.0"), style.color))
-            for place, (cost, slope, color) in enumerate(sorted(ends, reverse=True)):  # the highest line's number highest, none on another
+            for place, (cost, slope, color) in enumerate(
+                sorted(ends, reverse=True)
+            ):  # the highest line's number highest, none on another
                 shift = 6 * (len(ends) - 1 - 2 * place) / 2
-                ax.annotate(slope, (values[-1], cost), (4, shift), textcoords="offset points", color=color, va="center")
+                ax.annotate(
+                    slope,
+                    (values[-1], cost),
+                    (4, shift),
+                    textcoords="offset points",
+                    color=color,
+                    va="center",
+                )
             ax.set(xscale="log", yscale="log")
             shown = values if len(values) < 5 else values[::2]
             ax.set_xticks(shown, [f"{value:g}" for value in shown])

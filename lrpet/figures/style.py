@@ -16,7 +16,15 @@ from matplotlib.ticker import MaxNLocator
 from lrpet.config import PROFILES
 from lrpet.paths import PROJECT, figures_root
 
-__all__ = ["METHOD_STYLES", "STYLE", "MethodStyle", "ProjectFigure", "method_style", "save_figure", "saved_figures"]
+__all__ = [
+    "METHOD_STYLES",
+    "STYLE",
+    "MethodStyle",
+    "ProjectFigure",
+    "method_style",
+    "save_figure",
+    "saved_figures",
+]
 
 
 class MethodStyle(NamedTuple):
@@ -142,8 +150,13 @@ def add_legend(figure: Figure, *axes) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     labels = list(entries)
-    widths = {n: sum(11 + max(map(len, column)) for column in np.array_split(labels, n)) for n in range(1, len(labels) + 1)}
-    fitting = [n for n, letters in widths.items() if letters <= 118]  # 118 letters of 9 points fill 7.5 inches
+    widths = {
+        n: sum(11 + max(map(len, column)) for column in np.array_split(labels, n))
+        for n in range(1, len(labels) + 1)
+    }
+    fitting = [
+        n for n, letters in widths.items() if letters <= 118
+    ]  # 118 letters of 9 points fill 7.5 inches
     if labels:
         figure.legend(entries.values(), labels, loc="outside upper left", ncols=max(fitting, default=1))
 
@@ -159,7 +172,12 @@ def mark_rank(ax, x: float, text: str, *, at_top: bool = False) -> None:
     low, high = ax.get_xlim()
     side, align = (-3, "right") if x > low + 0.7 * (high - low) else (3, "left")
     offset, vertical = (-1, "top") if at_top else (3, "bottom")
-    place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": align, "va": vertical}
+    place = {
+        "xycoords": ("data", "axes fraction"),
+        "textcoords": "offset points",
+        "ha": align,
+        "va": vertical,
+    }
     ax.annotate(text, (x, float(at_top)), (side, offset), **place)
 
 
@@ -171,10 +189,20 @@ def say_in_panel(ax, text: str) -> None:
 
 def saved_figures(profile: str) -> list[tuple[str, Path]]:
     """Return the PNG files of a profile with a caption each: by which notebook and from which runs, as ``figures/README.md`` says."""
-    rows = re.findall(r"\| `<profile>/([^`]+)` \| `([^`]+)` \| (.+) \|", (PROJECT / "figures" / "README.md").read_text(encoding="utf-8"))
+    rows = re.findall(
+        r"\| `<profile>/([^`]+)` \| `([^`]+)` \| (.+) \|",
+        (PROJECT / "figures" / "README.md").read_text(encoding="utf-8"),
+    )
     found = []
     for path in sorted((figures_root() / profile).glob("*.png")):
-        origin = next((f"made by `{notebook}` from {source}" for name, notebook, source in rows if path.match(f"{name}.png") or path.match(name)), "")
+        origin = next(
+            (
+                f"made by `{notebook}` from {source}"
+                for name, notebook, source in rows
+                if path.match(f"{name}.png") or path.match(name)
+            ),
+            "",
+        )
         found.append((f"**{path.stem}**, {origin}", path))
     return found
 

@@ -1,6 +1,12 @@
 """The library: low-rank projection with energy transfer on any PyTorch network. Knows no run, no data set and no experiment."""
 
-from lrpet.lowrank.batchnorm import batchnorm_scale, find_batchnorms, fold_batchnorm, normalized_weights, resolve_batchnorms
+from lrpet.lowrank.batchnorm import (
+    batchnorm_scale,
+    find_batchnorms,
+    fold_batchnorm,
+    normalized_weights,
+    resolve_batchnorms,
+)
 from lrpet.lowrank.budget import closest_share, ranks_for_budget
 from lrpet.lowrank.compact_file import compact_header, load_compact, save_compact
 from lrpet.lowrank.cost import Cost, LayerCost, cost
@@ -8,9 +14,23 @@ from lrpet.lowrank.factorize import DEAD_AT_FACTORIZATION, factorize
 from lrpet.lowrank.factors import ConstantOutput, rebuild
 from lrpet.lowrank.follow import follow_basis
 from lrpet.lowrank.gains import measure_gains
-from lrpet.lowrank.projection import Basis, gram_matrices, leading_basis, project, project_and_measure, project_on_basis_, truncated_svd
+from lrpet.lowrank.projection import (
+    Basis,
+    gram_matrices,
+    leading_basis,
+    project,
+    project_and_measure,
+    project_on_basis_,
+    truncated_svd,
+)
 from lrpet.lowrank.projector import DEAD_IN_TRAINING, LowRankProjector
-from lrpet.lowrank.ranks import LayerReport, compressible_layers, rank_from_ratio, ranks_from_ratio, resolve_ranks
+from lrpet.lowrank.ranks import (
+    LayerReport,
+    compressible_layers,
+    rank_from_ratio,
+    ranks_from_ratio,
+    resolve_ranks,
+)
 from lrpet.lowrank.timing import side_by_side
 
 __all__ = [

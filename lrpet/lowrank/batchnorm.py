@@ -70,7 +70,9 @@ def _sole_batchnorm(node, modules, calls) -> str | None:
     return None
 
 
-def resolve_batchnorms(model: nn.Module, layers, batchnorms: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
+def resolve_batchnorms(
+    model: nn.Module, layers, batchnorms: Mapping[str, str | None] | None = None
+) -> dict[str, str | None]:
     """Return the BatchNorm of each named layer, from the graph or, checked against it, from the caller.
 
     Args:
@@ -97,7 +99,9 @@ def resolve_batchnorms(model: nn.Module, layers, batchnorms: Mapping[str, str | 
     else:
         missing = [name for name in layers if name not in batchnorms]
         if missing:
-            raise ValueError(f"batchnorms says nothing about layer {missing[0]!r}; give its BatchNorm's name, or None")
+            raise ValueError(
+                f"batchnorms says nothing about layer {missing[0]!r}; give its BatchNorm's name, or None"
+            )
         pairs = {name: batchnorms[name] for name in layers}
         try:
             found = find_batchnorms(model)
@@ -105,20 +109,30 @@ def resolve_batchnorms(model: nn.Module, layers, batchnorms: Mapping[str, str | 
             found = pairs  # no graph to compare with: the widths below are all that can be checked
         for name, bn in pairs.items():
             if bn != found.get(name):
-                raise ValueError(f"layer {name!r} is paired with BatchNorm {bn!r}, but in the graph it feeds {found.get(name)!r}")
+                raise ValueError(
+                    f"layer {name!r} is paired with BatchNorm {bn!r}, but in the graph it feeds {found.get(name)!r}"
+                )
     modules = dict(model.named_modules())
     for name, bn in pairs.items():
         if not isinstance(modules.get(name), LAYERS):
-            raise ValueError(f"batchnorms names {name!r}, which is not a layer of this model that can be paired with a BatchNorm")
+            raise ValueError(
+                f"batchnorms names {name!r}, which is not a layer of this model that can be paired with a BatchNorm"
+            )
         if bn is None:
             continue
         if not isinstance(modules.get(bn), _BatchNorm):
             raise ValueError(f"layer {name!r} is paired with {bn!r}, which is not a BatchNorm of this model")
-        width = modules[name].weight.shape[0] if hasattr(modules[name], "weight") else modules[name].bias.shape[0]
+        width = (
+            modules[name].weight.shape[0] if hasattr(modules[name], "weight") else modules[name].bias.shape[0]
+        )
         if modules[bn].num_features != width:
-            raise ValueError(f"layer {name!r} has {width} outputs, but its BatchNorm {bn!r} has {modules[bn].num_features} features")
+            raise ValueError(
+                f"layer {name!r} has {width} outputs, but its BatchNorm {bn!r} has {modules[bn].num_features} features"
+            )
         if modules[bn].running_var is None:
-            raise ValueError(f"BatchNorm {bn!r} behind layer {name!r} keeps no running statistics, which rectification and folding need")
+            raise ValueError(
+                f"BatchNorm {bn!r} behind layer {name!r} keeps no running statistics, which rectification and folding need"
+            )
     return pairs
 
 
@@ -134,8 +148,12 @@ def normalized_weights(model: nn.Module) -> list[nn.Parameter]:
     >>> [tuple(weight.shape) for weight in normalized_weights(model)]
     [(8, 3, 3, 3)]
     """
-    pairs = find_batchnorms(model) if any(isinstance(module, _BatchNorm) for module in model.modules()) else {}
-    factorized = {report.name for report in getattr(model, "factorization", ()) if report.action == "factorized"}
+    pairs = (
+        find_batchnorms(model) if any(isinstance(module, _BatchNorm) for module in model.modules()) else {}
+    )
+    factorized = {
+        report.name for report in getattr(model, "factorization", ()) if report.action == "factorized"
+    }
     followed = [name for name, bn in pairs.items() if bn is not None]
     wholes = [whole if (whole := name.rpartition(".")[0]) in factorized else name for name in followed]
     parts = [part for name in wholes for part in model.get_submodule(name).named_parameters()]
@@ -186,7 +204,9 @@ def fold_batchnorm(model: nn.Module, batchnorms: Mapping[str, str | None] | None
     """
     folded = copy.deepcopy(model).eval()
     layers = [name for name, module in folded.named_modules() if isinstance(module, LAYERS)]
-    for name, bn_name in resolve_batchnorms(folded, batchnorms if batchnorms is not None else layers, batchnorms).items():
+    for name, bn_name in resolve_batchnorms(
+        folded, batchnorms if batchnorms is not None else layers, batchnorms
+    ).items():
         if bn_name is None:
             continue
         layer, bn = folded.get_submodule(name), folded.get_submodule(bn_name)

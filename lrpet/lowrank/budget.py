@@ -55,18 +55,28 @@ def ranks_for_budget(
     0.55
     """
     if not isinstance(macs_reduction, float) or not 0.0 < macs_reduction < 1.0:
-        raise ValueError(f"macs_reduction is the share of multiply-adds to save, between 0 and 1; got {macs_reduction!r}")
+        raise ValueError(
+            f"macs_reduction is the share of multiply-adds to save, between 0 and 1; got {macs_reduction!r}"
+        )
     if allocation not in ("uniform", "energy"):
         raise ValueError(f"allocation must be 'uniform' or 'energy'; got {allocation!r}")
     shapes = compressible_layers(model)
     dense = cost(model, input_shape)
     rows = {layer.name: layer for layer in dense.layers if layer.name in shapes}
-    price = {name: row.dense_macs // (row.N * row.D) * (row.N + row.D) for name, row in rows.items()}  # of one more rank
-    ceiling = {name: min(min(row.N, row.D), (row.N * row.D - 1) // (row.N + row.D)) for name, row in rows.items()}
+    price = {
+        name: row.dense_macs // (row.N * row.D) * (row.N + row.D) for name, row in rows.items()
+    }  # of one more rank
+    ceiling = {
+        name: min(min(row.N, row.D), (row.N * row.D - 1) // (row.N + row.D)) for name, row in rows.items()
+    }
     budget = (1 - macs_reduction) * dense.macs - (dense.macs - sum(row.dense_macs for row in rows.values()))
     if sum(price.values()) > budget:
-        least = 1 - (dense.macs - sum(row.dense_macs for row in rows.values()) + sum(price.values())) / dense.macs
-        raise ValueError(f"macs_reduction {macs_reduction} cannot be met: rank 1 in every layer saves {least:.3f}")
+        least = (
+            1 - (dense.macs - sum(row.dense_macs for row in rows.values()) + sum(price.values())) / dense.macs
+        )
+        raise ValueError(
+            f"macs_reduction {macs_reduction} cannot be met: rank 1 in every layer saves {least:.3f}"
+        )
     if allocation == "uniform":
         ranks = _uniform(rows, price, ceiling, budget)
     else:

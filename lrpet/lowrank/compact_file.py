@@ -44,9 +44,15 @@ def save_compact(compact: nn.Module, path: str | Path, **description: str | int)
     torch.Size([2, 8, 3, 3])
     """
     if not hasattr(compact, "factorization"):
-        raise ValueError(f"{type(compact).__name__} was not made by factorize(); save_compact needs its record of ranks")
+        raise ValueError(
+            f"{type(compact).__name__} was not made by factorize(); save_compact needs its record of ranks"
+        )
     layers = {layer.name: [layer.rank, layer.action] for layer in compact.factorization}
-    header = {"layers": layers, "batchnorm_folded": getattr(compact, "batchnorm_folded", False), **description}
+    header = {
+        "layers": layers,
+        "batchnorm_folded": getattr(compact, "batchnorm_folded", False),
+        **description,
+    }
     tensors = {name: tensor.detach().contiguous() for name, tensor in compact.state_dict().items()}
     with write_whole(Path(path)) as file:
         file.write(save(tensors, metadata={"lrpet": json.dumps(header | {"sha256": _digest(tensors)})}))
@@ -77,15 +83,21 @@ def _read(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
             header = (file.metadata() or {}).get("lrpet")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); save the compact network again") from error
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); save the compact network again"
+        ) from error
     if header is None:
         raise ValueError(f"{path} has no lrpet header; only files of save_compact can be rebuilt")
     try:
         header = json.loads(header)
     except ValueError as error:
-        raise ValueError(f"the header of {path} is damaged ({error}); save the compact network again") from error
+        raise ValueError(
+            f"the header of {path} is damaged ({error}); save the compact network again"
+        ) from error
     if not isinstance(header, dict) or header.get("sha256") != _digest(tensors):
-        raise ValueError(f"{path} is damaged: its tensors are not those that were saved; save the compact network again")
+        raise ValueError(
+            f"{path} is damaged: its tensors are not those that were saved; save the compact network again"
+        )
     return header, tensors
 
 
@@ -108,10 +120,14 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
     """
     header, tensors = _read(path)
     try:
-        reports = [LayerReport(name, rank, math.nan, action) for name, (rank, action) in header["layers"].items()]
+        reports = [
+            LayerReport(name, rank, math.nan, action) for name, (rank, action) in header["layers"].items()
+        ]
         folded = header["batchnorm_folded"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the header of {path} is damaged ({error!r}); save the compact network again") from error
+        raise ValueError(
+            f"the header of {path} is damaged ({error!r}); save the compact network again"
+        ) from error
     try:
         compact = rebuild(model, reports)
         if folded:

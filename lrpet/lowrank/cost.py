@@ -31,7 +31,11 @@ class LayerCost:
     @property
     def note(self) -> str:
         """Say where the factors cost more than the dense layer, R·(N + D) ≥ N·D; empty elsewhere."""
-        return "factors cost no less than the dense layer" if self.rank is not None and self.macs >= self.dense_macs else ""
+        return (
+            "factors cost no less than the dense layer"
+            if self.rank is not None and self.macs >= self.dense_macs
+            else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,9 @@ class Cost:
     layers: tuple[LayerCost, ...]
 
 
-def cost(model: nn.Module, input_shape: Sequence[int], ranks: Mapping[str, int] | Sequence[int] | None = None) -> Cost:
+def cost(
+    model: nn.Module, input_shape: Sequence[int], ranks: Mapping[str, int] | Sequence[int] | None = None
+) -> Cost:
     """Count multiply-adds and parameters of a network, dense or factorized at the given ranks.
 
     A layer of N outputs and D inputs that runs at P positions costs N·D·P multiply-adds dense and
@@ -69,7 +75,9 @@ def cost(model: nn.Module, input_shape: Sequence[int], ranks: Mapping[str, int] 
     442368
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__} {model!r}; build_model makes one of a name")
+        raise ValueError(
+            f"model must be a torch.nn.Module; got {type(model).__name__} {model!r}; build_model makes one of a name"
+        )
     ranks = {} if ranks is None else resolve_ranks(model, ranks)
     shadow = copy.deepcopy(model).to("meta").eval()
     names = {module: name for name, module in shadow.named_modules()}
@@ -86,7 +94,9 @@ def cost(model: nn.Module, input_shape: Sequence[int], ranks: Mapping[str, int] 
         with torch.no_grad():
             shadow(torch.empty(1, *input_shape, device="meta"))
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"input_shape must be (C, H, W) of an image that {type(model).__name__} takes; got {input_shape!r}: {error}") from error
+        raise ValueError(
+            f"input_shape must be (C, H, W) of an image that {type(model).__name__} takes; got {input_shape!r}: {error}"
+        ) from error
 
     modules = dict(shadow.named_modules())
     layers = []
@@ -97,7 +107,19 @@ def cost(model: nn.Module, input_shape: Sequence[int], ranks: Mapping[str, int] 
         rank = None if rank == min(N, D) else rank
         weights = N * D if rank is None else rank * (N + D)
         bias = 0 if module.bias is None else N
-        layers.append(LayerCost(name, type(module).__name__, N, D, rank, dense_macs // (N * D) * weights, weights + bias, dense_macs, N * D + bias))
+        layers.append(
+            LayerCost(
+                name,
+                type(module).__name__,
+                N,
+                D,
+                rank,
+                dense_macs // (N * D) * weights,
+                weights + bias,
+                dense_macs,
+                N * D + bias,
+            )
+        )
     dense_params = sum(p.numel() for p in shadow.parameters())
     return Cost(
         macs=sum(layer.macs for layer in layers),

@@ -53,7 +53,9 @@ def factorize(
     [(2, 8, 3, 3), (16, 2, 1, 1), (16,)]
     """
     if (min_gain is None) != (example is None):
-        raise ValueError("min_gain and example go together: gains are measured on a batch of inputs; give both or neither")
+        raise ValueError(
+            "min_gain and example go together: gains are measured on a batch of inputs; give both or neither"
+        )
     ranks = resolve_ranks(model, ranks)
     gains = {} if min_gain is None else measure_gains(model, ranks, example)
     compact = copy.deepcopy(model)
@@ -67,8 +69,14 @@ def factorize(
         U, s, Vh = truncated_svd(M, rank)
         energy = M.double().square().sum().item()
         kept = s.square().sum().item() / energy if energy else 1.0
-        if s[0] < DEAD_AT_FACTORIZATION and isinstance(layer, nn.Conv2d) and symmetric_padding(layer) is not None:
-            reason = f"dead: largest singular value {s[0]:.1e} < {DEAD_AT_FACTORIZATION:.0e}; replaced by its bias"
+        if (
+            s[0] < DEAD_AT_FACTORIZATION
+            and isinstance(layer, nn.Conv2d)
+            and symmetric_padding(layer) is not None
+        ):
+            reason = (
+                f"dead: largest singular value {s[0]:.1e} < {DEAD_AT_FACTORIZATION:.0e}; replaced by its bias"
+            )
             compact.factorization.append(LayerReport(name, 0, kept, "constant", reason))
         elif rank == min(N, D):
             compact.factorization.append(LayerReport(name, rank, 1.0, "dense", "full rank"))
@@ -76,7 +84,11 @@ def factorize(
             reason = f"measured: factors {gains[name]:.2f} times as fast, less than {min_gain:g}"
             compact.factorization.append(LayerReport(name, rank, kept, "dense", reason))
         else:
-            costly = f"factors cost {rank * (N + D) / (N * D):.2f} of the dense layer" if rank * (N + D) >= N * D else ""
+            costly = (
+                f"factors cost {rank * (N + D) / (N * D):.2f} of the dense layer"
+                if rank * (N + D) >= N * D
+                else ""
+            )
             compact.factorization.append(LayerReport(name, rank, kept, "factorized", costly))
         replace_layer(compact, compact.factorization[-1])
         new = compact.get_submodule(name)

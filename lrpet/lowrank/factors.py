@@ -33,8 +33,15 @@ class ConstantOutput(nn.Module):
 
     def forward(self, x):
         """Return (B, N, H_out, W_out) for x (B, C, H, W)."""
-        size = [(x.shape[i + 2] + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i] + 1 for i in (0, 1)]
-        return self.bias.to(x.dtype).view(1, -1, 1, 1).expand(x.shape[0], -1, *size).clone()  # an in-place ReLU may follow
+        size = [
+            (x.shape[i + 2] + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1)
+            // self.stride[i]
+            + 1
+            for i in (0, 1)
+        ]
+        return (
+            self.bias.to(x.dtype).view(1, -1, 1, 1).expand(x.shape[0], -1, *size).clone()
+        )  # an in-place ReLU may follow
 
 
 def rebuild(model: nn.Module, reports: Sequence[LayerReport]) -> nn.Module:
@@ -75,7 +82,12 @@ def make_factors(old: nn.Conv2d | nn.Linear, rank: int) -> nn.Sequential:
         first = skip_init(nn.Linear, old.in_features, rank, bias=False, **like)
         second = skip_init(nn.Linear, rank, old.out_features, bias=old.bias is not None, **like)
     else:
-        window = {"stride": old.stride, "padding": old.padding, "dilation": old.dilation, "padding_mode": old.padding_mode}
+        window = {
+            "stride": old.stride,
+            "padding": old.padding,
+            "dilation": old.dilation,
+            "padding_mode": old.padding_mode,
+        }
         first = skip_init(nn.Conv2d, old.in_channels, rank, old.kernel_size, bias=False, **window, **like)
         second = skip_init(nn.Conv2d, rank, old.out_channels, 1, bias=old.bias is not None, **like)
     if old.bias is not None:

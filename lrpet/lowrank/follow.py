@@ -8,8 +8,12 @@ from torch import Tensor
 from lrpet.lowrank.projection import Basis, thin_dtype
 
 __all__ = ["follow_basis"]
-RESIDUAL_TOLERANCE = 1e-5  # of follow_basis: the removed part is at most this share larger than the smallest possible
-RESULT_TOLERANCE = 1e-5  # of follow_basis: its result differs from the exact one by at most this share of the weight's norm
+RESIDUAL_TOLERANCE = (
+    1e-5  # of follow_basis: the removed part is at most this share larger than the smallest possible
+)
+RESULT_TOLERANCE = (
+    1e-5  # of follow_basis: its result differs from the exact one by at most this share of the weight's norm
+)
 
 
 @torch.no_grad()
@@ -45,7 +49,9 @@ def follow_basis(gram: Tensor, start: Tensor, rounds: int = 4) -> tuple[Basis, T
     """
     G, thin = gram, thin_dtype(start)
     with torch.autocast(gram.device.type, enabled=False):  # which would round the float32 product to bfloat16
-        Y = G @ (G.to(thin) @ start.to(thin)).to(G.dtype)  # the second product makes small what the first one rounds
+        Y = G @ (G.to(thin) @ start.to(thin)).to(
+            G.dtype
+        )  # the second product makes small what the first one rounds
     Q = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(Y.mT @ Y).L.mT, Y, upper=True, left=False)
     Y = G @ Q
     T = Q.mT @ Y
@@ -56,7 +62,10 @@ def follow_basis(gram: Tensor, start: Tensor, rounds: int = 4) -> tuple[Basis, T
     shifted = T.clone()
     shifted.diagonal(dim1=-2, dim2=-1).sub_((2 * c + floor).unsqueeze(-1))
     leading = torch.linalg.cholesky_ex(shifted).info == 0
-    allowed = torch.minimum(2 * RESIDUAL_TOLERANCE * (energy - kept), 0.2 * RESULT_TOLERANCE**2 * energy) + 1e-12 * energy
+    allowed = (
+        torch.minimum(2 * RESIDUAL_TOLERANCE * (energy - kept), 0.2 * RESULT_TOLERANCE**2 * energy)
+        + 1e-12 * energy
+    )
     certain = leading & (allowed * (c + floor) >= W)
     again = leading & ~certain  # without a gap more rounds would not help
     if rounds > 1 and again.any():

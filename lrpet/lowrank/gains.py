@@ -15,7 +15,9 @@ __all__ = ["measure_gains"]
 
 
 @torch.no_grad()
-def measure_gains(model: nn.Module, ranks: Mapping[str, int] | Sequence[int], example: torch.Tensor, rounds: int = 15) -> dict[str, float]:
+def measure_gains(
+    model: nn.Module, ranks: Mapping[str, int] | Sequence[int], example: torch.Tensor, rounds: int = 15
+) -> dict[str, float]:
     """Measure how many times as fast the two factors of each layer are as the layer itself, on its own inputs.
 
     Layers of one shape with inputs of one shape are measured once, eagerly, with the threads that PyTorch has.
@@ -55,13 +57,28 @@ def measure_gains(model: nn.Module, ranks: Mapping[str, int] | Sequence[int], ex
     for name, x in inputs.items():
         layer = model.get_submodule(name)
         window = [getattr(layer, setting, None) for setting in ("stride", "padding", "dilation")]
-        kind = (type(layer), layer.weight.shape, layer.weight.stride(), *window, ranks[name], x.shape, x.stride(), x.dtype)
+        kind = (
+            type(layer),
+            layer.weight.shape,
+            layer.weight.stride(),
+            *window,
+            ranks[name],
+            x.shape,
+            x.stride(),
+            x.dtype,
+        )
         if kind not in measured:
             factors = make_factors(layer, ranks[name])
             for factor in factors:
                 factor.weight.normal_(0, factor.weight[0].numel() ** -0.5)
-            factors = factors.to(memory_format=torch.channels_last) if layer.weight.is_contiguous(memory_format=torch.channels_last) else factors
-            timings = side_by_side({"factors": lambda: factors(x), "dense": lambda: layer(x)}, rounds, x.device)  # noqa: B023 (called at once)
+            factors = (
+                factors.to(memory_format=torch.channels_last)
+                if layer.weight.is_contiguous(memory_format=torch.channels_last)
+                else factors
+            )
+            timings = side_by_side(
+                {"factors": lambda: factors(x), "dense": lambda: layer(x)}, rounds, x.device
+            )  # noqa: B023 (called at once)
             measured[kind] = timings["dense"]["ratio_to_first"]
         gains[name] = measured[kind]
     return gains

@@ -18,14 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Basis", "gram_matrices", "leading_basis", "project", "project_and_measure", "project_on_basis_", "truncated_svd"]
+__all__ = [
+    "Basis",
+    "gram_matrices",
+    "leading_basis",
+    "project",
+    "project_and_measure",
+    "project_on_basis_",
+    "truncated_svd",
+]
 logger = logging.getLogger("lrpet")
 
 
 class Basis(NamedTuple):
     """What a projection needs to know of B matrices A = diag(a)·M: the kept directions of the shorter side, and two energies."""
 
-    vectors: Tensor  # (B, K, R), orthonormal columns: left singular vectors of A for N ≤ D, right ones for N > D
+    vectors: (
+        Tensor  # (B, K, R), orthonormal columns: left singular vectors of A for N ≤ D, right ones for N > D
+    )
     kept: Tensor  # Σ_{i≤R} s_i², (B,)
     energy: Tensor  # E, (B,)
 
@@ -150,11 +160,15 @@ def project_and_measure(
     if isinstance(row_eps, bool) or not isinstance(row_eps, (int, float)) or not 0.0 <= row_eps < math.inf:
         raise ValueError(f"row_eps must be 0 (exact inverse) or positive; got {row_eps!r}")
     if not torch.isfinite(matrix.double().square().sum()):
-        raise ValueError("matrix holds NaN or infinite values, or overflows when squared; the weights were lost before this projection")
+        raise ValueError(
+            "matrix holds NaN or infinite values, or overflows when squared; the weights were lost before this projection"
+        )
     if row_scale is not None and not (isinstance(row_scale, Tensor) and row_scale.is_floating_point()):
         raise ValueError(f"row_scale must be a floating-point tensor or None; got {type(row_scale).__name__}")
     if row_scale is not None and row_scale.shape != matrix.shape[:-1]:
-        raise ValueError(f"row_scale must have a value a row, {tuple(matrix.shape[:-1])}; got {tuple(row_scale.shape)}")
+        raise ValueError(
+            f"row_scale must have a value a row, {tuple(matrix.shape[:-1])}; got {tuple(row_scale.shape)}"
+        )
     if row_scale is not None and not torch.isfinite(row_scale).all():
         raise ValueError("row_scale holds NaN or infinite values; look at the BatchNorm it was taken from")
 
@@ -164,12 +178,21 @@ def project_and_measure(
     matrices = result.view(-1, *matrix.shape[-2:])  # (B, N, D)
     row_scale = None if row_scale is None else row_scale.reshape(matrices.shape[:2])
     basis = leading_basis(gram_matrices(matrices, row_scale), rank)
-    project_on_basis_(matrices, basis, energy_transfer=energy_transfer, row_scale=row_scale, residual=residual, row_eps=row_eps)
+    project_on_basis_(
+        matrices,
+        basis,
+        energy_transfer=energy_transfer,
+        row_scale=row_scale,
+        residual=residual,
+        row_eps=row_eps,
+    )
     return result, torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).view(matrix.shape[:-2])
 
 
 @torch.no_grad()
-def gram_matrices(matrices: Sequence[Tensor], row_scale: Tensor | None = None, *, rounded: bool = False) -> Tensor:
+def gram_matrices(
+    matrices: Sequence[Tensor], row_scale: Tensor | None = None, *, rounded: bool = False
+) -> Tensor:
     """Return the smaller Gram matrix of each A = diag(a)·M: AAᵀ for N ≤ D, AᵀA for N > D.
 
     Args:
@@ -185,7 +208,9 @@ def gram_matrices(matrices: Sequence[Tensor], row_scale: Tensor | None = None, *
     """
     N, D = matrices[0].shape
     dtype = thin_dtype(matrices[0]) if rounded else torch.float64
-    with torch.autocast(matrices[0].device.type, enabled=False):  # which would round the float32 product to bfloat16
+    with torch.autocast(
+        matrices[0].device.type, enabled=False
+    ):  # which would round the float32 product to bfloat16
         cast = (M.to(dtype) for M in matrices)
         if N <= D:
             grams = torch.stack([M @ M.mT for M in cast]).to(torch.float64)
@@ -255,7 +280,9 @@ def project_on_basis_(
         rows = (undo * a).to(thin)  # (B, N, 1)
         if N <= D:
             left, right = undo * left, a * right
-    with torch.autocast(matrices[0].device.type, enabled=False):  # which would round the float32 products to bfloat16
+    with torch.autocast(
+        matrices[0].device.type, enabled=False
+    ):  # which would round the float32 products to bfloat16
         for matrix, row, U, V in zip(matrices, rows, left.to(thin), right.mT.to(thin), strict=True):
             M = matrix.to(thin)
             if N <= D:
@@ -288,20 +315,32 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
             raise torch.linalg.LinAlgError(str(error)) from error
         return torch.from_numpy(values).to(gram.device), torch.from_numpy(vectors).to(gram.device)
 
-    ways = {"torch.linalg.eigh": lambda: torch.linalg.eigh(gram), "torch.linalg.svd": by_svd, "numpy.linalg.eigh on the CPU": on_cpu}
+    ways = {
+        "torch.linalg.eigh": lambda: torch.linalg.eigh(gram),
+        "torch.linalg.svd": by_svd,
+        "numpy.linalg.eigh on the CPU": on_cpu,
+    }
     for name, way in ways.items():
         try:
             return way()
         except torch.linalg.LinAlgError as error:
             logger.warning("%s failed on %s matrices %s: %s", name, gram.device, tuple(gram.shape), error)
-    raise torch.linalg.LinAlgError(f"none of {', '.join(ways)} converged on Gram matrices {tuple(gram.shape)}; are there extreme weights?")
+    raise torch.linalg.LinAlgError(
+        f"none of {', '.join(ways)} converged on Gram matrices {tuple(gram.shape)}; are there extreme weights?"
+    )
 
 
 def _check(matrix: Tensor, rank: int) -> None:
     if not isinstance(matrix, Tensor):
-        raise ValueError(f"matrix must be a floating-point tensor, (..., N, D); got {type(matrix).__name__}; torch.as_tensor makes one")
+        raise ValueError(
+            f"matrix must be a floating-point tensor, (..., N, D); got {type(matrix).__name__}; torch.as_tensor makes one"
+        )
     if not matrix.is_floating_point() or matrix.ndim < 2:
-        raise ValueError(f"matrix must be floating point, (..., N, D); got {matrix.dtype}, {tuple(matrix.shape)}")
+        raise ValueError(
+            f"matrix must be floating point, (..., N, D); got {matrix.dtype}, {tuple(matrix.shape)}"
+        )
     K = min(matrix.shape[-2:])
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= K:
-        raise ValueError(f"rank must be an integer from 1 to {K} for a {matrix.shape[-2]}×{matrix.shape[-1]} matrix; got {rank!r}")
+        raise ValueError(
+            f"rank must be an integer from 1 to {K} for a {matrix.shape[-2]}×{matrix.shape[-1]} matrix; got {rank!r}"
+        )

@@ -12,14 +12,24 @@ from torch import Tensor, nn
 
 from lrpet.lowrank.batchnorm import batchnorm_scale, resolve_batchnorms
 from lrpet.lowrank.follow import RESIDUAL_TOLERANCE, follow_basis
-from lrpet.lowrank.projection import Basis, gram_matrices, leading_basis, project_and_measure, project_on_basis_
+from lrpet.lowrank.projection import (
+    Basis,
+    gram_matrices,
+    leading_basis,
+    project_and_measure,
+    project_on_basis_,
+)
 from lrpet.lowrank.ranks import LayerReport, resolve_ranks
 from lrpet.processes import Processes, divide
 
 __all__ = ["DEAD_IN_TRAINING", "LowRankProjector"]
 logger = logging.getLogger("lrpet")
-DEAD_IN_TRAINING = 1e-4  # largest singular value under which a projection leaves a layer alone (authors' code)
-EXACT_EVERY = 10  # with fast=True, every so many projections take the exact path, and the fast one is compared with it
+DEAD_IN_TRAINING = (
+    1e-4  # largest singular value under which a projection leaves a layer alone (authors' code)
+)
+EXACT_EVERY = (
+    10  # with fast=True, every so many projections take the exact path, and the fast one is compared with it
+)
 
 
 class LowRankProjector:
@@ -86,12 +96,18 @@ class LowRankProjector:
         """Give every process its layers, and group this one's: Gram matrices of one size, rank and place are decomposed at once."""
         self._processes, self._bases = processes, {}
         sizes = {name: weight.flatten(1).shape for name, weight in self._weights.items()}
-        sizes = {name: size for name, size in sizes.items() if self.ranks[name] < min(size)}  # elsewhere nothing is removed, so nothing is changed
-        self._shares = divide({name: min(N, D) ** 3 + N * D * min(N, D) for name, (N, D) in sizes.items()}, processes.world)
+        sizes = {
+            name: size for name, size in sizes.items() if self.ranks[name] < min(size)
+        }  # elsewhere nothing is removed, so nothing is changed
+        self._shares = divide(
+            {name: min(N, D) ** 3 + N * D * min(N, D) for name, (N, D) in sizes.items()}, processes.world
+        )
         self._groups = defaultdict(list)
         for name in self._shares[processes.rank]:
             (N, D), weight = sizes[name], self._weights[name]
-            self._groups[N, min(N, D), self.ranks[name], weight.device, weight.dtype, name in self._batchnorms].append(name)
+            self._groups[
+                N, min(N, D), self.ranks[name], weight.device, weight.dtype, name in self._batchnorms
+            ].append(name)
 
     @torch.no_grad()
     def step(self, *, exact: bool = False) -> list[LayerReport]:
@@ -110,8 +126,14 @@ class LowRankProjector:
         if processes != self._processes:
             self._divide(processes)
         if processes.world > 1:
-            processes.copy_from(0, [buffer for bn in dict.fromkeys(self._batchnorms.values()) for buffer in bn.buffers()])
-        scales = {group: batchnorm_scale(*map(self._batchnorms.get, names)) for group, names in self._groups.items() if names[0] in self._batchnorms}
+            processes.copy_from(
+                0, [buffer for bn in dict.fromkeys(self._batchnorms.values()) for buffer in bn.buffers()]
+            )
+        scales = {
+            group: batchnorm_scale(*map(self._batchnorms.get, names))
+            for group, names in self._groups.items()
+            if names[0] in self._batchnorms
+        }
         self._refuse_lost_values(scales)
         check = exact or self._steps % EXACT_EVERY == 0
         self._steps += 1
@@ -121,7 +143,10 @@ class LowRankProjector:
             basis, followed = self._find_basis(group, matrices, a, check)
             kept = torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).tolist()
             largest = _dead_matrices(matrices, a, basis.energy)
-            own |= {name: (kept[i], followed[i], i in largest, largest.get(i, 0.0)) for i, name in enumerate(names)}
+            own |= {
+                name: (kept[i], followed[i], i in largest, largest.get(i, 0.0))
+                for i, name in enumerate(names)
+            }
             if largest:
                 alive = [i for i in range(len(names)) if i not in largest]
                 names, matrices = [names[i] for i in alive], [matrices[i] for i in alive]
@@ -141,7 +166,9 @@ class LowRankProjector:
                 reason = f"dead: largest singular value{scaled} {largest:.1e} < {DEAD_IN_TRAINING:.0e}"
                 reports.append(LayerReport(name, rank, math.nan, "left alone", reason))
             else:
-                reports.append(LayerReport(name, rank, energy_kept, "projected", "followed" if was_followed else ""))
+                reports.append(
+                    LayerReport(name, rank, energy_kept, "projected", "followed" if was_followed else "")
+                )
         return reports + self._dense
 
     def _tell_all(self, own: dict[str, tuple]) -> dict[str, tuple]:
@@ -150,13 +177,19 @@ class LowRankProjector:
             return own
         names = [name for names in self._shares for name in names]
         told = torch.tensor([own.get(name, (0.0,) * 4) for name in names], dtype=torch.float64)
-        told = told.to(next(iter(self._weights.values())).device)  # where a process group of GPUs alone can add it up
+        told = told.to(
+            next(iter(self._weights.values())).device
+        )  # where a process group of GPUs alone can add it up
         return {
             name: (kept, bool(followed), bool(dead), largest)
-            for name, (kept, followed, dead, largest) in zip(names, self._processes.sum(told).tolist(), strict=True)
+            for name, (kept, followed, dead, largest) in zip(
+                names, self._processes.sum(told).tolist(), strict=True
+            )
         }
 
-    def _find_basis(self, group: tuple, matrices: list[Tensor], row_scale: Tensor | None, check: bool) -> tuple[Basis, list[bool]]:
+    def _find_basis(
+        self, group: tuple, matrices: list[Tensor], row_scale: Tensor | None, check: bool
+    ) -> tuple[Basis, list[bool]]:
         """Return the directions that the layers of a group keep, and which of them were followed from the last projection's."""
         rank, start = group[2], self._bases.get(group) if self.fast else None
         grams = lambda **options: gram_matrices(matrices, row_scale, **options)  # (B, K, K)
@@ -168,10 +201,18 @@ class LowRankProjector:
             if check:
                 G = grams()
                 exact = leading_basis(G, rank)
-                lost = exact.kept - ((G @ basis.vectors) * basis.vectors).sum(dim=(1, 2))  # Σ_{i≤R} s_i² − tr QᵀGQ
-                if (certain & (lost > 3 * RESIDUAL_TOLERANCE * (exact.energy - exact.kept) + 1e-11 * exact.energy)).any():
+                lost = exact.kept - ((G @ basis.vectors) * basis.vectors).sum(
+                    dim=(1, 2)
+                )  # Σ_{i≤R} s_i² − tr QᵀGQ
+                if (
+                    certain
+                    & (lost > 3 * RESIDUAL_TOLERANCE * (exact.energy - exact.kept) + 1e-11 * exact.energy)
+                ).any():
                     # The bound of follow_basis forbids it, so this is an error of ours, of the hardware or of a library.
-                    logger.warning("the fast projection kept too little energy (%s); all projections are exact from here on", self._groups[group])
+                    logger.warning(
+                        "the fast projection kept too little energy (%s); all projections are exact from here on",
+                        self._groups[group],
+                    )
                     self.fast = False
                 basis, certain = exact, torch.zeros_like(certain)
             followed = certain.tolist()
@@ -188,7 +229,11 @@ class LowRankProjector:
         weights = [self._weights[name].detach() for name in names]
         wide = torch.promote_types(weights[0].dtype, torch.float32)
         norms = torch.stack(torch._foreach_norm(weights, 2, wide)).double()  # one call, not one a layer
-        rows = {name: row for group, a in scales.items() for name, row in zip(self._groups[group], a.sum(dim=1), strict=True)}
+        rows = {
+            name: row
+            for group, a in scales.items()
+            for name, row in zip(self._groups[group], a.sum(dim=1), strict=True)
+        }
         none = norms.new_zeros(())
         sums = norms + self._processes.sum(torch.stack([rows.get(name, none) for name in names]))
         for name, norm, both in zip(names, *torch.stack([norms, sums]).tolist(), strict=True):

@@ -27,13 +27,19 @@ def compressible_layers(model: nn.Module, layers: str | None = None) -> dict[str
     {'0': (8, 27)}
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__} {model!r}; build_model makes one of a name")
+        raise ValueError(
+            f"model must be a torch.nn.Module; got {type(model).__name__} {model!r}; build_model makes one of a name"
+        )
     if not isinstance(layers, (str, NoneType)):
         raise ValueError(f"layers must be null or a pattern of layer names, as '*.mlp.*'; got {layers!r}")
     shapes = {}
     for name, module in model.named_modules():
         convolution = isinstance(module, nn.Conv2d) and module.groups == 1
-        if convolution if layers is None else (convolution or isinstance(module, nn.Linear)) and fnmatch.fnmatchcase(name, layers):
+        if (
+            convolution
+            if layers is None
+            else (convolution or isinstance(module, nn.Linear)) and fnmatch.fnmatchcase(name, layers)
+        ):
             shapes[name] = (module.weight.shape[0], module.weight[0].numel())
     return shapes
 
@@ -56,7 +62,9 @@ def rank_from_ratio(K: int, prune_ratio: float) -> int:
     if isinstance(K, bool) or not isinstance(K, int) or K < 1:
         raise ValueError(f"K is the number of singular values, a whole number of 1 or more; got {K!r}")
     if isinstance(prune_ratio, bool) or not isinstance(prune_ratio, (int, float)) or not 0 <= prune_ratio < 1:
-        raise ValueError(f"prune_ratio is the share of singular values to remove, 0 ≤ ratio < 1; got {prune_ratio!r}")
+        raise ValueError(
+            f"prune_ratio is the share of singular values to remove, 0 ≤ ratio < 1; got {prune_ratio!r}"
+        )
     return max(1, int(K - K * float(prune_ratio)))
 
 
@@ -81,7 +89,9 @@ def ranks_from_ratio(model: nn.Module, prune_ratio: float, *, layers: str | None
     """
     shapes = compressible_layers(model, layers)
     if not shapes:
-        raise ValueError(f"{type(model).__name__} has no layer to compress: no Conv2d with one group, or none whose name matches layers={layers!r}")
+        raise ValueError(
+            f"{type(model).__name__} has no layer to compress: no Conv2d with one group, or none whose name matches layers={layers!r}"
+        )
     return {name: rank_from_ratio(min(shape), prune_ratio) for name, shape in shapes.items()}
 
 
@@ -105,18 +115,26 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) ->
     """
     if not isinstance(ranks, Mapping):
         if not isinstance(ranks, Sequence) or isinstance(ranks, str):
-            raise ValueError(f"ranks must be a list of whole numbers or a map of layer names to them; got {ranks!r}; ranks_from_ratio makes one")
+            raise ValueError(
+                f"ranks must be a list of whole numbers or a map of layer names to them; got {ranks!r}; ranks_from_ratio makes one"
+            )
         names = list(compressible_layers(model))
         if len(ranks) != len(names):
-            raise ValueError(f"ranks has {len(ranks)} entries, but the model has {len(names)} compressible convolutions")
+            raise ValueError(
+                f"ranks has {len(ranks)} entries, but the model has {len(names)} compressible convolutions"
+            )
         ranks = dict(zip(names, ranks, strict=True))
     shapes = compressible_layers(model, "*")
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
         if name not in modules:
-            raise ValueError(f"ranks names a layer {name!r} that the model does not have; it has {', '.join(list(shapes)[:5])}, …")
+            raise ValueError(
+                f"ranks names a layer {name!r} that the model does not have; it has {', '.join(list(shapes)[:5])}, …"
+            )
         if name not in shapes:
-            raise ValueError(f"layer {name!r} ({type(modules[name]).__name__}) cannot be made low-rank; only Conv2d with one group and Linear can")
+            raise ValueError(
+                f"layer {name!r} ({type(modules[name]).__name__}) cannot be made low-rank; only Conv2d with one group and Linear can"
+            )
         K = min(shapes[name])
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= K:
             raise ValueError(f"rank of layer {name!r} must be an integer from 1 to {K}; got {rank!r}")

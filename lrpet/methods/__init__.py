@@ -40,5 +40,7 @@ def make_method(model: nn.Module, config: RunConfig) -> Dense:
     if config.method in ("dense", "narrow"):
         return Dense(model)
     methods = {"trp": TrainedRankPruning, "svd_training": SVDTraining, "filter_pruning": FilterPruning}
-    methods |= dict.fromkeys(("lrp", "lrpet"), LowRankProjection) | dict.fromkeys(("svd_finetune", "factorized", "warmup_switch"), Factorized)
+    methods |= dict.fromkeys(("lrp", "lrpet"), LowRankProjection) | dict.fromkeys(
+        ("svd_finetune", "factorized", "warmup_switch"), Factorized
+    )
     return methods[config.method](model, config)

@@ -22,7 +22,11 @@ def ranks_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
     """
     if config.ranks is not None:
         return resolve_ranks(model, config.ranks)
-    return {} if config.prune_ratio is None else ranks_from_ratio(model, config.prune_ratio, layers=config.layers)
+    return (
+        {}
+        if config.prune_ratio is None
+        else ranks_from_ratio(model, config.prune_ratio, layers=config.layers)
+    )
 
 
 def target_macs(model: nn.Module, config: RunConfig) -> int:
@@ -67,7 +71,9 @@ class Dense:
 
     ranks: dict[str, int] = {}
     undecayed: tuple[Tensor, ...] = ()  # parameters that the optimizer's weight decay leaves alone
-    structure: dict | list | None = None  # what a checkpoint keeps besides weights: names, numbers, tensors; None: nothing yet
+    structure: dict | list | None = (
+        None  # what a checkpoint keeps besides weights: names, numbers, tensors; None: nothing yet
+    )
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -99,4 +105,7 @@ def is_due(config: RunConfig, step: int, steps_per_epoch: int) -> bool:
     """
     if config.projection_interval is None:
         return False
-    return step % (config.projection_interval * (steps_per_epoch if config.projection_unit == "epoch" else 1)) == 0
+    return (
+        step % (config.projection_interval * (steps_per_epoch if config.projection_unit == "epoch" else 1))
+        == 0
+    )

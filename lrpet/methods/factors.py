@@ -41,7 +41,10 @@ class Factorized(Dense):
         super().__init__(model)
         self.config, self.ranks = config, ranks_of(model, config)
         if config.rank_rule == "stable_rank":
-            self.stable_at_start = {name: _stable_rank(model.get_submodule(name)) for name in compressible_layers(model, config.layers)}
+            self.stable_at_start = {
+                name: _stable_rank(model.get_submodule(name))
+                for name in compressible_layers(model, config.layers)
+            }
 
     def begin_epoch(self, epoch: int) -> bool:
         """Factorize when the dense epochs are over; see :class:`Dense`."""
@@ -58,10 +61,19 @@ class Factorized(Dense):
             self._become(rebuild(self.model, [LayerReport(**report) for report in structure]))
 
     def _become(self, compact: nn.Module) -> None:
-        self.model, self.structure = compact.to(memory_format=torch.channels_last), [vars(report) for report in compact.factorization]
-        self.ranks = {report.name: max(1, report.rank) for report in compact.factorization}  # a dead layer has none, and counts as one
+        self.model, self.structure = (
+            compact.to(memory_format=torch.channels_last),
+            [vars(report) for report in compact.factorization],
+        )
+        self.ranks = {
+            report.name: max(1, report.rank) for report in compact.factorization
+        }  # a dead layer has none, and counts as one
         if self.config.product_decay:
-            pairs = [self.model.get_submodule(report.name) for report in self.model.factorization if report.action == "factorized"]
+            pairs = [
+                self.model.get_submodule(report.name)
+                for report in self.model.factorization
+                if report.action == "factorized"
+            ]
             self.undecayed = tuple(factor.weight for pair in pairs for factor in pair)
             plain, normalized = self.config.weight_decay, self.config.normalized_weight_decay
             followed = set() if normalized is None else set(normalized_weights(self.model))
@@ -105,7 +117,10 @@ class _Triplet(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.shape = weight.shape
-        return tuple(part.to(weight.dtype).contiguous() for part in truncated_svd(weight.flatten(1), min(weight.flatten(1).shape)))
+        return tuple(
+            part.to(weight.dtype).contiguous()
+            for part in truncated_svd(weight.flatten(1), min(weight.flatten(1).shape))
+        )
 
 
 class SVDTraining(Factorized):

@@ -40,7 +40,9 @@ class FilterPruning(Dense):
             return False
         shape = image_shape(self.config)
         order = weakest_last(self.model, shape)
-        kept = lambda share: {name: sorted(filters[: max(1, round(share * len(filters)))]) for name, filters in order.items()}
+        kept = lambda share: {
+            name: sorted(filters[: max(1, round(share * len(filters)))]) for name, filters in order.items()
+        }
         macs = lambda share: cost(keep_filters(self.model, kept(share), shape), shape).macs
         self.restore(kept(closest_share(macs, target_macs(self.model, self.config))))
         return True
@@ -48,7 +50,10 @@ class FilterPruning(Dense):
     def restore(self, structure: dict | None) -> None:
         """See :class:`Dense`."""
         if structure is not None:
-            self.model, self.structure = keep_filters(self.model, structure, image_shape(self.config)), structure
+            self.model, self.structure = (
+                keep_filters(self.model, structure, image_shape(self.config)),
+                structure,
+            )
 
 
 def weakest_last(model: nn.Module, input_shape: Sequence[int]) -> dict[str, list[int]]:
@@ -74,17 +79,31 @@ def weakest_last(model: nn.Module, input_shape: Sequence[int]) -> dict[str, list
         if not isinstance(module, nn.Conv2d) or module.groups > 1:
             continue
         group = graph.get_pruning_group(module, torch_pruning.prune_conv_out_channels, idxs=[0])
-        makers = [d for d, _ in group if graph.is_out_channel_pruning_fn(d.handler) and isinstance(d.target.module, (nn.Conv2d, nn.Linear))]
-        users = [d for d, _ in group if graph.is_in_channel_pruning_fn(d.handler) and isinstance(d.target.module, (nn.Conv2d, nn.Linear))]
+        makers = [
+            d
+            for d, _ in group
+            if graph.is_out_channel_pruning_fn(d.handler)
+            and isinstance(d.target.module, (nn.Conv2d, nn.Linear))
+        ]
+        users = [
+            d
+            for d, _ in group
+            if graph.is_in_channel_pruning_fn(d.handler)
+            and isinstance(d.target.module, (nn.Conv2d, nn.Linear))
+        ]
         if len(makers) == 1 and users:  # an output of the whole network has no user
             norms = module.weight.detach().abs().sum(dim=(1, 2, 3))  # (N,)
             order[name] = norms.argsort(descending=True, stable=True).tolist()
     if not order:
-        raise ValueError(f"{type(model).__name__} has no convolution whose filters can go alone; filter_pruning needs one")
+        raise ValueError(
+            f"{type(model).__name__} has no convolution whose filters can go alone; filter_pruning needs one"
+        )
     return order
 
 
-def keep_filters(model: nn.Module, kept: Mapping[str, Sequence[int]], input_shape: Sequence[int]) -> nn.Module:
+def keep_filters(
+    model: nn.Module, kept: Mapping[str, Sequence[int]], input_shape: Sequence[int]
+) -> nn.Module:
     """Return a copy of a network in which the named convolutions keep only the given filters.
 
     Args:
@@ -113,7 +132,9 @@ def _trace(model: nn.Module, input_shape: Sequence[int]):
     try:
         import torch_pruning
     except ImportError as error:
-        raise ValueError("method 'filter_pruning' needs Torch-Pruning, which is not installed; run: pip install torch-pruning") from error
+        raise ValueError(
+            "method 'filter_pruning' needs Torch-Pruning, which is not installed; run: pip install torch-pruning"
+        ) from error
     was_training = model.training
     example = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
     graph = torch_pruning.DependencyGraph().build_dependency(model.eval(), example_inputs=example)

@@ -32,7 +32,9 @@ class TrainedRankPruning(Dense):
     def __init__(self, model: nn.Module, config: RunConfig):
         super().__init__(model)
         self.config = config
-        self.weights = {name: model.get_submodule(name).weight for name in compressible_layers(model, config.layers)}
+        self.weights = {
+            name: model.get_submodule(name).weight for name in compressible_layers(model, config.layers)
+        }
         self.subgradients: dict[str, Tensor] = {}
 
     @property

@@ -23,7 +23,9 @@ BUILDERS = {f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 20, 3
     "ghost_resnet56": partial(GhostResNet, 56),
     "vit": SmallViT,
 }
-SCALABLE = tuple(name for name in BUILDERS if name not in ("ghost_resnet56", "vit"))  # those that build_model can make narrower
+SCALABLE = tuple(
+    name for name in BUILDERS if name not in ("ghost_resnet56", "vit")
+)  # those that build_model can make narrower
 MODELS = (*BUILDERS, *TORCHVISION)
 
 
@@ -50,7 +52,9 @@ def build_model(name: str, num_classes: int = 10, width: float = 1.0) -> nn.Modu
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be a whole number of 1 or more; got {num_classes!r}")
     if width != 1.0 and name not in SCALABLE:
-        raise ValueError(f"width must be 1 for {name!r}; only {', '.join(SCALABLE)} come narrower; got {width!r}")
+        raise ValueError(
+            f"width must be 1 for {name!r}; only {', '.join(SCALABLE)} come narrower; got {width!r}"
+        )
     if name in BUILDERS:
         return BUILDERS[name](num_classes=num_classes, **({} if width == 1.0 else {"width": width}))
     if name in TORCHVISION:

@@ -26,7 +26,11 @@ STAGES = (
 
 
 def _unit(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
-    return [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    return [
+        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    ]
 
 
 class Inception(nn.Module):

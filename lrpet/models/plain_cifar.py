@@ -36,7 +36,10 @@ class CifarPlain(nn.Module):
             outputs = max(1, round(width * channels))
             for i in range(7 if stage == 0 else 6):
                 stride = 2 if stage > 0 and i == 0 else 1
-                layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, padding_mode="circular"), nn.LeakyReLU(SLOPE)]
+                layers += [
+                    nn.Conv2d(inputs, outputs, 3, stride, 1, padding_mode="circular"),
+                    nn.LeakyReLU(SLOPE),
+                ]
                 inputs = outputs
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(inputs, num_classes)

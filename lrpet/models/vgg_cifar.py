@@ -9,7 +9,26 @@ from torch import nn
 
 __all__ = ["CifarVGG16"]
 
-WIDTHS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool")
+WIDTHS = (
+    64,
+    64,
+    "pool",
+    128,
+    128,
+    "pool",
+    256,
+    256,
+    256,
+    "pool",
+    512,
+    512,
+    512,
+    "pool",
+    512,
+    512,
+    512,
+    "pool",
+)
 
 
 class CifarVGG16(nn.Module):
@@ -33,7 +52,11 @@ class CifarVGG16(nn.Module):
                 layers.append(nn.MaxPool2d(2))
             else:
                 outputs = max(1, round(width * channels))
-                layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+                layers += [
+                    nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(outputs),
+                    nn.ReLU(inplace=True),
+                ]
                 inputs = outputs
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(inputs, num_classes)

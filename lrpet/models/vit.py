@@ -22,11 +22,15 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width)
+        )
 
     def forward(self, x):
         """Map tokens (B, T, width) to (B, T, width)."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, width/heads) each
+        q, k, v = (
+            self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        )  # (B, heads, T, width/heads) each
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
@@ -44,7 +48,15 @@ class SmallViT(nn.Module):
     2.69
     """
 
-    def __init__(self, num_classes: int = 10, width: int = 192, depth: int = 9, heads: int = 12, mlp_ratio: int = 2, patch: int = 4):
+    def __init__(
+        self,
+        num_classes: int = 10,
+        width: int = 192,
+        depth: int = 9,
+        heads: int = 12,
+        mlp_ratio: int = 2,
+        patch: int = 4,
+    ):
         super().__init__()
         self.patch = nn.Conv2d(3, width, patch, stride=patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))

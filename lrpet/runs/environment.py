@@ -18,10 +18,15 @@ __all__ = ["environment"]
 def environment(device: torch.device) -> dict:
     """Return where something runs: commit, versions, device, threads and the time."""
     git = ["git", "-C", str(PROJECT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False).stdout
+    commit = subprocess.run(
+        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False
+    ).stdout
     return {
-        "commit": commit or os.environ.get("LRPET_COMMIT", "unknown"),  # of a copy without .git, as on a machine that is lent
+        "commit": commit
+        or os.environ.get("LRPET_COMMIT", "unknown"),  # of a copy without .git, as on a machine that is lent
         "dirty": bool(changed.strip()),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -35,7 +40,15 @@ def environment(device: torch.device) -> dict:
 
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.is_file() else []
+    names = (
+        [
+            line.split(":")[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if cpuinfo.is_file()
+        else []
+    )
     return f"CPU {names[0] if names else platform.processor() or platform.machine()}"
 
 

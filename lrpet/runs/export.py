@@ -24,11 +24,19 @@ def find_run(name: str) -> Path:
     Raises:
         ValueError: there is none, or several profiles have it.
     """
-    folders = [folder for folder in [Path(name), *sorted(results_root().glob(f"*/runs/{name}"))] if is_complete(folder)]
+    folders = [
+        folder
+        for folder in [Path(name), *sorted(results_root().glob(f"*/runs/{name}"))]
+        if is_complete(folder)
+    ]
     if not folders:
-        raise ValueError(f"{name!r} is neither the folder of a finished run nor the id of one below {results_root()}; 'list' shows ids")
+        raise ValueError(
+            f"{name!r} is neither the folder of a finished run nor the id of one below {results_root()}; 'list' shows ids"
+        )
     if len(folders) > 1:
-        raise ValueError(f"{name!r} is a run of {len(folders)} profiles; give its folder: {', '.join(map(str, folders))}")
+        raise ValueError(
+            f"{name!r} is a run of {len(folders)} profiles; give its folder: {', '.join(map(str, folders))}"
+        )
     return folders[0]
 
 
@@ -67,7 +75,11 @@ def export_run(name: str, to: str, out: str | Path | None = None, half: bool = F
 def _save_half(network: nn.Module, path: Path, header: dict, shape: tuple[int, int, int]) -> float:
     """Write a network in half precision, as :func:`lrpet.load_compact` reads it; return the largest relative difference of an output."""
     rounded = copy.deepcopy(network).half()
-    save_compact(rounded, path, **{name: header[name] for name in ("model", "num_classes", "filters") if name in header})
+    save_compact(
+        rounded,
+        path,
+        **{name: header[name] for name in ("model", "num_classes", "filters") if name in header},
+    )
     images = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
     reference = network.eval()(images)
     return float((rounded.float().eval()(images) - reference).abs().max() / reference.abs().max())

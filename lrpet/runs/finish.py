@@ -31,7 +31,9 @@ def finish_run(config, folder, images, batches, method, state, compact, compact_
         "run_id": config.run_id,
         "scored_on": state["history"][-1]["scored_on"],
         "top1_pct": state["history"][-1]["top1_pct"],
-        **{name: state["history"][-1][name] for name in ("top5_pct",) if name in history},  # of more than five classes
+        **{
+            name: state["history"][-1][name] for name in ("top5_pct",) if name in history
+        },  # of more than five classes
         "best_top1_pct": float(history["top1_pct"][best]),
         "best_epoch": int(history["epoch"][best]),
         "compact_top1_pct": compact_top1_pct,
@@ -51,9 +53,13 @@ def finish_run(config, folder, images, batches, method, state, compact, compact_
         "evaluation_seconds": round(state["evaluation"], 3),
         "recording_seconds": round(state["recording"], 3),
     }
-    compact.factorization = getattr(compact, "factorization", [])  # a dense network is one with nothing factorized
+    compact.factorization = getattr(
+        compact, "factorization", []
+    )  # a dense network is one with nothing factorized
     filters = method.structure if config.method == "filter_pruning" else None
-    save_compact(compact, folder / WEIGHTS, model=config.model, num_classes=len(images.classes), filters=filters)
+    save_compact(
+        compact, folder / WEIGHTS, model=config.model, num_classes=len(images.classes), filters=filters
+    )
     for name, content in state["recorder"].files().items():
         write_file(folder / name, content)
     content = {
@@ -63,7 +69,11 @@ def finish_run(config, folder, images, batches, method, state, compact, compact_
         "layers.csv": pd.DataFrame(rows).to_csv(index=False),
         "summary.json": as_json(summary),
     }
-    content = {"SHA256SUMS": "".join(f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in content.items())} | content
+    content = {
+        "SHA256SUMS": "".join(
+            f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in content.items()
+        )
+    } | content
     for name, text in content.items():  # the summary last: it says that all others are there
         write_file(folder / name, text)
     tidy(folder)
@@ -81,7 +91,11 @@ def _layer_rows(full, deployed, factorization, projected) -> list[dict]:
     last = {layer["name"]: layer["energy_kept"] for layer in projected}
     rows = []
     for layer in full.layers:
-        parts = [part for part in deployed.layers if part.name in (layer.name, f"{layer.name}.0", f"{layer.name}.1")]
+        parts = [
+            part
+            for part in deployed.layers
+            if part.name in (layer.name, f"{layer.name}.0", f"{layer.name}.1")
+        ]
         action = actions.get(layer.name, LayerReport(layer.name, None, math.nan, "dense"))
         rows.append(
             {

@@ -79,7 +79,19 @@ def run(
 
     Two processes asked for the same run do not both train it: the second waits, then loads.
     """
-    _check_arguments(config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, device_batch, on_corrupt)
+    _check_arguments(
+        config,
+        data,
+        device,
+        results,
+        checkpoint_epochs,
+        time_budget,
+        progress,
+        on_epoch,
+        deterministic,
+        device_batch,
+        on_corrupt,
+    )
     deadline = None if time_budget is None else time.monotonic() + time_budget
     folder = config.folder(None if results is None else Path(results))
     processes = join_processes()
@@ -89,14 +101,31 @@ def run(
         with _hold(folder, say) if processes.first else nullcontext():
             if not processes.share(lambda: is_complete(folder)):
                 with deterministic_algorithms(deterministic):
-                    schedule = {"checkpoint_epochs": checkpoint_epochs, "deadline": deadline, "progress": progress, "on_epoch": on_epoch}
-                    return _train(config, folder, data, where, processes, say, on_corrupt, schedule | {"device_batch": device_batch})
+                    schedule = {
+                        "checkpoint_epochs": checkpoint_epochs,
+                        "deadline": deadline,
+                        "progress": progress,
+                        "on_epoch": on_epoch,
+                    }
+                    return _train(
+                        config,
+                        folder,
+                        data,
+                        where,
+                        processes,
+                        say,
+                        on_corrupt,
+                        schedule | {"device_batch": device_batch},
+                    )
     done = processes.share(lambda: load_run(folder))
     _same_classes(done, data)
     if processes.first:
         tidy(folder)  # where it was killed between its summary and this
     e = done.environment
-    say(f"{config.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}", flush=True)
+    say(
+        f"{config.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}",
+        flush=True,
+    )
     return done
 
 
@@ -110,24 +139,66 @@ def _hold(folder: Path, say: Callable) -> AcquireReturnProxy:
         say(f"{folder.name} is being trained by another process; waiting for it", flush=True)
         return lock.acquire()
     except OSError as error:
-        raise ValueError(f"results must be a folder that can be written; got {folder}: {error.strerror}; set LRPET_RESULTS") from error
+        raise ValueError(
+            f"results must be a folder that can be written; got {folder}: {error.strerror}; set LRPET_RESULTS"
+        ) from error
 
 
 def _check_arguments(
-    config, data, device, results, checkpoint_epochs, time_budget, progress, on_epoch, deterministic, device_batch, on_corrupt
+    config,
+    data,
+    device,
+    results,
+    checkpoint_epochs,
+    time_budget,
+    progress,
+    on_epoch,
+    deterministic,
+    device_batch,
+    on_corrupt,
 ) -> None:
     """Refuse what cannot be meant, before a folder is made."""
     for name, value, good, wanted in (
-        ("config", config, isinstance(config, RunConfig), "a RunConfig; RunConfig.from_dict makes one of a map"),
+        (
+            "config",
+            config,
+            isinstance(config, RunConfig),
+            "a RunConfig; RunConfig.from_dict makes one of a map",
+        ),
         ("data", data, data is None or isinstance(data, (str, Path)), "the path of a folder, or None"),
         ("device", device, isinstance(device, str), "auto, cpu, cuda or cuda:1"),
-        ("results", results, results is None or isinstance(results, (str, Path)), "the path of a folder, or None"),
-        ("checkpoint_epochs", checkpoint_epochs, type(checkpoint_epochs) is int and checkpoint_epochs >= 1, "a whole number of at least 1"),
-        ("time_budget", time_budget, time_budget is None or (type(time_budget) in (int, float) and time_budget >= 0), "seconds, 0 or more, or None"),
+        (
+            "results",
+            results,
+            results is None or isinstance(results, (str, Path)),
+            "the path of a folder, or None",
+        ),
+        (
+            "checkpoint_epochs",
+            checkpoint_epochs,
+            type(checkpoint_epochs) is int and checkpoint_epochs >= 1,
+            "a whole number of at least 1",
+        ),
+        (
+            "time_budget",
+            time_budget,
+            time_budget is None or (type(time_budget) in (int, float) and time_budget >= 0),
+            "seconds, 0 or more, or None",
+        ),
         ("progress", progress, progress in ("auto", "bar", "lines", "off"), "auto, bar, lines or off"),
-        ("on_epoch", on_epoch, on_epoch is None or callable(on_epoch), "a function of the row of an epoch, or None"),
+        (
+            "on_epoch",
+            on_epoch,
+            on_epoch is None or callable(on_epoch),
+            "a function of the row of an epoch, or None",
+        ),
         ("deterministic", deterministic, isinstance(deterministic, bool), "True or False"),
-        ("device_batch", device_batch, device_batch is None or (type(device_batch) is int and device_batch >= 1), "a number of images, or None"),
+        (
+            "device_batch",
+            device_batch,
+            device_batch is None or (type(device_batch) is int and device_batch >= 1),
+            "a number of images, or None",
+        ),
         ("on_corrupt", on_corrupt, on_corrupt in ON_CORRUPT, " or ".join(ON_CORRUPT)),
     ):
         if not good:
@@ -139,11 +210,15 @@ def _train(config, folder, data, device, processes, say, on_corrupt, schedule) -
     streamed, resumed = processes.share(lambda: (_was_streamed(folder), has_checkpoint(checkpoint)))
     with processes.in_turn():
         images = load_images(config, data, device=device, on_corrupt=on_corrupt, streamed=streamed)
-    if processes.any(isinstance(images, StreamData))[0] and not isinstance(images, StreamData):  # there was room for them in this process only
+    if processes.any(isinstance(images, StreamData))[0] and not isinstance(
+        images, StreamData
+    ):  # there was room for them in this process only
         images = load_images(config, data, device=device, on_corrupt=on_corrupt, streamed=True)
     origin = environment(device) | {"processes": processes.world} | images.fingerprint
     if processes.any(processes.share(lambda: images.fingerprint) != images.fingerprint)[0]:
-        raise ValueError("data must hold the same images for every process; got others on another machine: give them the same copy by --data")
+        raise ValueError(
+            "data must hold the same images for every process; got others on another machine: give them the same copy by --data"
+        )
     if config.dataset == "imagefolder":
         origin["data_classes_sha256"] = _digest(images.classes)
     if images.corrupt:
@@ -163,7 +238,10 @@ def _train(config, folder, data, device, processes, say, on_corrupt, schedule) -
     model = model.to(device, memory_format=torch.channels_last)
     method = make_method(model, config)
     verb, times = "resuming" if resumed else "training", f"{processes.world} × " * (processes.world > 1)
-    say(f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {times}{origin['device']}", flush=True)
+    say(
+        f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {times}{origin['device']}",
+        flush=True,
+    )
     state = train(config, method, batches, checkpoint, processes=processes, **schedule)
 
     compact = method.compact()
@@ -187,7 +265,9 @@ def _same_data(folder: Path, environment: dict) -> None:
     before = read_json(folder / "environment.json")
     for name in ("data_train_sha256", "data_test_sha256"):
         if before.get(name) != environment[name]:
-            raise ValueError(f"{folder} was begun with other images ({name} differs); give the data it began with, or another results folder")
+            raise ValueError(
+                f"{folder} was begun with other images ({name} differs); give the data it began with, or another results folder"
+            )
 
 
 def _same_classes(done: Run, data: str | Path | None) -> None:
@@ -197,7 +277,9 @@ def _same_classes(done: Run, data: str | Path | None) -> None:
         return
     place = root / "train" if (root / "train").is_dir() else root
     if _digest(sorted(entry.name for entry in place.iterdir() if entry.is_dir())) != seen:
-        raise ValueError(f"{done.folder} is a finished run on other classes than {root} holds; give another seed or results folder (LRPET_RESULTS)")
+        raise ValueError(
+            f"{done.folder} is a finished run on other classes than {root} holds; give another seed or results folder (LRPET_RESULTS)"
+        )
 
 
 def _digest(names: Iterable[str]) -> str:

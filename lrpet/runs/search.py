@@ -66,7 +66,11 @@ def ranks_from_group_ratios(model, ratios: Mapping[str, float], per_layer: bool 
     8
     """
     shapes = compressible_layers(model)
-    return {name: rank_from_ratio(min(shapes[name]), ratios[group]) for group, names in group_layers(model, per_layer).items() for name in names}
+    return {
+        name: rank_from_ratio(min(shapes[name]), ratios[group])
+        for group, names in group_layers(model, per_layer).items()
+        for name in names
+    }
 
 
 def fitness(summary: Mapping, weight: float = 1.0) -> float:
@@ -125,9 +129,13 @@ def search(
     Source: arXiv 2204.05566, LRPET-S; Akiba et al. 2019 for Optuna.
     """
     if not config.validation_fraction:
-        raise ValueError("validation_fraction must be above 0: ranks are chosen on images held out from the training set, never on the test set")
+        raise ValueError(
+            "validation_fraction must be above 0: ranks are chosen on images held out from the training set, never on the test set"
+        )
     if objectives not in (1, 2) or sampler not in ("tpe", "gp") or trials < 1:
-        raise ValueError(f"objectives must be 1 or 2, sampler tpe or gp, trials at least 1; got {objectives!r}, {sampler!r}, {trials!r}")
+        raise ValueError(
+            f"objectives must be 1 or 2, sampler tpe or gp, trials at least 1; got {objectives!r}, {sampler!r}, {trials!r}"
+        )
     root = Path(results or results_root()) / config.profile / "search"
     root.mkdir(parents=True, exist_ok=True)
     model = build_model(config.model)
@@ -137,8 +145,14 @@ def search(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         journal = JournalStorage(JournalFileBackend(str(root / f"{name}.journal")))
-        seed = config.seed if workers == 1 and multiprocessing.parent_process() is None else None  # workers must not draw the same
-        choose = optuna.samplers.TPESampler(seed=seed, multivariate=True) if sampler == "tpe" else optuna.samplers.GPSampler(seed=seed)
+        seed = (
+            config.seed if workers == 1 and multiprocessing.parent_process() is None else None
+        )  # workers must not draw the same
+        choose = (
+            optuna.samplers.TPESampler(seed=seed, multivariate=True)
+            if sampler == "tpe"
+            else optuna.samplers.GPSampler(seed=seed)
+        )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name=name,
@@ -162,14 +176,28 @@ def search(
                 raise optuna.TrialPruned
 
         candidate = dataclasses.replace(config, prune_ratio=None, ranks=ranks)
-        done = do_run(candidate, data=data, device=device, results=results, progress="off", on_epoch=watch if objectives == 1 else None)
+        done = do_run(
+            candidate,
+            data=data,
+            device=device,
+            results=results,
+            progress="off",
+            on_epoch=watch if objectives == 1 else None,
+        )
         trial.set_user_attr("ranks", ranks)
         trial.set_user_attr("top1_pct", done.summary["top1_pct"])
         trial.set_user_attr("macs", done.summary["macs"])
         return fitness(done.summary, weight) if objectives == 1 else (done.summary["top1_pct"], share)
 
     if workers > 1:
-        settings = {"objectives": objectives, "per_layer": per_layer, "sampler": sampler, "weight": weight, "data": data, "device": device}
+        settings = {
+            "objectives": objectives,
+            "per_layer": per_layer,
+            "sampler": sampler,
+            "weight": weight,
+            "data": data,
+            "device": device,
+        }
         settings |= {"results": results, "do_run": do_run}
         start = multiprocessing.get_context("spawn").Process
         processes = [start(target=search, args=(config, trials), kwargs=settings) for _ in range(workers)]
@@ -178,7 +206,11 @@ def search(
         for process in processes:
             process.join()
     over = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, states=over)], n_trials=_missing(study, trials, over))
+    study.optimize(
+        objective,
+        callbacks=[optuna.study.MaxTrialsCallback(trials, states=over)],
+        n_trials=_missing(study, trials, over),
+    )
     return study
 
 
@@ -226,7 +258,9 @@ NOTEBOOK_PARAMETERS = (
 def brief_config(parameters: Mapping) -> RunConfig:
     """Return the configuration of a candidate's brief training from the parameters of ``06_rank_search``."""
     shared = ("dataset", "model", "validation_fraction", "batch_size", "seed", "precision", "profile")
-    return RunConfig(epochs=parameters["search_epochs"], milestones=(), **{name: parameters[name] for name in shared})
+    return RunConfig(
+        epochs=parameters["search_epochs"], milestones=(), **{name: parameters[name] for name in shared}
+    )
 
 
 def groups_of(config: RunConfig, per_layer: bool = False) -> dict[str, list[str]]:
@@ -246,7 +280,9 @@ def uniform_trials(config: RunConfig, ratios=(0.5, 0.6, 0.7, 0.8, 0.9), **where)
 def importance(study: optuna.Study) -> pd.Series:
     """Return how much each group's ratio matters for the accuracy, as shares that sum to 1; needs a two-objective study."""
     shares = optuna.importance.get_param_importances(
-        study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0), target=lambda trial: trial.values[0]
+        study,
+        evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+        target=lambda trial: trial.values[0],
     )
     return pd.Series(shares, name="importance").sort_index()
 
@@ -264,7 +300,12 @@ def compare_final(study: optuna.Study, config: RunConfig, epochs: int, **where) 
         A row an allocation: MACs in millions and accuracy on the test images in percent, one seed.
     """
     size = DATASETS[config.dataset]
-    full = dataclasses.replace(config, epochs=epochs, milestones=tuple(sorted({epochs // 2, epochs * 3 // 4} - {0})), validation_fraction=0.0)
+    full = dataclasses.replace(
+        config,
+        epochs=epochs,
+        milestones=tuple(sorted({epochs // 2, epochs * 3 // 4} - {0})),
+        validation_fraction=0.0,
+    )
     searched = study.best_trial.user_attrs["ranks"]
     model = build_model(config.model)
     saved = cost(model, (3, size, size), searched)
@@ -277,7 +318,9 @@ def compare_final(study: optuna.Study, config: RunConfig, epochs: int, **where) 
     }
     rows = []
     for name, ranks in allocations.items():
-        summary = run(dataclasses.replace(full, prune_ratio=None, ranks=ranks), progress="off", **where).summary
+        summary = run(
+            dataclasses.replace(full, prune_ratio=None, ranks=ranks), progress="off", **where
+        ).summary
         rows.append({"allocation": name, "macs_m": summary["macs"] / 1e6, "top1_pct": summary["top1_pct"]})
     return pd.DataFrame(rows)
 

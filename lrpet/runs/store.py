@@ -19,7 +19,10 @@ from lrpet.paths import results_root
 
 __all__ = ["Run", "is_complete", "load_network", "load_run", "load_runs", "weights_file"]
 ANEW = "delete the folder to run it anew, or take it from where you got it"
-WEIGHTS, HALF_WEIGHTS = "compact.safetensors", "compact-half.safetensors"  # the second of some runs, see results/README.md
+WEIGHTS, HALF_WEIGHTS = (
+    "compact.safetensors",
+    "compact-half.safetensors",
+)  # the second of some runs, see results/README.md
 FILES = ("config.json", "environment.json", "history.csv", "layers.csv", "summary.json")
 
 
@@ -50,7 +53,9 @@ def load_run(folder: Path) -> Run:
     if not is_complete(folder):
         raise FileNotFoundError(f"{folder} holds no finished run: it has no summary.json")
     _verify(folder)
-    config, summary, environment = (read_json(folder / f"{name}.json") for name in ("config", "summary", "environment"))
+    config, summary, environment = (
+        read_json(folder / f"{name}.json") for name in ("config", "summary", "environment")
+    )
     history, layers = (_read(folder / f"{name}.csv", pd.read_csv) for name in ("history", "layers"))
     return Run(RunConfig.from_dict(config), summary, history, layers, environment, folder)
 
@@ -61,8 +66,12 @@ def _verify(folder: Path) -> None:
     if sums.is_file():
         told = _read(sums, lambda file: {line[66:]: line[:64] for line in file.read_text().splitlines()})
         for name in FILES:
-            if told.get(name) != _read(folder / name, lambda file: hashlib.sha256(file.read_bytes()).hexdigest()):
-                raise ValueError(f"{folder / name} is damaged, or {sums.name} beside it: the two disagree; {ANEW}")
+            if told.get(name) != _read(
+                folder / name, lambda file: hashlib.sha256(file.read_bytes()).hexdigest()
+            ):
+                raise ValueError(
+                    f"{folder / name} is damaged, or {sums.name} beside it: the two disagree; {ANEW}"
+                )
 
 
 def read_json(file: Path) -> dict:
@@ -91,7 +100,9 @@ def load_runs(root: str | Path | None = None) -> pd.DataFrame:
     rows = []
     for file in sorted(Path(root or results_root()).glob("**/summary.json")):
         run = load_run(file.parent)
-        origin = {name: run.environment[name] for name in ("device", "commit", "finished", "data_train_sha256")}
+        origin = {
+            name: run.environment[name] for name in ("device", "commit", "finished", "data_train_sha256")
+        }
         rows.append({**run.config.to_dict(), **run.summary, **origin, "folder": str(run.folder)})
     return pd.DataFrame(rows)
 
@@ -104,7 +115,9 @@ def weights_file(folder: Path) -> Path:
     """
     kept = [folder / name for name in (WEIGHTS, HALF_WEIGHTS) if (folder / name).is_file()]
     if not kept:
-        raise ValueError(f"{folder / WEIGHTS} is not there: the repository keeps the weights of few runs; delete the run's folder and run it anew")
+        raise ValueError(
+            f"{folder / WEIGHTS} is not there: the repository keeps the weights of few runs; delete the run's folder and run it anew"
+        )
     return kept[0]
 
 
@@ -118,5 +131,7 @@ def load_network(finished: Run) -> torch.nn.Module:
     header = compact_header(file)
     model = build_network(finished.config, header["num_classes"])
     if finished.config.method == "filter_pruning":
-        model = keep_filters(model, header["filters"], (3, finished.config.image_size, finished.config.image_size))
+        model = keep_filters(
+            model, header["filters"], (3, finished.config.image_size, finished.config.image_size)
+        )
     return load_compact(file, model)

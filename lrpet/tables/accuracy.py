@@ -9,7 +9,18 @@ import pandas as pd
 
 from lrpet.config import RunConfig
 from lrpet.paths import results_root
-from lrpet.tables.rows import ABLATIONS, NOT_RUN, as_published, counted_cost, lrpet_targets, of_imagenet, off_target, published, published_row, spread
+from lrpet.tables.rows import (
+    ABLATIONS,
+    NOT_RUN,
+    as_published,
+    counted_cost,
+    lrpet_targets,
+    of_imagenet,
+    off_target,
+    published,
+    published_row,
+    spread,
+)
 
 __all__ = ["accuracy_table", "imagenet_table"]
 
@@ -29,7 +40,9 @@ def accuracy_table(runs: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     target = lrpet_targets(runs)
     for _, seeds in runs[runs.feeds != ABLATIONS].groupby("experiment", sort=False):
         first, done = seeds.iloc[0], seeds["top1_pct"].dropna()
-        macs, params, dense = counted_cost(seeds.loc[seeds.top1_pct.first_valid_index()] if len(done) else first)
+        macs, params, dense = counted_cost(
+            seeds.loc[seeds.top1_pct.first_valid_index()] if len(done) else first
+        )
         config = first.config
         paper = published_row(reported, first.config, macs).top1_pct.dropna()
         comparable = len(paper) and len(done) and as_published(seeds)
@@ -37,8 +50,13 @@ def accuracy_table(runs: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
             {
                 "network": first.network,
                 "method": first.label,
-                "prune_ratio": "ranks given" if config.ranks else "" if pd.isna(first.ratio) else f"{first.ratio:g}",
-                "epochs": f"{config.epochs}" + (f" ({config.pretrain_epochs} dense first)" if config.pretrain_epochs else ""),
+                "prune_ratio": "ranks given"
+                if config.ranks
+                else ""
+                if pd.isna(first.ratio)
+                else f"{first.ratio:g}",
+                "epochs": f"{config.epochs}"
+                + (f" ({config.pretrain_epochs} dense first)" if config.pretrain_epochs else ""),
                 "macs_m": f"{macs / 1e6:.2f}" if macs else NOT_RUN,
                 "params_m": f"{params / 1e6:.3f}" if macs else NOT_RUN,
                 "macs_reduction_pct": f"{100 * (1 - macs / dense):.1f}" if macs else NOT_RUN,
@@ -72,7 +90,9 @@ def imagenet_table(runs: pd.DataFrame, reported: pd.DataFrame, results: Path | N
     """
     rows = []
     for name, seeds in runs.groupby("experiment", sort=False):
-        seeds = seeds.reindex(columns=[*seeds.columns, *({"top5_pct", "num_classes", "epochs"} - set(seeds.columns))])
+        seeds = seeds.reindex(
+            columns=[*seeds.columns, *({"top5_pct", "num_classes", "epochs"} - set(seeds.columns))]
+        )
         first, done = seeds.iloc[0], seeds.dropna(subset=["top1_pct"])
         config = first.config
         macs, params, dense = counted_cost(done.iloc[0] if len(done) else first)
@@ -85,7 +105,9 @@ def imagenet_table(runs: pd.DataFrame, reported: pd.DataFrame, results: Path | N
             "params_m": f"{params / 1e6:.3f}",
             "macs_reduction_pct": f"{100 * (1 - macs / dense):.1f}",
             "top1_pct": spread(seeds.top1_pct),
-            "top5_pct": spread(seeds.top5_pct) if done.top5_pct.notna().any() or done.empty else "not recorded",
+            "top5_pct": spread(seeds.top5_pct)
+            if done.top5_pct.notna().any() or done.empty
+            else "not recorded",
             "seeds": f"{len(done)} of {len(seeds)}",
         }
         if of_imagenet(config):
@@ -94,7 +116,9 @@ def imagenet_table(runs: pd.DataFrame, reported: pd.DataFrame, results: Path | N
                 value = paper[f"{top}_pct"].dropna()
                 comparable = len(value) and len(done) and as_published(done)
                 row[f"paper_{top}_pct"] = f"{value.iloc[0]:.2f}" if len(value) else ""
-                row[f"{top}_difference_pct"] = f"{done[f'{top}_pct'].mean() - value.iloc[0]:+.2f}" if comparable else ""
+                row[f"{top}_difference_pct"] = (
+                    f"{done[f'{top}_pct'].mean() - value.iloc[0]:+.2f}" if comparable else ""
+                )
             row["hardware"], row["hours_of_a_run"] = "one CUDA GPU or more", _estimated_hours(config, results)
             row["command"] = f"python -m lrpet run '{name}-s*' --profile imagenet --data DIR"
         rows.append(row)
@@ -103,8 +127,14 @@ def imagenet_table(runs: pd.DataFrame, reported: pd.DataFrame, results: Path | N
 
 def _estimated_hours(config: RunConfig, results: Path | None) -> str:
     """Return how long a run would train on ImageNet at the highest throughput that was measured for it on a GPU."""
-    kept = ((results or results_root()) / "bench").glob(f"throughput-{config.model}-{config.method}-{config.image_size}-*.json")
-    measured = [result for result in map(json.loads, (file.read_text() for file in sorted(kept))) if not result["device"].startswith("CPU")]
+    kept = ((results or results_root()) / "bench").glob(
+        f"throughput-{config.model}-{config.method}-{config.image_size}-*.json"
+    )
+    measured = [
+        result
+        for result in map(json.loads, (file.read_text() for file in sorted(kept)))
+        if not result["device"].startswith("CPU")
+    ]
     if not measured:
         return "not measured"
     best = max(measured, key=lambda result: result["both_images_per_second"])
@@ -115,5 +145,7 @@ def _estimated_hours(config: RunConfig, results: Path | None) -> str:
 def related_table() -> pd.DataFrame:
     """Return the published CIFAR-10 rows of Trained Rank Pruning; other schedule, other authors, for orientation only."""
     rows = published().query("table == 'related' and dataset == 'cifar10'")
-    rows = rows[["model", "method", "params_m", "macs_reduction_pct", "top1_pct", "source"]].rename(columns={"model": "network"})
+    rows = rows[["model", "method", "params_m", "macs_reduction_pct", "top1_pct", "source"]].rename(
+        columns={"model": "network"}
+    )
     return rows.astype(object).where(rows.notna(), "").reset_index(drop=True)

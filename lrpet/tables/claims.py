@@ -18,7 +18,9 @@ __all__ = ["ablation_table", "claims_table", "differences", "summary_of_ablation
 
 def _paired(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
     """Return the differences in last-epoch accuracy of two experiments, one for each seed that both have finished."""
-    by_seed = lambda side: pd.Series(side.top1_pct.values, index=[config.seed for config in side.config], dtype=float)
+    by_seed = lambda side: pd.Series(
+        side.top1_pct.values, index=[config.seed for config in side.config], dtype=float
+    )
     return (by_seed(left) - by_seed(right)).dropna()
 
 
@@ -55,7 +57,9 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
         pairs = [("LRPET", name) for name in names if name != "LRPET"] + [("LRP", "dense")]
         for a, b in pairs:
             for ratio, left in group[group.label == a].groupby("ratio"):
-                alone = (b == "dense") | (group.ratio.isna() & main.eq(ratio).any())  # what has no ratio stands beside the main one
+                alone = (b == "dense") | (
+                    group.ratio.isna() & main.eq(ratio).any()
+                )  # what has no ratio stands beside the main one
                 right = group[(group.label == b) & ((group.ratio == ratio) | alone)]
                 if right.empty:
                     continue
@@ -95,7 +99,18 @@ def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
         A row a setting, grouped by question: ``setting``, cost, accuracy as mean ± sample standard deviation (n), and the
         difference to LRPET as it is, over common seeds, with its standard error.
     """
-    columns = ["question", "experiment", "setting", "prune_ratio", "macs_m", "top1_pct", "difference_pct", "standard_error_pct", "n", "verdict"]
+    columns = [
+        "question",
+        "experiment",
+        "setting",
+        "prune_ratio",
+        "macs_m",
+        "top1_pct",
+        "difference_pct",
+        "standard_error_pct",
+        "n",
+        "verdict",
+    ]
     rows = []
     for network in dict.fromkeys(runs[runs.feeds == ABLATIONS].network):
         group = runs[runs.network == network]
@@ -103,12 +118,21 @@ def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
         if base.empty:
             continue
         for question, free in ABLATED.items():
-            fits = [config.method in ("lrp", "lrpet") and _same_but(free, config, base.iloc[0].config) for config in group.config]
-            by_value = lambda seeds, free=free: [getattr(seeds.iloc[0].config, name) or 0 for name in reversed(free)]
-            for seeds in sorted((seeds for _, seeds in group[fits].groupby("experiment", sort=False)), key=by_value):
+            fits = [
+                config.method in ("lrp", "lrpet") and _same_but(free, config, base.iloc[0].config)
+                for config in group.config
+            ]
+            by_value = lambda seeds, free=free: [
+                getattr(seeds.iloc[0].config, name) or 0 for name in reversed(free)
+            ]
+            for seeds in sorted(
+                (seeds for _, seeds in group[fits].groupby("experiment", sort=False)), key=by_value
+            ):
                 config = seeds.iloc[0].config
                 macs = counted_cost(seeds.iloc[0])[0]
-                is_base = seeds.iloc[0].label == "LRPET" and config.prune_ratio == base.iloc[0].config.prune_ratio
+                is_base = (
+                    seeds.iloc[0].label == "LRPET" and config.prune_ratio == base.iloc[0].config.prune_ratio
+                )
                 result = _decide(_paired(seeds, base), ("higher", "lower", "undecided", "not tested"))
                 rows.append(
                     {
@@ -142,9 +166,13 @@ def summary_of_ablations(table: pd.DataFrame) -> str:
             how = f"{row.difference_pct} points, standard error {row.standard_error_pct}, n={row.n}"
             lines.append(f"- {row.question}, {row.setting}: {row.verdict} than LRPET as it is ({how}).")
     tested = (changed.verdict != "not tested").sum()
-    lines.append(f"- {len(lines)} of {len(changed)} changed settings differ from LRPET by more than chance; {tested} of them were run.")
+    lines.append(
+        f"- {len(lines)} of {len(changed)} changed settings differ from LRPET by more than chance; {tested} of them were run."
+    )
     if len(lines) == 1:
-        lines.append("- The paper reports that energy transfer and BN rectification help: neither shown nor refuted by these runs.")
+        lines.append(
+            "- The paper reports that energy transfer and BN rectification help: neither shown nor refuted by these runs."
+        )
     return "\n".join(lines)
 
 
@@ -183,13 +211,29 @@ def claims_table(runs: pd.DataFrame) -> pd.DataFrame:
             other = group[(group.label == label) & (group.ratio == base.iloc[0].ratio)]
             if len(other) or network == runs.iloc[0].network:
                 result = _decide(_paired(base, other) if len(other) else pd.Series(dtype=float), words)
-                rows.append({"claim": claim, "network": network, "evidence": f"top-1, points: LRPET − {label}", **result})
+                rows.append(
+                    {
+                        "claim": claim,
+                        "network": network,
+                        "evidence": f"top-1, points: LRPET − {label}",
+                        **result,
+                    }
+                )
     for network in dict.fromkeys(runs.network):
         both = [runs[(runs.network == network) & (runs.label == label)] for label in ("LRPET", "LRP")]
         if all(map(len, both)) and both[0].iloc[0].feeds in (*MAIN, "gradients"):
             result = _decide(_gradient_ratios(*both), words)
-            rows.append({"claim": "gradients fade less", "network": network, "evidence": "log10 of ‖M‖·‖∂L/∂M‖, first layer: LRPET − LRP", **result})
-    return pd.DataFrame(rows, columns=["claim", "network", "evidence", "difference", "standard_error", "n", "verdict"])
+            rows.append(
+                {
+                    "claim": "gradients fade less",
+                    "network": network,
+                    "evidence": "log10 of ‖M‖·‖∂L/∂M‖, first layer: LRPET − LRP",
+                    **result,
+                }
+            )
+    return pd.DataFrame(
+        rows, columns=["claim", "network", "evidence", "difference", "standard_error", "n", "verdict"]
+    )
 
 
 def _gradient_ratios(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:

@@ -17,8 +17,21 @@ from lrpet.paths import PROJECT
 from lrpet.tables.rows import published
 
 __all__ = ["cost_table"]
-NOT_HERE, NO_RANKS = "not here", "ranks not published"  # a network or method of others; a network whose ranks nobody can know
-COST_COLUMNS = ("network", "dataset", "method", "prune_ratio", "macs_m", "paper_macs_m", "params_m", "params_without_bn_m", "paper_params_m")
+NOT_HERE, NO_RANKS = (
+    "not here",
+    "ranks not published",
+)  # a network or method of others; a network whose ranks nobody can know
+COST_COLUMNS = (
+    "network",
+    "dataset",
+    "method",
+    "prune_ratio",
+    "macs_m",
+    "paper_macs_m",
+    "params_m",
+    "params_without_bn_m",
+    "paper_params_m",
+)
 COST_COLUMNS += ("macs_reduction_pct", "paper_macs_reduction_pct", "paper_source")
 
 
@@ -41,8 +54,22 @@ def _cost_rows() -> list[dict]:
             rows.append(_cost_row(row.model, row.dataset, row.method, row.prune_ratio, None, row))
     for name, entry in json.loads((PROJECT / "paper" / "searched_ranks.json").read_text()).items():
         if isinstance(entry, dict):
-            reported = SimpleNamespace(macs_m=np.nan, params_m=np.nan, macs_reduction_pct=entry["macs_reduction_pct"], source="authors' rank list")
-            rows.append(_cost_row(name.split("_")[0], entry["dataset"], f"LRPET, {name} ranks", np.nan, entry["ranks"], reported))
+            reported = SimpleNamespace(
+                macs_m=np.nan,
+                params_m=np.nan,
+                macs_reduction_pct=entry["macs_reduction_pct"],
+                source="authors' rank list",
+            )
+            rows.append(
+                _cost_row(
+                    name.split("_")[0],
+                    entry["dataset"],
+                    f"LRPET, {name} ranks",
+                    np.nan,
+                    entry["ranks"],
+                    reported,
+                )
+            )
     return rows
 
 
@@ -58,7 +85,9 @@ def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, repo
     names = {"network": network, "dataset": dataset, "method": method, "prune_ratio": paper(ratio)}
     row_of = lambda ours: {column: (names | ours | published_cost)[column] for column in COST_COLUMNS}
     if network not in MODELS or method.split(",")[0] not in ("LRPET", "baseline"):
-        return row_of(dict.fromkeys(("macs_m", "params_m", "params_without_bn_m", "macs_reduction_pct"), NOT_HERE))
+        return row_of(
+            dict.fromkeys(("macs_m", "params_m", "params_without_bn_m", "macs_reduction_pct"), NOT_HERE)
+        )
     model = build_model(network, {"imagenet": 1000, "cifar100": 100}.get(dataset, 10))
     fixed = json.loads((PROJECT / "paper" / "fixed_ranks.json").read_text()).get(network)
     known = True
@@ -74,7 +103,9 @@ def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, repo
     ours = {
         "macs_m": text(counted.macs / 1e6, "{:.2f}"),
         "params_m": text(counted.params / 1e6, "{:.3f}"),
-        "params_without_bn_m": text(sum(layer.params for layer in counted.layers) / 1e6, "{:.3f}"),  # what the authors count
+        "params_without_bn_m": text(
+            sum(layer.params for layer in counted.layers) / 1e6, "{:.3f}"
+        ),  # what the authors count
         "macs_reduction_pct": text(100 * (1 - counted.macs / counted.dense_macs), "{:.1f}"),
     }
     return row_of(ours)
@@ -83,6 +114,9 @@ def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, repo
 def _ranks_by_pattern(model, patterns: dict[str, int]) -> dict[str, int]:
     """Return the rank of the first pattern that matches, for each layer that one matches."""
     layers = compressible_layers(model, "*")
-    matches = {name: [rank for pattern, rank in patterns.items() if fnmatch.fnmatch(name, pattern)] for name in layers}
+    matches = {
+        name: [rank for pattern, rank in patterns.items() if fnmatch.fnmatch(name, pattern)]
+        for name in layers
+    }
     classifier = list(layers)[-1]
     return {name: ranks[0] for name, ranks in matches.items() if ranks and name != classifier}

@@ -16,7 +16,10 @@ METHOD_NAMES = {
     "filter_pruning": "filter pruning",
     "narrow": "narrow network",
 }
-USUAL_INTERVALS = {"imagenet": (250, "iteration"), "imagenette": (50, "iteration")}  # between projections, where it is not the methods' own
+USUAL_INTERVALS = {
+    "imagenet": (250, "iteration"),
+    "imagenette": (50, "iteration"),
+}  # between projections, where it is not the methods' own
 PUBLISHED_NAMES = {"dense": "baseline"}  # where the published tables use another word
 
 
@@ -33,9 +36,15 @@ def _variant(config: RunConfig) -> list[str]:
         words.append("without BN rectification")
     if config.method in ("lrp", "lrpet") and config.pretrain_epochs:
         words.append("from a trained network")
-    usual = USUAL_INTERVALS.get(config.profile, (defaults.get("projection_interval"), defaults.get("projection_unit")))
+    usual = USUAL_INTERVALS.get(
+        config.profile, (defaults.get("projection_interval"), defaults.get("projection_unit"))
+    )
     if config.projection_unit is not None and (config.projection_interval, config.projection_unit) != usual:
-        words.append(f"every {config.projection_interval} {config.projection_unit}s".replace("every 1 epochs", "every epoch"))
+        words.append(
+            f"every {config.projection_interval} {config.projection_unit}s".replace(
+                "every 1 epochs", "every epoch"
+            )
+        )
     if differs("residual"):
         words.append(f"residual {config.residual:g}")
     if differs("row_eps"):

@@ -23,7 +23,11 @@ def comparison(run) -> pd.DataFrame:
     reported = published()
     other = of_imagenet(config) and summary["num_classes"] != 1000  # a tree of other images
     match = published_row(reported, config, None if other else summary["macs"])
-    ours = {"macs_m": summary["macs"] / 1e6, "params_m": summary["params"] / 1e6, "top1_pct": summary["top1_pct"]}
+    ours = {
+        "macs_m": summary["macs"] / 1e6,
+        "params_m": summary["params"] / 1e6,
+        "top1_pct": summary["top1_pct"],
+    }
     if config.dataset == "imagefolder" and "top5_pct" in summary:
         ours["top5_pct"] = summary["top5_pct"]
     rows = []
@@ -46,16 +50,27 @@ def verdict(run) -> str:
     s, config = run.summary, run.config
     same = s["compact_max_relative_error"] < 1e-4
     agrees = "agrees" if same else "**does not agree**"
-    lines = [f"- The compact network {agrees} with the projected one (bound 1e-4, measured {s['compact_max_relative_error']:.1e})."]
+    lines = [
+        f"- The compact network {agrees} with the projected one (bound 1e-4, measured {s['compact_max_relative_error']:.1e})."
+    ]
     for row in comparison(run).itertuples():
         if row.published == "none":
             continue
         schedule = 120 if of_imagenet(config) else 400
-        if row.quantity in ("top1_pct", "top5_pct") and (config.epochs, config.validation_fraction) != (schedule, 0.0):
+        if row.quantity in ("top1_pct", "top5_pct") and (config.epochs, config.validation_fraction) != (
+            schedule,
+            0.0,
+        ):
             schedules = f"{config.epochs} epochs here, {schedule} in the paper"
-            lines.append(f"- {row.quantity} is not comparable with the published {row.published} %: {schedules}.")
+            lines.append(
+                f"- {row.quantity} is not comparable with the published {row.published} %: {schedules}."
+            )
         else:
-            lines.append(f"- {row.quantity}: {row.ours} here, {row.published} published, difference {row.difference}.")
+            lines.append(
+                f"- {row.quantity}: {row.ours} here, {row.published} published, difference {row.difference}."
+            )
     if len(lines) == 1:
-        lines.append(f"- The paper has no row for {config.model} by {label_of(config)} on {config.dataset} at this ratio: nothing to compare.")
+        lines.append(
+            f"- The paper has no row for {config.model} by {label_of(config)} on {config.dataset} at this ratio: nothing to compare."
+        )
     return "\n".join(lines)

@@ -23,17 +23,23 @@ def headline(profile: str) -> str:
     """Return the numbers of a profile that matter most, for a terminal: accuracy and cost of each main row, and the claims' verdicts."""
     runs = profile_runs(profile)
     table = accuracy_table(runs[runs.feeds.isin(MAIN)], published())
-    lines = [f"  {r.network:10s} {r.method:32s} {r.macs_m:>8s} M MACs  {r.top1_pct}" for r in table.itertuples()]
+    lines = [
+        f"  {r.network:10s} {r.method:32s} {r.macs_m:>8s} M MACs  {r.top1_pct}" for r in table.itertuples()
+    ]
     claims = claims_table(runs)
     counts = ", ".join(f"{n} {verdict}" for verdict, n in claims.verdict.value_counts().items())
-    return "\n".join([f"top-1 accuracy of profile {profile}, last epoch, %:", *lines, f"claims of the paper: {counts}"])
+    return "\n".join(
+        [f"top-1 accuracy of profile {profile}, last epoch, %:", *lines, f"claims of the paper: {counts}"]
+    )
 
 
 def summary_of(tables: dict[str, pd.DataFrame]) -> str:
     """Return in words what the tables of a profile show, computed from them."""
     accuracy, decided = tables["accuracy"], tables["differences"]
     done = (accuracy.top1_pct != NOT_RUN).sum()
-    lines = [f"- {done} of {len(accuracy)} experiments have at least one finished run; the others say “{NOT_RUN}”."]
+    lines = [
+        f"- {done} of {len(accuracy)} experiments have at least one finished run; the others say “{NOT_RUN}”."
+    ]
     for row in decided.itertuples():
         if row.n:
             error = f", standard error {row.standard_error_pct}" if row.standard_error_pct else ""
@@ -42,7 +48,9 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
     cost = tables["cost"]
     known = cost[(cost.paper_macs_m != "") & ~cost.macs_m.isin((NOT_HERE, NO_RANKS))]
     off = [(float(r.macs_m) / float(r.paper_macs_m) - 1) * 100 for r in known.itertuples()]
-    lines.append(f"- Multiply-adds of {len(known)} published networks are within {max(map(abs, off)):.2f} % of ours.")
+    lines.append(
+        f"- Multiply-adds of {len(known)} published networks are within {max(map(abs, off)):.2f} % of ours."
+    )
     return "\n".join(lines)
 
 

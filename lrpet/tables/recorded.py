@@ -13,12 +13,22 @@ import pandas as pd
 
 from lrpet.experiments import Experiment, Profile, select
 
-__all__ = ["choose_runs", "describe_energy", "describe_gradients", "describe_projections", "energy_shares", "gradient_ratios", "read_recorded"]
+__all__ = [
+    "choose_runs",
+    "describe_energy",
+    "describe_gradients",
+    "describe_projections",
+    "energy_shares",
+    "gradient_ratios",
+    "read_recorded",
+]
 COLUMNS = ("gradient", "norm_product", "bound")
 TINY = 1e-12  # a gradient norm below this counts as this, so that it has a logarithm
 
 
-def choose_runs(profile: Profile, network: str, methods: Sequence[str], seed: int | None = None) -> list[Experiment]:
+def choose_runs(
+    profile: Profile, network: str, methods: Sequence[str], seed: int | None = None
+) -> list[Experiment]:
     """Return the experiments ``<network>-<method>-s<seed>`` of one seed, an experiment a method.
 
     Args:
@@ -34,14 +44,24 @@ def choose_runs(profile: Profile, network: str, methods: Sequence[str], seed: in
     >>> [e.name for e in choose_runs(load_profile("smoke"), "resnet8", ["lrp", "lrpet"], 2)]
     ['resnet8-lrp-s2', 'resnet8-lrpet-s2']
     """
-    has = lambda seed: all(any(e.name == f"{network}-{method}-s{seed}" for e in profile.experiments) for method in methods)
-    seeds = [s for s in sorted({e.config.seed for e in profile.experiments}) if has(s)] if seed is None else []
-    candidates = [select(profile, [f"{network}-{method}-s{s}" for method in methods]) for s in seeds or [seed or 1]]
-    recorded = [chosen for chosen in candidates if all((e.config.folder() / "spectra.npz").is_file() for e in chosen)]
+    has = lambda seed: all(
+        any(e.name == f"{network}-{method}-s{seed}" for e in profile.experiments) for method in methods
+    )
+    seeds = (
+        [s for s in sorted({e.config.seed for e in profile.experiments}) if has(s)] if seed is None else []
+    )
+    candidates = [
+        select(profile, [f"{network}-{method}-s{s}" for method in methods]) for s in seeds or [seed or 1]
+    ]
+    recorded = [
+        chosen for chosen in candidates if all((e.config.folder() / "spectra.npz").is_file() for e in chosen)
+    ]
     return (recorded or candidates)[0]
 
 
-def read_recorded(load: Callable[[Path], pd.DataFrame], folders: Mapping[str, Path]) -> dict[str, pd.DataFrame]:
+def read_recorded(
+    load: Callable[[Path], pd.DataFrame], folders: Mapping[str, Path]
+) -> dict[str, pd.DataFrame]:
     """Read what the runs recorded, and say in words which of them recorded nothing.
 
     Args:
@@ -61,7 +81,9 @@ def read_recorded(load: Callable[[Path], pd.DataFrame], folders: Mapping[str, Pa
         try:
             tables[method] = load(folder)
         except FileNotFoundError:
-            print(f"{method}: not recorded; {folder.name} is older than recording, delete the folder to run it anew")
+            print(
+                f"{method}: not recorded; {folder.name} is older than recording, delete the folder to run it anew"
+            )
     return tables
 
 
@@ -83,7 +105,9 @@ def energy_shares(spectra: Mapping[str, pd.DataFrame], ranks: Mapping[str, int])
     """
     parts = []
     for method, table in spectra.items():
-        table = table.assign(rank=table["layer"].map(ranks), energy=np.square(table["s"].astype(float))).dropna(subset="rank")
+        table = table.assign(
+            rank=table["layer"].map(ranks), energy=np.square(table["s"].astype(float))
+        ).dropna(subset="rank")
         table["kept"] = table["energy"].where(table["i"] <= table["rank"], 0.0)
         sums = table.groupby(["when", "epoch", "layer"], sort=False)[["energy", "kept"]].sum()
         before = sums.xs("before")
@@ -112,7 +136,9 @@ def gradient_ratios(gradients: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         return pd.DataFrame(columns=["epoch", "layer", "gradient", "scale_free"])
     both = gradients["lrpet"].merge(gradients["lrp"], on=["epoch", "layer"], suffixes=("", "_lrp"))
     ratio = both["gradient_norm"].clip(lower=TINY) / both["gradient_norm_lrp"].clip(lower=TINY)
-    return both[["epoch", "layer"]].assign(gradient=ratio, scale_free=ratio * both["weight_norm"] / both["weight_norm_lrp"])
+    return both[["epoch", "layer"]].assign(
+        gradient=ratio, scale_free=ratio * both["weight_norm"] / both["weight_norm_lrp"]
+    )
 
 
 def describe_energy(shares: pd.DataFrame) -> str:
@@ -134,8 +160,13 @@ def describe_energy(shares: pd.DataFrame) -> str:
             f"{least['kept_pct']:.1f} %."
         )
         if rows["after_pct"].notna().any():
-            ends = [f"{part['after_pct'].min():.1f} to {part['after_pct'].max():.1f} % in epoch {part['epoch'].max()}" for part in (first, last)]
-            lines[-1] += f" Of the energy that a weight had before the projection it has after it {' and '.join(ends)}."
+            ends = [
+                f"{part['after_pct'].min():.1f} to {part['after_pct'].max():.1f} % in epoch {part['epoch'].max()}"
+                for part in (first, last)
+            ]
+            lines[-1] += (
+                f" Of the energy that a weight had before the projection it has after it {' and '.join(ends)}."
+            )
     for method in [name for name in ("lrp", "lrpet") if name in kept and "dense" in kept]:
         agrees = "agrees" if kept[method] > kept["dense"] else "does not agree"
         lines.append(
@@ -185,9 +216,17 @@ and is 8 times or more what is measured.
     """
     if not tables:
         return f"- {weights}: not in the store, so nothing is said."
-    first = {column: {name: table[column].iloc[0] / tables["dense"][column].iloc[0] for name, table in tables.items()} for column in COLUMNS}
+    first = {
+        column: {
+            name: table[column].iloc[0] / tables["dense"][column].iloc[0] for name, table in tables.items()
+        }
+        for column in COLUMNS
+    }
     say = lambda column: f"LRP {first[column]['lrp']:.2g}, LRPET {first[column]['lrpet']:.2g}"
-    apart = max(np.exp(abs(np.log(first["gradient"][name] / first["norm_product"][name]))) for name in ("lrp", "lrpet"))
+    apart = max(
+        np.exp(abs(np.log(first["gradient"][name] / first["norm_product"][name])))
+        for name in ("lrp", "lrpet")
+    )
     loose = min(table["bound"].iloc[0] / table["gradient"].iloc[0] for table in tables.values())
     return (
         f"- {weights}: at the first of {len(tables['dense'])} layers arrives, relative to the dense network, {say('gradient')}. The product of the "

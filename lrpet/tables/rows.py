@@ -57,7 +57,13 @@ def profile_runs(profile: str, results: Path | None = None) -> pd.DataFrame:
             for e in load_profile(profile).experiments
         ]
     )
-    columns = store if len(store) else pd.DataFrame(columns=["run_id", "top1_pct", "best_top1_pct", "macs", "params", "dense_macs", "train_seconds"])
+    columns = (
+        store
+        if len(store)
+        else pd.DataFrame(
+            columns=["run_id", "top1_pct", "best_top1_pct", "macs", "params", "dense_macs", "train_seconds"]
+        )
+    )
     return wanted.merge(columns, on="run_id", how="left")
 
 
@@ -66,7 +72,11 @@ def spread(values: pd.Series) -> str:
     values = values.dropna()
     if values.empty:
         return NOT_RUN
-    return f"{values.mean():.2f} (n=1)" if len(values) == 1 else f"{values.mean():.2f} ± {values.std(ddof=1):.2f} (n={len(values)})"
+    return (
+        f"{values.mean():.2f} (n=1)"
+        if len(values) == 1
+        else f"{values.mean():.2f} ± {values.std(ddof=1):.2f} (n={len(values)})"
+    )
 
 
 def counted_cost(row: pd.Series) -> tuple[int | None, int | None, int]:
@@ -80,16 +90,25 @@ def counted_cost(row: pd.Series) -> tuple[int | None, int | None, int]:
 def _expected(config: RunConfig) -> tuple[int | None, int | None, int]:
     shape, classes = (3, config.image_size, config.image_size), _num_classes(config)
     model = build_model(config.model, classes)
-    counted = cost(build_network(config, classes), shape, ranks_of(model, config) if config.method != "narrow" else None)
+    counted = cost(
+        build_network(config, classes), shape, ranks_of(model, config) if config.method != "narrow" else None
+    )
     dense = cost(model, shape).macs
-    known = config.method in ("dense", "narrow") or config.ranks is not None or (config.prune_ratio is not None and config.method != "filter_pruning")
+    known = (
+        config.method in ("dense", "narrow")
+        or config.ranks is not None
+        or (config.prune_ratio is not None and config.method != "filter_pruning")
+    )
     return (counted.macs, counted.params, dense) if known else (None, None, dense)
 
 
 def lrpet_targets(runs: pd.DataFrame) -> dict[str, int]:
     """Return the multiply-adds of each network's LRPET at the ratio of the main table, which competitors aim at."""
     mains = runs[runs.feeds.isin(MAIN) & (runs.label == "LRPET")].drop_duplicates("network")
-    return {row.network: target_macs(build_model(row.network, _num_classes(row.config)), row.config) for row in mains.itertuples()}
+    return {
+        row.network: target_macs(build_model(row.network, _num_classes(row.config)), row.config)
+        for row in mains.itertuples()
+    }
 
 
 def off_target(feeds: str, macs: int | None, target: int | None) -> str:
@@ -111,7 +130,9 @@ def as_published(done: pd.DataFrame) -> bool:
     """Tell whether finished runs followed the paper's schedule, on data of as many classes."""
     done = done.dropna(subset="top1_pct")
     imagenet = of_imagenet(done.iloc[0].config)
-    return (done.epochs == (120 if imagenet else 400)).all() and (not imagenet or (done.num_classes == 1000).all())
+    return (done.epochs == (120 if imagenet else 400)).all() and (
+        not imagenet or (done.num_classes == 1000).all()
+    )
 
 
 def published_row(reported: pd.DataFrame, config: RunConfig, macs: float) -> pd.DataFrame:
@@ -119,5 +140,9 @@ def published_row(reported: pd.DataFrame, config: RunConfig, macs: float) -> pd.
     if not macs:
         return reported.iloc[:0]
     dataset, label = "imagenet" if of_imagenet(config) else config.dataset, label_of(config)
-    same = reported[(reported.dataset == dataset) & (reported.model == config.model) & (reported.method == PUBLISHED_NAMES.get(label, label))]
+    same = reported[
+        (reported.dataset == dataset)
+        & (reported.model == config.model)
+        & (reported.method == PUBLISHED_NAMES.get(label, label))
+    ]
     return same[(same.macs_m * 1e6 / macs - 1).abs() < 0.01]

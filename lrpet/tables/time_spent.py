@@ -16,8 +16,12 @@ def projection_share(runs: pd.DataFrame) -> pd.DataFrame:
     if done.empty:
         return pd.DataFrame(columns=["network", "method", "projections", "projection_seconds", "share_pct"])
     share = 100 * done.projection_seconds / (done.projection_seconds + done.train_seconds)
-    table = pd.DataFrame({"network": done.network, "method": done.label, "projections": done.projections.astype(int)})
-    table = table.assign(projection_seconds=done.projection_seconds.round(2), share_pct=share.round(2), name=done.experiment)
+    table = pd.DataFrame(
+        {"network": done.network, "method": done.label, "projections": done.projections.astype(int)}
+    )
+    table = table.assign(
+        projection_seconds=done.projection_seconds.round(2), share_pct=share.round(2), name=done.experiment
+    )
     return table.drop_duplicates("name").drop(columns="name").reset_index(drop=True)
 
 
@@ -34,14 +38,21 @@ def replication_cost(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     parts = ["train_seconds", "projection_seconds", "evaluation_seconds", "recording_seconds"]
     for name, seeds in runs.groupby("experiment", sort=False):
-        done = seeds.dropna(subset=["top1_pct"]).reindex(columns=[*seeds.columns, *(p for p in parts if p not in seeds)])
+        done = seeds.dropna(subset=["top1_pct"]).reindex(
+            columns=[*seeds.columns, *(p for p in parts if p not in seeds)]
+        )
         hours = done[parts].fillna(0).to_numpy(float).sum() / 3600
         rows.append(
             {
                 "experiment": name,
                 "runs": f"{len(done)} of {len(seeds)}",
-                "device_hours": (f"{hours:.2f}" if hours >= 0.1 else f"{hours:.2g}") if len(done) else NOT_RUN,
-                **{part: f"{done[part].astype(float).mean():.1f}".replace("nan", "") if len(done) else "" for part in parts},
+                "device_hours": (f"{hours:.2f}" if hours >= 0.1 else f"{hours:.2g}")
+                if len(done)
+                else NOT_RUN,
+                **{
+                    part: f"{done[part].astype(float).mean():.1f}".replace("nan", "") if len(done) else ""
+                    for part in parts
+                },
                 "device": ", ".join(dict.fromkeys(done.device)) if len(done) else "",
             }
         )
@@ -52,4 +63,8 @@ def provenance(runs: pd.DataFrame) -> pd.DataFrame:
     """Return where each finished run came from: its name, the commit of the code, the device, when it ended, the images it saw."""
     done = runs.dropna(subset=["top1_pct"])
     columns = ["run_id", "commit", "device", "finished", "data_train_sha256"]
-    return done.reindex(columns=columns).assign(**{c: done[c].str[:12] for c in ("commit", "data_train_sha256") if c in done}).reset_index(drop=True)
+    return (
+        done.reindex(columns=columns)
+        .assign(**{c: done[c].str[:12] for c in ("commit", "data_train_sha256") if c in done})
+        .reset_index(drop=True)
+    )

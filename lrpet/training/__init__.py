@@ -7,7 +7,14 @@ from lrpet.training.interrupt import PatientInterrupt
 from lrpet.training.loop import Paused, train
 from lrpet.training.progress import Progress, bar_is_possible
 from lrpet.training.recipes import learning_rate, make_mixer, make_optimizer, set_learning_rate, training_loss
-from lrpet.training.recording import Recorder, load_gradients, load_spectra, recorded_epochs, singular_values, weight_matrices
+from lrpet.training.recording import (
+    Recorder,
+    load_gradients,
+    load_spectra,
+    recorded_epochs,
+    singular_values,
+    weight_matrices,
+)
 from lrpet.training.step import Step
 
 __all__ = [

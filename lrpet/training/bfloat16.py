@@ -19,7 +19,9 @@ PRODUCTS = {
 
 def has_bfloat16_products(device: torch.device) -> bool:
     """Tell whether bfloat16 convolutions and matrix products are fast on a device; on a CPU they need AVX-512 or its like."""
-    return device.type != "cpu" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type != "cpu" or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 class Bfloat16Products(TorchDispatchMode):
@@ -37,7 +39,9 @@ class Bfloat16Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.overloadpacket not in PRODUCTS or not any(isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 for a in args):
+        if func.overloadpacket not in PRODUCTS or not any(
+            isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 for a in args
+        ):
             return func(*args, **kwargs)
         wide = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
         return tree_map_only(torch.Tensor, torch.Tensor.bfloat16, func(*wide[0], **wide[1]))

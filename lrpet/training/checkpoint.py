@@ -41,7 +41,9 @@ def has_checkpoint(path: Path) -> bool:
     return path.is_file() or path.with_suffix(".previous").is_file()
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu", processes: Processes = ALONE) -> dict | None:
+def load_checkpoint(
+    path: Path, device: torch.device | str = "cpu", processes: Processes = ALONE
+) -> dict | None:
     """Read the newest whole checkpoint: ``path``, else the one before it, which then takes its place; None where there is neither.
 
     The first process reads it, so that no other needs to see the folder; nothing in it depends on their number.
@@ -56,7 +58,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu", processes: P
     try:
         return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except UnpicklingError as error:
-        raise ValueError(f"checkpoint {file} holds more than data and was not made by this project; refused: {error}") from error
+        raise ValueError(
+            f"checkpoint {file} holds more than data and was not made by this project; refused: {error}"
+        ) from error
 
 
 def _newest_whole(path: Path) -> tuple[Path, bytes] | None:
@@ -73,5 +77,7 @@ def _newest_whole(path: Path) -> tuple[Path, bytes] | None:
             return file, content[:-32]
         damaged.append(file)
     if damaged:
-        raise ValueError(f"checkpoint {damaged[0]} is damaged and there is no whole one before it; delete it to start the run anew")
+        raise ValueError(
+            f"checkpoint {damaged[0]} is damaged and there is no whole one before it; delete it to start the run anew"
+        )
     return None

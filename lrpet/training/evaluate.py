@@ -24,7 +24,9 @@ def evaluate(model: nn.Module, batches: Batches, processes: Processes = ALONE) -
     was_training = model.training
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=batches.device)
-    correct = torch.zeros(2, dtype=torch.int64, device=batches.device)  # the first guess, one of the first five
+    correct = torch.zeros(
+        2, dtype=torch.int64, device=batches.device
+    )  # the first guess, one of the first five
     for x, y in batches.test():
         logits = model(x)
         loss += F.cross_entropy(logits, y, reduction="sum")
@@ -33,4 +35,6 @@ def evaluate(model: nn.Module, batches: Batches, processes: Processes = ALONE) -
     model.train(was_training)
     n = len(batches.data.test_labels)
     loss, first, five = processes.sum(torch.cat([loss[None], correct.double()])).tolist()
-    return {"loss": loss / n, "top1_pct": 100 * first / n} | ({"top5_pct": 100 * five / n} if len(batches.data.classes) > 5 else {})
+    return {"loss": loss / n, "top1_pct": 100 * first / n} | (
+        {"top5_pct": 100 * five / n} if len(batches.data.classes) > 5 else {}
+    )

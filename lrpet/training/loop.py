@@ -73,7 +73,12 @@ def train(
     """
     device, steps = batches.device, batches.steps
     mix = make_mixer(config, len(batches.data.classes))
-    state = load_checkpoint(checkpoint, device, processes) or {"step": 0, "history": [], "layers": [], "sums": [0.0, 0.0, 0.0]}
+    state = load_checkpoint(checkpoint, device, processes) or {
+        "step": 0,
+        "history": [],
+        "layers": [],
+        "sums": [0.0, 0.0, 0.0],
+    }
     recorder = Recorder(config.epochs, steps)
     if state["step"]:
         method.restore(state["structure"])
@@ -83,13 +88,28 @@ def train(
     if state["step"]:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
-    step, history, layers, projected = state["step"], state["history"], state["layers"], state.get("projected", False)
-    totals = torch.tensor(state["sums"], dtype=torch.float64, device=device) * processes.first  # of the epoch: losses, correct answers, images
-    clock = state.get("clock", {"train": 0.0, "projection": 0.0, "evaluation": 0.0, "recording": 0.0, "projections": 0})
+    step, history, layers, projected = (
+        state["step"],
+        state["history"],
+        state["layers"],
+        state.get("projected", False),
+    )
+    totals = (
+        torch.tensor(state["sums"], dtype=torch.float64, device=device) * processes.first
+    )  # of the epoch: losses, correct answers, images
+    clock = state.get(
+        "clock", {"train": 0.0, "projection": 0.0, "evaluation": 0.0, "recording": 0.0, "projections": 0}
+    )
     bar = Progress(config.run_id, config.epochs, steps, step, progress if processes.first else "off")
     on_gpu = device.type == "cuda"
     make_step = lambda: Step(
-        config, processes.parallel(model), optimizer, totals, graphs=on_gpu and processes.world == 1, world=processes.world, device_batch=device_batch
+        config,
+        processes.parallel(model),
+        optimizer,
+        totals,
+        graphs=on_gpu and processes.world == 1,
+        world=processes.world,
+        device_batch=device_batch,
     )
 
     def wanted_to_stop() -> bool:
@@ -99,7 +119,9 @@ def train(
 
     def stopped(place: str) -> BaseException:
         if interrupt.asked:
-            return KeyboardInterrupt(f"{config.run_id} stopped {place}; a checkpoint is written, and the same call goes on from it")
+            return KeyboardInterrupt(
+                f"{config.run_id} stopped {place}; a checkpoint is written, and the same call goes on from it"
+            )
         return Paused(f"{config.run_id} paused {place}")
 
     def keep():
@@ -132,9 +154,15 @@ def train(
     trainer = make_step()
     with closing(bar), PatientInterrupt(may_insist=processes.world == 1) as interrupt:
         while len(history) < config.epochs:
-            epoch, in_epoch = len(history), step - len(history) * steps  # in_epoch = steps: only its evaluation is missing
+            epoch, in_epoch = (
+                len(history),
+                step - len(history) * steps,
+            )  # in_epoch = steps: only its evaluation is missing
             if method.begin_epoch(epoch):
-                model, optimizer = method.model, make_optimizer(config, method.model, device, method.undecayed)
+                model, optimizer = (
+                    method.model,
+                    make_optimizer(config, method.model, device, method.undecayed),
+                )
                 trainer = make_step()
             set_learning_rate(optimizer, learning_rate(config, epoch), device)
             began, projecting, recording = time.perf_counter(), 0.0, 0.0
@@ -142,7 +170,9 @@ def train(
                 x, target = mix(x, y)
                 trainer.backward(x, target, y, batches.size(step % steps))
                 last_of_epoch = (step + 1) % steps == 0
-                sums = processes.sum(totals).tolist() if last_of_epoch else trainer.look()  # on the way, this process's own
+                sums = (
+                    processes.sum(totals).tolist() if last_of_epoch else trainer.look()
+                )  # on the way, this process's own
                 if sums is not None:
                     loss_sum, correct, seen = sums
                     if not math.isfinite(loss_sum):
@@ -159,7 +189,9 @@ def train(
                     recorder.record_spectra(model, epoch, "before")
                     recording += time.perf_counter() - then
                 if on_gpu and (last_of_epoch or is_due(config, step, steps)):
-                    torch.cuda.synchronize(device)  # else the projection's clock would run for steps that are still under way
+                    torch.cuda.synchronize(
+                        device
+                    )  # else the projection's clock would run for steps that are still under way
                 then = time.perf_counter()
                 reports = method.after_step(step, steps, step == config.epochs * steps)
                 projected = reports is not None
@@ -179,8 +211,12 @@ def train(
                 torch.cuda.synchronize(device)
             book(began, projecting, recording)
             if not processes.same(list(model.parameters())):
-                raise RuntimeError(f"the weights of {config.run_id} differ between processes after epoch {epoch + 1}; use machines of one kind")
-            processes.copy_from(0, list(model.buffers()))  # the first's running statistics: those of this process have its own part of the last batch
+                raise RuntimeError(
+                    f"the weights of {config.run_id} differ between processes after epoch {epoch + 1}; use machines of one kind"
+                )
+            processes.copy_from(
+                0, list(model.buffers())
+            )  # the first's running statistics: those of this process have its own part of the last batch
             then = time.perf_counter()
             try:  # a large test set takes long, and evaluation changes nothing; but several processes must leave it together
                 with interrupt.allowed() if processes.world == 1 else nullcontext():

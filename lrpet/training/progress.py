@@ -18,7 +18,11 @@ def bar_is_possible(environ: Mapping[str, str] = os.environ, stream=None) -> boo
     Jupyter's server names the notebook in ``JPY_SESSION_NAME`` and VS Code sets ``VSCODE_PID`` for its kernels.
     """
     stream = sys.stderr if stream is None else stream
-    return stream.isatty() or "JPY_SESSION_NAME" in environ or ("VSCODE_PID" in environ and "ipykernel" in sys.modules)
+    return (
+        stream.isatty()
+        or "JPY_SESSION_NAME" in environ
+        or ("VSCODE_PID" in environ and "ipykernel" in sys.modules)
+    )
 
 
 class Progress:
@@ -39,11 +43,20 @@ class Progress:
         if mode == "auto":
             self.mode = "bar" if bar_is_possible() else "lines"
         self.started, self.first = time.monotonic(), done
-        self.bar = tqdm(total=self.total, initial=done, desc=title, unit="step", disable=self.mode != "bar", mininterval=0.5)
+        self.bar = tqdm(
+            total=self.total,
+            initial=done,
+            desc=title,
+            unit="step",
+            disable=self.mode != "bar",
+            mininterval=0.5,
+        )
 
     def step(self, epoch: int, loss: float, top1_pct: float, done: int) -> None:
         """Advance the bar to ``done`` steps; loss and accuracy are running means of this epoch's training batches."""
-        self.bar.set_postfix_str(f"epoch {epoch + 1}/{self.epochs}, loss {loss:.3f}, train {top1_pct:.1f} %", refresh=False)
+        self.bar.set_postfix_str(
+            f"epoch {epoch + 1}/{self.epochs}, loss {loss:.3f}, train {top1_pct:.1f} %", refresh=False
+        )
         self.bar.update(done - self.bar.n)
 
     def epoch(self, row: Mapping, done: int) -> None:

@@ -14,7 +14,12 @@ from lrpet.lowrank.batchnorm import normalized_weights
 
 __all__ = ["learning_rate", "make_mixer", "make_optimizer", "set_learning_rate", "training_loss"]
 WARMUP_SHARE = 0.05  # of the epochs, for AdamW
-LABEL_SMOOTHING, MIXUP, CUTMIX, ERASING = 0.1, 0.8, 1.0, 0.25  # usual for small vision transformers: arXiv 2012.12877, table 9
+LABEL_SMOOTHING, MIXUP, CUTMIX, ERASING = (
+    0.1,
+    0.8,
+    1.0,
+    0.25,
+)  # usual for small vision transformers: arXiv 2012.12877, table 9
 
 
 def learning_rate(config: RunConfig, epoch: int) -> float:
@@ -34,16 +39,24 @@ def learning_rate(config: RunConfig, epoch: int) -> float:
         if epoch < config.pretrain_epochs:
             epochs = config.pretrain_epochs
         else:
-            peak, epoch, epochs = config.finetune_learning_rate, epoch - config.pretrain_epochs, epochs - config.pretrain_epochs
+            peak, epoch, epochs = (
+                config.finetune_learning_rate,
+                epoch - config.pretrain_epochs,
+                epochs - config.pretrain_epochs,
+            )
     if config.recipe == "sgd":
-        return peak / 10 ** sum(epoch * config.epochs >= milestone * epochs for milestone in config.milestones)
+        return peak / 10 ** sum(
+            epoch * config.epochs >= milestone * epochs for milestone in config.milestones
+        )
     warmup = max(1, round(WARMUP_SHARE * epochs))
     if epoch < warmup:
         return peak * (epoch + 1) / warmup
     return peak * (1 + math.cos(math.pi * (epoch - warmup) / max(1, epochs - warmup))) / 2
 
 
-def make_optimizer(config: RunConfig, model: nn.Module, device: torch.device, undecayed: Collection[Tensor] = ()) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: RunConfig, model: nn.Module, device: torch.device, undecayed: Collection[Tensor] = ()
+) -> torch.optim.Optimizer:
     """Return SGD with momentum over all parameters alike, or AdamW that spares vectors (biases, norms) the weight decay.
 
     Parameters in ``undecayed`` are spared it too; their method has a decay of its own. Weights that a BatchNorm follows take
@@ -53,12 +66,17 @@ def make_optimizer(config: RunConfig, model: nn.Module, device: torch.device, un
     'SGD'
     """
     fused = device.type == "cuda"
-    spared = {id(p) for p in undecayed} | ({id(p) for p in model.parameters() if p.ndim <= 1} if config.recipe == "adamw" else set())
+    spared = {id(p) for p in undecayed} | (
+        {id(p) for p in model.parameters() if p.ndim <= 1} if config.recipe == "adamw" else set()
+    )
     decays = dict.fromkeys(model.parameters(), config.weight_decay)
     if config.normalized_weight_decay is not None:
         decays |= dict.fromkeys(normalized_weights(model), config.normalized_weight_decay)
     decays |= {p: 0.0 for p in model.parameters() if id(p) in spared}
-    groups = [{"params": [p for p in decays if decays[p] == decay], "weight_decay": decay} for decay in dict.fromkeys(decays.values())]
+    groups = [
+        {"params": [p for p in decays if decays[p] == decay], "weight_decay": decay}
+        for decay in dict.fromkeys(decays.values())
+    ]
     if config.recipe == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, capturable=fused)
@@ -94,7 +112,9 @@ def make_mixer(config: RunConfig, num_classes: int) -> Callable[[Tensor, Tensor]
         return lambda x, y: (x, y)
     from torchvision.transforms import v2
 
-    mix = v2.RandomChoice([v2.MixUp(alpha=MIXUP, num_classes=num_classes), v2.CutMix(alpha=CUTMIX, num_classes=num_classes)])
+    mix = v2.RandomChoice(
+        [v2.MixUp(alpha=MIXUP, num_classes=num_classes), v2.CutMix(alpha=CUTMIX, num_classes=num_classes)]
+    )
     erase = v2.RandomErasing(p=ERASING)
 
     def mixer(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from lrpet.lowrank.ranks import compressible_layers
 
-__all__ = ["Recorder", "load_gradients", "load_spectra", "recorded_epochs", "singular_values", "weight_matrices"]
+__all__ = [
+    "Recorder",
+    "load_gradients",
+    "load_spectra",
+    "recorded_epochs",
+    "singular_values",
+    "weight_matrices",
+]
 POINTS = 16  # epochs at which a run is recorded; all of a shorter one
 SAMPLES = 8  # steps of such an epoch whose gradients are measured
 
@@ -38,10 +45,22 @@ def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
     [(8, 27)]
     """
     pairs = {report.name for report in getattr(model, "factorization", []) if report.action == "factorized"}
-    matrices = {name: model.get_submodule(name)[1].weight.flatten(1) @ model.get_submodule(name)[0].weight.flatten(1) for name in pairs}
+    matrices = {
+        name: model.get_submodule(name)[1].weight.flatten(1) @ model.get_submodule(name)[0].weight.flatten(1)
+        for name in pairs
+    }
     layers = compressible_layers(model)
-    matrices |= {name: model.get_submodule(name).weight.flatten(1) for name in layers if name.rpartition(".")[0] not in pairs}
-    return {name: matrices[name] for name in dict.fromkeys(n.rpartition(".")[0] if n.rpartition(".")[0] in pairs else n for n in layers)}
+    matrices |= {
+        name: model.get_submodule(name).weight.flatten(1)
+        for name in layers
+        if name.rpartition(".")[0] not in pairs
+    }
+    return {
+        name: matrices[name]
+        for name in dict.fromkeys(
+            n.rpartition(".")[0] if n.rpartition(".")[0] in pairs else n for n in layers
+        )
+    }
 
 
 @torch.no_grad()
@@ -81,7 +100,11 @@ class Recorder:
     def __init__(self, epochs: int, steps: int):
         self.at = recorded_epochs(epochs)
         self.every = -(-steps // SAMPLES)  # rounded up: SAMPLES steps at most, and the last
-        self.state: dict = {"spectra": {}, "gradients": [], "sums": {}}  # tensors, numbers and names only: it goes into the checkpoint
+        self.state: dict = {
+            "spectra": {},
+            "gradients": [],
+            "sums": {},
+        }  # tensors, numbers and names only: it goes into the checkpoint
 
     def record_spectra(self, model: nn.Module, epoch: int, when: str) -> None:
         """Keep the singular values of all layers; ``when`` is "before" or "after" the projection that ends the epoch (from 0)."""
@@ -95,10 +118,14 @@ class Recorder:
         if epoch not in self.at or in_epoch % self.every and not last:
             return
         layers = {name: model.get_submodule(name) for name in compressible_layers(model)}
-        weights = {name: layer.weight for name, layer in layers.items() if "weight" in layer._parameters}  # not one made of U, s and V
+        weights = {
+            name: layer.weight for name, layer in layers.items() if "weight" in layer._parameters
+        }  # not one made of U, s and V
         if not weights:
             return
-        norms = torch.stack(torch._foreach_norm([w.grad for w in weights.values()] + list(weights.values())))  # (2 · layers,)
+        norms = torch.stack(
+            torch._foreach_norm([w.grad for w in weights.values()] + list(weights.values()))
+        )  # (2 · layers,)
         sums = self.state["sums"]
         if list(weights) != sums.get("names"):
             sums |= {"names": list(weights), "norms": torch.zeros_like(norms), "count": 0}
@@ -107,7 +134,8 @@ class Recorder:
         if last:
             rows = zip(sums["names"], *(sums["norms"] / sums["count"]).view(2, -1).tolist(), strict=True)
             self.state["gradients"] += [
-                {"epoch": epoch + 1, "layer": name, "gradient_norm": gradient, "weight_norm": size} for name, gradient, size in rows
+                {"epoch": epoch + 1, "layer": name, "gradient_norm": gradient, "weight_norm": size}
+                for name, gradient, size in rows
             ]
             sums.clear()
 
@@ -118,14 +146,24 @@ class Recorder:
             epoch, when, layer = key.split("/")
             tables[f"{when}/{layer}"][int(epoch)] = s.numpy()
         arrays = {}
-        for key, rows in tables.items():  # a row an epoch: its number, its singular values, NaN where the layer has become smaller
+        for (
+            key,
+            rows,
+        ) in (
+            tables.items()
+        ):  # a row an epoch: its number, its singular values, NaN where the layer has become smaller
             arrays[key] = np.full((len(rows), 1 + max(map(len, rows.values()))), np.nan, np.float32)
             for line, (epoch, s) in zip(arrays[key], rows.items(), strict=True):
                 line[0], line[1 : 1 + len(s)] = epoch, s
         file = io.BytesIO()
         np.savez_compressed(file, **arrays)
-        gradients = pd.DataFrame(self.state["gradients"], columns=["epoch", "layer", "gradient_norm", "weight_norm"])
-        return {"spectra.npz": file.getvalue(), "gradients.csv": gradients.to_csv(index=False, float_format="%.5g").encode()}
+        gradients = pd.DataFrame(
+            self.state["gradients"], columns=["epoch", "layer", "gradient_norm", "weight_norm"]
+        )
+        return {
+            "spectra.npz": file.getvalue(),
+            "gradients.csv": gradients.to_csv(index=False, float_format="%.5g").encode(),
+        }
 
 
 def load_spectra(folder: Path) -> pd.DataFrame:
@@ -140,7 +178,10 @@ def load_spectra(folder: Path) -> pd.DataFrame:
             when, layer = key.split("/")
             table = file[key].astype(np.float32)
             i = np.arange(1, table.shape[1])
-            rows += [pd.DataFrame({"epoch": int(epoch), "when": when, "layer": layer, "i": i, "s": s}) for epoch, *s in table]
+            rows += [
+                pd.DataFrame({"epoch": int(epoch), "when": when, "layer": layer, "i": i, "s": s})
+                for epoch, *s in table
+            ]
     return pd.concat(rows, ignore_index=True).dropna(ignore_index=True)
 
 

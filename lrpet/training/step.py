@@ -54,9 +54,19 @@ class Step:
         world: int = 1,
         device_batch: int | None = None,
     ):
-        self.config, self.model, self.optimizer, self.totals, self.world, self.device_batch = config, model, optimizer, totals, world, device_batch
+        self.config, self.model, self.optimizer, self.totals, self.world, self.device_batch = (
+            config,
+            model,
+            optimizer,
+            totals,
+            world,
+            device_batch,
+        )
         self._stream = torch.cuda.Stream() if graphs else None
-        self._calls, self._graphs = 0, None  # graphs: (backward, update), and the tensors that they read and write
+        self._calls, self._graphs = (
+            0,
+            None,
+        )  # graphs: (backward, update), and the tensors that they read and write
         self._host, self._copied = None, None
 
     def backward(self, x: Tensor, target: Tensor, y: Tensor, images: int | None = None) -> None:
@@ -69,7 +79,9 @@ class Step:
             images: of the whole batch, over which the loss is a mean; None: B.
         """
         images = len(y) if images is None else images
-        self._replaying = self._stream is not None and self._calls >= WARM_UP and len(y) == self.config.batch_size
+        self._replaying = (
+            self._stream is not None and self._calls >= WARM_UP and len(y) == self.config.batch_size
+        )
         if self._replaying:
             if self._graphs is None:
                 self._record(x, target, y)
@@ -95,7 +107,10 @@ class Step:
             return None
         values = self._host.tolist() if self._copied else None
         if self._host is None:
-            self._host, self._copied = torch.empty(3, dtype=self.totals.dtype, pin_memory=True), torch.cuda.Event()
+            self._host, self._copied = (
+                torch.empty(3, dtype=self.totals.dtype, pin_memory=True),
+                torch.cuda.Event(),
+            )
         self._host.copy_(self.totals, non_blocking=True)
         self._copied.record()
         return values
@@ -108,7 +123,9 @@ class Step:
         count = max(1, -(-len(y) // (self.device_batch or self.config.batch_size)))
         pieces = zip(*(whole.tensor_split(count) for whole in (x, target, y)), strict=True)
         for left, piece in zip(reversed(range(count)), pieces, strict=True):
-            with self.model.no_sync() if left and self.world > 1 else nullcontext():  # processes meet at the last piece
+            with (
+                self.model.no_sync() if left and self.world > 1 else nullcontext()
+            ):  # processes meet at the last piece
                 self._add_gradients(*piece, images)
 
     def _add_gradients(self, x: Tensor, target: Tensor, y: Tensor, images: int) -> None:
@@ -116,8 +133,12 @@ class Step:
         with Bfloat16Products() if bf16 and not has_bfloat16_products(x.device) else nullcontext():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                 logits = self.model(x)
-                loss = training_loss(self.config, logits, target) if len(y) else logits.sum()  # which is 0, and so are its gradients
-            weight = self.world * len(y) / images  # the mean over processes of weighted means is the mean over all images
+                loss = (
+                    training_loss(self.config, logits, target) if len(y) else logits.sum()
+                )  # which is 0, and so are its gradients
+            weight = (
+                self.world * len(y) / images
+            )  # the mean over processes of weighted means is the mean over all images
             (loss if weight == 1 else weight * loss).backward()
         self.totals[0] += loss.detach() * len(y)
         self.totals[1] += (logits.detach().argmax(1) == y).sum()
@@ -137,8 +158,15 @@ class Step:
     def _record(self, *batch: Tensor) -> None:
         self._batch = [tensor.clone() for tensor in batch]
         self.optimizer.zero_grad()  # gradients are made anew in the graph's memory, so replaying overwrites them
-        backward = _capture(lambda: self._forward_backward(*self._batch, self.config.batch_size), self._stream)
-        self._grads = [(p, p.grad) for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        backward = _capture(
+            lambda: self._forward_backward(*self._batch, self.config.batch_size), self._stream
+        )
+        self._grads = [
+            (p, p.grad)
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         self._graphs = backward, _capture(self.optimizer.step, self._stream, backward.pool())
 
 

@@ -1,0 +1,165 @@
+"""The benchmarks run and keep what they promise; how fast anything is they alone may say."""
+
+import json
+
+import pytest
+import torch
+
+import lrpet.bench.inference
+import lrpet.bench.scaling
+import lrpet.bench.training
+from lrpet import bench
+from lrpet.bench.__main__ import main
+from lrpet.bench.memory import peak_bytes
+from lrpet.lowrank.timing import side_by_side
+from lrpet.paths import results_root
+
+
+def result(name):
+    return json.loads((results_root() / "bench" / name).read_text())
+
+
+def test_tasks_are_timed_in_turn_after_a_warm_up_with_what_prepares_them():
+    calls = []
+    tasks = {name: lambda name=name: calls.append(name) for name in "ab"}
+    timings = side_by_side(tasks, 3, torch.device("cpu"), prepare=lambda: calls.append("-"))
+    assert "".join(calls) == "-a-b" * 4
+    assert [t["n"] for t in timings.values()] == [3, 3]
+    assert timings["a"]["ratio_to_first"] == 1
+    assert all(0 < t["min_seconds"] <= t["median_seconds"] <= t["max_seconds"] for t in timings.values())
+
+
+def test_where_time_is_short_two_rounds_are_timed():
+    assert side_by_side({"a": lambda: None}, 9, torch.device("cpu"), seconds=0)["a"]["n"] == 2
+
+
+def test_peak_memory_counts_what_lives_at_the_same_time():
+    def one_after_the_other():
+        for _ in range(5):
+            torch.zeros(250_000).add(1.0)
+
+    assert 2_000_000 <= peak_bytes(one_after_the_other, torch.device("cpu")) < 3_100_000
+
+
+def test_projection_benchmark_keeps_its_measurements_with_the_machine(capsys):
+    assert main(["projection", "--model", "resnet8", "--rounds", "1"]) == 0
+    kept = result("projection-resnet8-cpu.json")
+    assert {"svd", "svd_thin", "exact", "fast"} <= set(kept["timings"])
+    assert all(t["n"] == 1 for t in kept["timings"].values())
+    assert {"commit", "dirty", "python", "torch", "device", "threads", "started"} <= set(kept)
+    assert kept["layers"] == 7
+    assert kept["followed"] == 7
+    assert 0 < kept["memory"]["bases_bytes"] < kept["memory"]["model_bytes"]
+    assert "projection-resnet8-cpu.json" in capsys.readouterr().out
+
+
+def test_tables_hold_what_was_measured_and_say_what_was_not(monkeypatch):
+    monkeypatch.setattr(bench, "TARGETS", {"cpu": {"resnet8": 0, "resnet20": 8}})
+    assert main(["projection", "--model", "resnet8", "--rounds", "1"]) == 0
+    results = bench.load_results()
+    measured, missing = bench.projection_table(results).to_dict("records")
+    timings = results[0]["timings"]
+    assert measured["speedup"] == pytest.approx(
+        timings["svd"]["median_seconds"] / timings["fast"]["median_seconds"]
+    )
+    assert measured["followed"] == "7 of 7"
+    assert (missing["network"], missing["n"], missing["speedup"]) == ("resnet20", "not run", "")
+    verdicts = bench.verdicts(results)
+    assert verdicts["verdict"][0] == "met"
+    assert set(verdicts["verdict"].tolist()[2:]) == {"not run"}
+    assert bench.describe(results)["file"].tolist() == ["projection-resnet8-cpu.json"]
+    with pytest.raises(
+        ValueError, match="not run: python -m lrpet.bench inference --model resnet8 --device cpu"
+    ):
+        bench.find(results, "inference", "resnet8")
+
+
+def test_training_benchmark_and_what_is_concluded_from_it(monkeypatch):
+    monkeypatch.setattr(lrpet.bench.training, "SEEDS", (1,))
+    assert (
+        main(
+            [
+                "training",
+                "--model",
+                "resnet8",
+                "--batch-size",
+                "8",
+                "--steps",
+                "1",
+                "--rounds",
+                "1",
+                "--epochs",
+                "1",
+            ]
+        )
+        == 0
+    )
+    kept = result("training-resnet8-cpu.json")
+    assert list(kept["timings"]) == ["plain", "ours_fp32", "ours_bf16"]
+    assert kept["images_per_second"]["plain"] == pytest.approx(8 / kept["timings"]["plain"]["median_seconds"])
+    assert kept["epoch_seconds"]["plain"] == pytest.approx(50_000 / kept["images_per_second"]["plain"])
+    assert [len(values) for values in kept["top1_pct"].values()] == [1, 1]
+    timed = lambda seconds: {"n": 3, "median_seconds": seconds, "ratio_to_first": seconds / 4}
+    ways = {"timings": {"plain": timed(4.0), "ours_bf16": timed(2.0)}, "steps": 20, "threads": 2}
+    ways |= {"images_per_second": {"plain": 1, "ours_bf16": 2}, "epoch_seconds": {"plain": 9, "ours_bf16": 4}}
+    training = {"benchmark": "training", "model": "resnet56", "kind": "cpu"} | ways
+    projection = {
+        "benchmark": "projection",
+        "model": "resnet56",
+        "kind": "cpu",
+        "threads": 2,
+        "followed": 1,
+        "layers": 1,
+    }
+    projection["timings"] = {
+        "svd": timed(1.0),
+        "svd_thin": timed(1.0),
+        "exact": timed(0.2),
+        "fast": timed(0.1),
+    }
+    projection["memory"] = {"exact_step_bytes": 1, "fast_step_bytes": 1, "bases_bytes": 1, "model_bytes": 1}
+    verdicts = bench.verdicts([training, projection]).set_index("what")
+    row = verdicts.loc["training of resnet56 on cpu, times the throughput of a plain loop"]
+    assert row.tolist() == ["2.00", "≥ 1.5", "met"]
+    assert (
+        verdicts.loc[
+            "projection of resnet56 on cpu after every epoch (exact), % of the training time", "measured"
+        ]
+        == "0.51"
+    )  # 0.2 of 39.3
+    row = verdicts.loc["projection of resnet56 on cpu every ten iterations (fast), % of the training time"]
+    assert row.tolist() == ["9.09", "≤ 10", "met"]  # 0.1 of 1.1
+    assert bench.training_table([training])["way"].tolist() == ["plain", "ours_bf16", "not run"]
+
+
+def test_scaling_benchmark_covers_every_axis(monkeypatch):
+    monkeypatch.setattr(
+        lrpet.bench.scaling, "AXES", {"width": (8, 16), "depth": (2,), "batch": (2,), "rank": (4,)}
+    )
+    monkeypatch.setattr(lrpet.bench.scaling, "BASE", {"width": 8, "depth": 2, "batch": 2, "rank": 2})
+    assert main(["scaling", "--rounds", "1"]) == 0
+    rows = result("scaling-cpu.json")["rows"]
+    assert len(rows) == 5 * 3
+    assert {row["what"] for row in rows} == {"training step", "projection, exact", "projection, fast"}
+    assert all(row["median_seconds"] > 0 and row["peak_bytes"] > 0 for row in rows)
+
+
+def test_inference_benchmark_covers_every_setting(monkeypatch):
+    monkeypatch.setattr(lrpet.bench.inference, "BATCHES", (1, 2))
+    monkeypatch.setattr(
+        lrpet.bench.inference, "_can_compile", lambda _: False
+    )  # half a minute for each setting
+    assert main(["inference", "--model", "resnet8", "--rounds", "1", "--seconds", "1"]) == 0
+    kept = result("inference-resnet8-cpu.json")
+    assert [(row["batch"], row["memory"], row["mode"]) for row in kept["rows"]] == [
+        (batch, memory, "eager") for batch in (1, 2) for memory in ("contiguous", "channels_last")
+    ]
+    assert {row["batch"] for row in kept["layers"]} == {1, 2}
+    assert kept["ideal"] > 2
+    assert min(layer["gain"] for layer in kept["layers"]) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_a_missing_gpu_is_one_line(capsys):
+    assert main(["projection", "--device", "cuda"]) == 1
+    assert "PyTorch sees no CUDA GPU" in capsys.readouterr().err

@@ -1,0 +1,453 @@
+"""Every figure is made without state left behind, labelled with units, robust to what is missing, and saved byte for byte the same."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib import rc_context, rcParams, style
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+import lrpet
+from lrpet import config, figures
+from lrpet.paths import figures_root
+from lrpet.tables.rows import published
+
+EPOCHS = 6
+
+
+def matrix(N=16, D=40):
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(1))
+
+
+def history(epochs=EPOCHS):
+    epoch = np.arange(1, epochs + 1)
+    rate = np.where(epoch > 3, 0.01, 0.1)
+    losses = {"train_loss": 2.0 / epoch, "loss": 3.0 / epoch}
+    return pd.DataFrame(
+        {
+            "epoch": epoch,
+            "learning_rate": rate,
+            **losses,
+            "train_top1_pct": 90 - 50 / epoch,
+            "top1_pct": 95 - 60 / epoch,
+            "scored_on": "test",
+        }
+    )
+
+
+def layers(n=7, dead=()):
+    table = pd.DataFrame(
+        {
+            "name": [f"blocks.{i}.conv" for i in range(n)],
+            "macs": 4e5,
+            "dense_macs": 1e6,
+            "energy_kept": 0.7,
+            "action": "factorized",
+        }
+    )
+    table.loc[list(dead), ["macs", "energy_kept", "action"]] = [0, np.nan, "constant"]
+    return table
+
+
+def runs(methods=("dense", "lrp", "lrpet"), seeds=(1, 2, 3), ratios=(0.57,), **fields):
+    rows = []
+    for method, seed in itertools.product(methods, seeds):
+        for ratio in [None] if method == "dense" else ratios:
+            cost = 1.0 if ratio is None else 1.02 - ratio
+            settings = {"dataset": "cifar10", "profile": "paper", "model": "resnet56", "scored_on": "test"}
+            settings |= {"milestones": [200, 300], "ranks": None, "bn_rectification": True}
+            row = {**settings, "method": method, "seed": seed, "prune_ratio": ratio, **fields}
+            rows.append(
+                row
+                | {"macs": 125e6 * cost, "dense_macs": 125e6, "top1_pct": 93 + 0.1 * seed - (method == "lrp")}
+            )
+    return pd.DataFrame(rows)
+
+
+def labels(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def everything_drawn():
+    M = matrix()
+    return {
+        "spectrum": figures.plot_spectrum(M, 6),
+        "sweep": figures.plot_rank_sweep(M, 6),
+        "history": figures.plot_history({"dense": history(), "lrpet": [history(), history()]}),
+        "layers": figures.plot_layers(layers(dead=[2])),
+        "depth": figures.plot_by_depth({"product of norms, relative": {"lrp": [0.9, 0.05], "lrpet": [1, 1]}}),
+        "channels": figures.plot_channel_errors(
+            [0.1, 1.0, 10.0], {"without": [0.5, 0.5, 0.5], "with": [0.9, 0.2, 0.0]}
+        ),
+        "accuracy": figures.plot_accuracy_against_macs(runs(), published()),
+    }
+
+
+def test_every_figure_is_labelled_with_units():
+    units = ("%", "nats", "millions", "epoch", "layer", "number", "rank", "s_i", "relative", "scale")
+    for name, figure in everything_drawn().items():
+        assert isinstance(figure, Figure), name
+        assert len(figure.png()) > 5000, name
+        for ax in figure.axes:
+            shared = ax.get_shared_x_axes().get_siblings(ax)
+            assert any(a.get_xlabel() for a in shared), name
+            assert any(unit in ax.get_ylabel() for unit in units), (name, ax.get_ylabel())
+            assert all(
+                any(unit in a.get_xlabel() for unit in (*units, "MACs")) for a in shared if a.get_xlabel()
+            ), name
+
+
+def test_nothing_is_cut_off_or_covered():
+    for name, figure in everything_drawn().items():
+        figure.png()
+        page = figure.bbox
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert page.x0 <= box.x0 and box.x1 <= page.x1 + 1, name
+            assert not any(box.overlaps(ax.get_window_extent()) for ax in figure.axes), name
+        for ax in figure.axes:
+            for text in (ax.xaxis.label, ax.yaxis.label, *ax.texts):
+                box = text.get_window_extent()
+                assert (
+                    page.x0 - 1 <= box.x0
+                    and box.x1 <= page.x1 + 1
+                    and page.y0 - 1 <= box.y0
+                    and box.y1 <= page.y1 + 1
+                ), (name, text.get_text())
+
+
+def test_import_sets_nothing_and_the_package_does_without_matplotlib(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")  # else reading rcParams["backend"] imports pyplot to find one
+    code = (
+        "import sys, lrpet; assert 'matplotlib' not in sys.modules\n"
+        "import matplotlib; before = matplotlib.rcParams.copy()\n"
+        "from lrpet import figures; figures.plot_rank_sweep(__import__('torch').eye(3), 1).png()\n"
+        "assert matplotlib.rcParams == before and 'matplotlib.pyplot' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_callers_style_neither_changes_nor_matters():
+    plain = figures.plot_layers(layers()).png()
+    with style.context("dark_background"), rc_context({"font.size": 30, "xtick.color": "red"}):
+        before = dict(rcParams)
+        figure = figures.plot_layers(layers())
+        assert figure.png() == plain
+        assert dict(rcParams) == before
+    assert figure.get_facecolor() == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_methods_look_different():
+    assert set(config.METHODS) <= set(figures.METHOD_STYLES)
+    looks = list(figures.METHOD_STYLES.values())
+    for part in ("label", "color", "marker", "linestyle"):
+        values = [getattr(look, part) for look in looks]
+        assert part == "linestyle" or len(set(values)) == len(values), part
+    assert len({(look.marker, look.linestyle) for look in looks}) == len(looks)  # in grayscale too
+    for seen in COLOUR_BLINDNESS:
+        lab = {
+            name: _lab(np.clip(np.array(seen) @ _linear(look.color), 0, 1))
+            for name, look in figures.METHOD_STYLES.items()
+        }
+        distances = {
+            pair: np.linalg.norm(lab[pair[0]] - lab[pair[1]]) for pair in itertools.combinations(lab, 2)
+        }
+        assert min(distances.values()) > 15, min(distances, key=distances.get)
+        assert min(distances[pair] for pair in itertools.combinations(("dense", "lrp", "lrpet"), 2)) > 40
+
+
+# Machado, Oliveira and Fernandes 2009: normal sight, then no red, no green, no blue cones, on linear RGB
+COLOUR_BLINDNESS = (
+    ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+)
+
+
+def _linear(color):
+    rgb = np.array(to_rgb(color))
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def _lab(rgb):
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = np.array(to_xyz) @ rgb / [0.9505, 1.0, 1.089]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize(
+    ("name", "same_as"),
+    [
+        ("LRPET", "lrpet"),
+        ("baseline (TRP)", "dense"),
+        ("TRP+nuclear (channel)", "trp"),
+        ("cifar10-resnet20-lrp-0.57-s1-3f9a21", "lrp"),
+    ],
+)
+def test_names_find_their_style(name, same_as):
+    assert figures.method_style(name).color == figures.METHOD_STYLES[same_as].color
+    assert figures.method_style(name).label == name
+
+
+def test_spectrum_shows_what_project_does():
+    M = matrix().double()
+    left, right = figures.plot_spectrum(M, 6).axes
+    for name, transfer in (("LRP", False), ("LRPET", True)):
+        s = torch.linalg.svdvals(lrpet.project(M, 6, energy_transfer=transfer))
+        points = next(line for line in left.lines if line.get_label() == name)
+        np.testing.assert_allclose(points.get_ydata(), s[:6], rtol=1e-6)
+        curve = next(line for line in right.lines if line.get_label() == name)
+        np.testing.assert_allclose(
+            curve.get_ydata()[-1], 100 * (s.square().sum() / M.square().sum()).item(), rtol=1e-6
+        )
+    heights = [bar.get_height() for bar in left.patches]
+    np.testing.assert_allclose(heights, torch.linalg.svdvals(M), rtol=1e-6)
+    assert sum(bool(bar.get_hatch()) for bar in left.patches) == 10
+
+
+@pytest.mark.parametrize("rank", [1, 16])
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_spectrum_at_the_ends(rank, shape):
+    assert figures.plot_spectrum(matrix(*shape).half(), rank).png()
+
+
+def test_spectrum_refuses_a_wrong_rank():
+    with pytest.raises(ValueError, match="rank must be an integer from 1 to 16"):
+        figures.plot_spectrum(matrix(), 17)
+
+
+def test_zero_matrix_draws():
+    for figure in (
+        figures.plot_spectrum(torch.zeros(4, 6), 2),
+        figures.plot_rank_sweep(torch.zeros(4, 6), 2),
+    ):
+        assert figure.png()
+
+
+def test_rank_sweep_formula_is_what_project_does():
+    M = matrix().double()
+    energy, error = figures.plot_rank_sweep(M).axes
+    for k, transfer in enumerate((False, True)):
+        measured = [lrpet.project(M, R, energy_transfer=transfer) for R in range(1, 17)]
+        np.testing.assert_allclose(
+            error.lines[k].get_ydata(), [((P - M).norm() / M.norm()).item() for P in measured], atol=1e-6
+        )
+        np.testing.assert_allclose(
+            energy.lines[k].get_ydata(),
+            [100 * ((P.norm() / M.norm()) ** 2).item() for P in measured],
+            rtol=1e-6,
+        )
+
+
+def test_history_marks_milestones_and_seeds():
+    figure = figures.plot_history(
+        {"dense": history(), "lrpet": [history(), history()], "lrpet, no BN": history()}
+    )
+    assert labels(figure) == ["dense", "LRPET (2 seeds)", "lrpet, no BN"]
+    loss, accuracy = figure.axes
+    assert loss.get_yscale() == "log"
+    assert [line.get_xdata()[0] for line in accuracy.lines if len(set(line.get_xdata())) == 1] == [3.5]
+    assert len(accuracy.collections) == 1  # the band over seeds
+    blue = figures.METHOD_STYLES["lrpet"].color
+    assert (
+        len({line.get_linestyle() for line in accuracy.lines if line.get_color() == blue}) == 2
+    )  # two variants of one method
+
+
+@pytest.mark.parametrize(
+    "histories", [{}, {"lrpet": []}, history(), history(1), {"my own": history(), "another": history()}]
+)
+def test_history_of_little_or_unknown(histories):
+    assert figures.plot_history(histories).png()
+
+
+def test_layers_mark_dead_ones_and_count():
+    figure = figures.plot_layers(layers(dead=[2, 3]))
+    assert set(labels(figure)) == {"dense, 7.00 M in all", "compact, 2.00 M in all", "dead layer, no MACs"}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        layers().drop(columns=["energy_kept", "action"]),
+        layers(110),
+        layers().assign(energy_kept=np.nan),
+        layers(1),
+    ],
+)
+def test_layers_of_every_kind(table):
+    figure = figures.plot_layers(table)
+    assert figure.png()
+    assert len(figure.axes[1].get_xticks()) <= 28
+
+
+def test_layers_names_a_missing_column():
+    with pytest.raises(ValueError, match="'dense_macs'"):
+        figures.plot_layers(layers().drop(columns="dense_macs"))
+
+
+def test_accuracy_of_a_run_of_the_store():
+    run = lrpet.run(lrpet.RunConfig(epochs=1, milestones=(), batch_size=256), progress="off")
+    assert figures.plot_accuracy_against_macs(lrpet.load_runs(run.folder.parent), published()).png()
+    assert figures.plot_layers(run.layers).png()
+    assert figures.plot_history(run.history).png()
+
+
+def points(ax, label):
+    line = next(line for line in ax.lines if line.get_label() == label)
+    return np.column_stack([line.get_xdata(), line.get_ydata()])
+
+
+def test_accuracy_averages_over_seeds():
+    figure = figures.plot_accuracy_against_macs(runs(ratios=(0.57, 0.7)), published())
+    (ax,) = figure.axes
+    np.testing.assert_allclose(points(ax, "LRPET"), [[40.0, 93.2], [56.25, 93.2]])
+    np.testing.assert_allclose(points(ax, "LRP"), [[40.0, 92.2], [56.25, 92.2]])
+    np.testing.assert_allclose(points(ax, "LRPET, published"), [[56.06, 93.27]])
+    bars = [segment for collection in ax.collections for segment in collection.get_segments() if len(segment)]
+    np.testing.assert_allclose(
+        np.ptp(np.array(bars)[:, :, 1], axis=1), 0.2, rtol=1e-6
+    )  # from −1 to +1 standard deviation of 0.1
+    assert (
+        ax.get_title(loc="left") == "last epoch, mean and standard deviation over 3 seeds; hollow: published"
+    )
+
+
+def test_accuracy_of_equal_cost_stands_side_by_side():
+    figure = figures.plot_accuracy_against_macs(runs())
+    figure.png()
+    (ax,) = figure.axes
+    places = {}
+    for line in ax.lines:
+        if line.get_label() in ("LRP", "LRPET"):
+            places[line.get_label()] = line.get_transform().transform(
+                np.column_stack([line.get_xdata(), line.get_ydata()])
+            )[0, 0]
+    assert places["LRPET"] - places["LRP"] == pytest.approx(8 * figure.dpi / 72)
+
+
+def test_accuracy_tells_variants_and_networks_apart():
+    table = pd.concat(
+        [runs(), runs(["lrpet"], bn_rectification=False), runs(["lrpet"], seeds=[1], model="resnet110")],
+        ignore_index=True,
+    )
+    figure = figures.plot_accuracy_against_macs(table)
+    assert set(labels(figure)) == {"dense (3 seeds)", "LRP (3 seeds)", "LRPET (3 seeds)"} | {
+        "LRPET without BN rectification (3 seeds)",
+        "LRPET (1 seed)",
+    }
+    assert {text.get_text() for text in figure.axes[0].texts} == {"resnet56", "resnet110"}
+
+
+@pytest.mark.parametrize(
+    ("table", "reported"),
+    [
+        (runs(["dense"]), None),
+        (runs(["lrpet"], seeds=[1]), None),
+        (runs(seeds=[1]), published()),
+        (runs().iloc[:0], None),
+        (pd.DataFrame(), published()),
+        (runs().iloc[:0], published()),
+        (runs(dataset="digits"), published()),
+        (runs(["my_method"]), published().iloc[:0]),
+        (runs(list(figures.METHOD_STYLES)), published()),
+    ],
+)
+def test_accuracy_with_something_missing(table, reported):
+    figure = figures.plot_accuracy_against_macs(table, reported)
+    assert figure.png()
+    assert bool(labels(figure)) == bool(len(table))
+    assert [text.get_text() for text in figure.axes[0].texts] == (
+        [] if len(table) else ["no run has finished"]
+    )
+
+
+def test_accuracy_takes_a_published_share_for_the_same_network():
+    table = runs(["dense"], model="resnet20")
+    (ax,) = figures.plot_accuracy_against_macs(table, published()).axes
+    np.testing.assert_allclose(points(ax, "baseline (TRP), published"), [[125.0, 91.74]])
+    np.testing.assert_allclose(points(ax, "TRP+nuclear (channel), published"), [[125 * (1 - 0.539), 90.50]])
+
+
+@pytest.mark.parametrize("column", ["dataset", "profile"])
+def test_accuracy_refuses_what_does_not_compare(column):
+    table = pd.concat([runs(), runs(**{column: "another"})])
+    with pytest.raises(ValueError, match=f"runs must be of one {column}"):
+        figures.plot_accuracy_against_macs(table)
+
+
+def test_saved_files_are_the_same_every_time():
+    contents = []
+    for figure in (
+        figures.plot_accuracy_against_macs(runs(), published()),
+        figures.plot_accuracy_against_macs(runs(), published()),
+    ):
+        for _ in range(2):
+            paths = figures.save_figure(figure, "accuracy", "smoke")
+            contents.append([path.read_bytes() for path in paths])
+    assert all(content == contents[0] for content in contents)
+    assert [path.name for path in paths] == ["accuracy.png", "accuracy.svg"]
+    assert {path.parent for path in paths} == {figures_root() / "smoke"}
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == ["accuracy.png", "accuracy.svg"]
+    png, svg = contents[0]
+    assert png.startswith(b"\x89PNG")
+    assert b"matplotlib version" not in png and b"<dc:date>" not in svg
+
+
+def test_another_process_saves_the_same_bytes(tmp_path):
+    code = "import torch; from lrpet import figures as f; f.save_figure(f.plot_spectrum(torch.diag(torch.arange(1., 9.)), 3), 's', 'smoke')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    folder = figures_root() / "smoke"
+    before = [path.read_bytes() for path in sorted(folder.iterdir())]
+    figures.save_figure(figures.plot_spectrum(torch.diag(torch.arange(1.0, 9.0)), 3), "s", "smoke")
+    assert [path.read_bytes() for path in sorted(folder.iterdir())] == before
+
+
+@pytest.mark.parametrize(
+    ("name", "profile"),
+    [("../up", "smoke"), ("", "smoke"), ("a/b", "smoke"), ("a", "nowhere"), ("a", "../smoke")],
+)
+def test_save_refuses_a_place_outside(name, profile):
+    with pytest.raises(ValueError, match="name must be|profile must be"):
+        figures.save_figure(figures.plot_rank_sweep(matrix()), name, profile)
+    assert not Path(figures_root()).exists()
+
+
+def test_saved_figures_come_with_their_origin(monkeypatch, tmp_path):
+    monkeypatch.setenv("LRPET_FIGURES", str(tmp_path))
+    assert figures.saved_figures("smoke") == []
+    for name in ("ablations", "00_anything", "unheard_of"):
+        figures.save_figure(figures.plot_rank_sweep(torch.eye(2)), name, "smoke")
+    captions = {path.stem: caption for caption, path in figures.saved_figures("smoke")}
+    assert "03_ablations.ipynb" in captions["ablations"] and "00_method.ipynb" in captions["00_anything"]
+    assert captions["unheard_of"] == "**unheard_of**, "
+
+
+def test_a_setting_that_was_not_run_says_so():
+    rows = [
+        ["residual factor", "0", "a", "LRPET as it is"],
+        ["residual factor", "0.3", "b", "not tested"],
+        ["row_eps", "0", "c", "higher"],
+    ]
+    table = pd.DataFrame(rows, columns=["question", "setting", "experiment", "verdict"])
+    figure = figures.plot_ablations(
+        table, pd.DataFrame({"experiment": ["a", "a", "b", "c"], "top1_pct": [90.0, 91.0, None, 95.0]})
+    )
+    figure.png()
+    first, second = figure.axes
+    assert [text.get_text() for text in first.texts] == ["not run"]
+    assert sorted(x for line in first.lines for x in line.get_xdata() if line.get_marker() == "o") == [
+        90.0,
+        91.0,
+    ]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["0", "0.3"]
+    assert second.get_title(loc="left") == "row_eps"

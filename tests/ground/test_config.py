@@ -1,0 +1,317 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from lrpet import RunConfig
+from lrpet.config import METHODS
+from lrpet.models import MODELS
+from lrpet.paths import PROJECT, figures_root, results_root
+
+LRPET = {"method": "lrpet", "prune_ratio": 0.57, "seed": 1}
+
+
+REFUSED = [
+    # field, value, what is allowed or advised
+    ("dataset", "mnist", "one of digits, cifar10, imagefolder"),
+    ("dataset", None, "str"),
+    ("model", "resnet21", "one of resnet8"),
+    ("model", 20, "str"),
+    ("method", "LRPET", "one of dense, lrp, lrpet"),
+    ("profile", "big", "one of smoke, short, scaled, selection, paper, imagenette, imagenet"),
+    ("precision", "fp16", "one of fp32, tf32, bf16"),
+    ("precision", 32, "str"),
+    ("image_size", 8.0, "int"),
+    ("image_size", 3, "between 4 and 1024"),
+    ("image_size", 2000, "between 4 and 1024"),
+    ("image_size", 16, "8 for digits; another size needs dataset='imagefolder'"),
+    ("prune_ratio", "0.57", "float"),
+    ("prune_ratio", True, "float"),
+    ("prune_ratio", -0.01, "at least 0 and below 1"),
+    ("prune_ratio", 1.0, "at least 0 and below 1"),
+    ("prune_ratio", 1, "at least 0 and below 1"),
+    ("prune_ratio", float("nan"), "finite"),
+    ("bn_rectification", 1, "bool"),
+    ("bn_rectification", "false", "bool"),
+    ("residual", -0.1, "between 0 and 1"),
+    ("residual", 1.1, "between 0 and 1"),
+    ("residual", float("nan"), "finite"),
+    ("row_eps", "1e-5", "write 0.0001"),
+    ("row_eps", -1e-5, "between 0 and 1"),
+    ("projection_interval", 0, "between 1 and"),
+    ("projection_interval", 2.0, "int"),
+    ("projection_unit", "epochs", "one of epoch, iteration"),
+    ("projection_unit", 1, "str"),
+    ("epochs", 0, "between 1 and"),
+    ("epochs", 20.0, "int"),
+    ("epochs", "20", "int"),
+    ("epochs", None, "int"),
+    ("epochs", True, "int"),
+    ("batch_size", 0, "between 1 and"),
+    ("batch_size", 64.5, "int"),
+    ("learning_rate", "1e-4", "YAML reads 1e-4 as text: write 0.0001"),
+    ("learning_rate", -0.1, "between 0 and 100"),
+    ("learning_rate", 101, "between 0 and 100"),
+    ("learning_rate", float("nan"), "finite"),
+    ("learning_rate", float("inf"), "finite"),
+    ("learning_rate", None, "float"),
+    ("learning_rate", [0.1], "float"),
+    ("momentum", 1.0, "between 0 and 0.9999"),
+    ("momentum", -0.1, "between 0 and 0.9999"),
+    ("weight_decay", "1e-4", "write 0.0001"),
+    ("weight_decay", 2.0, "between 0 and 1"),
+    ("milestones", 10, "list of whole numbers"),
+    ("milestones", "10", "list of whole numbers"),
+    ("milestones", None, "list of whole numbers"),
+    ("milestones", [10.0], "list of whole numbers"),
+    ("milestones", [True], "list of whole numbers"),
+    ("milestones", {"a": 10}, "list of whole numbers"),
+    ("milestones", [15, 10], "rising epochs between 1 and 19"),
+    ("milestones", [10, 10], "rising epochs between 1 and 19"),
+    ("milestones", [0, 10], "rising epochs between 1 and 19"),
+    ("milestones", [10, 20], "rising epochs between 1 and 19; shorten them together with epochs"),
+    ("validation_fraction", 1.0, "between 0 and 0.9"),
+    ("validation_fraction", -0.1, "between 0 and 0.9"),
+    ("seed", -1, "between 0 and"),
+    ("seed", 2**31, "between 0 and"),
+    ("seed", 1.0, "int"),
+    ("layers", 3, "str"),
+    ("recipe", "adam", "one of sgd, adamw"),
+    ("ranks", 6, "list of whole numbers or a map"),
+    ("ranks", "6", "list of whole numbers or a map"),
+    ("ranks", [6, 2.5], "list of whole numbers or a map"),
+    ("ranks", [6, True], "list of whole numbers or a map"),
+    ("ranks", {"conv": "6"}, "list of whole numbers or a map"),
+    ("ranks", {1: 6}, "list of whole numbers or a map"),
+    ("ranks", [6, 0], "at least 1"),
+    ("ranks", {"conv": -6}, "at least 1"),
+    ("ranks", [], "at least 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"), REFUSED, ids=[f"{field}={value!r}" for field, value, _ in REFUSED]
+)
+def test_refusals_name_the_field_what_came_and_what_is_allowed(field, value, allowed):
+    with pytest.raises(ValueError) as caught:
+        RunConfig(**{field: value})
+    text = str(caught.value)
+    assert text.startswith(f"{field} must be")
+    normalized = {list: tuple, int: float}.get(type(value), type(value))(value) if value is not None else None
+    assert repr(value) in text or repr(normalized) in text
+    assert allowed in text
+
+
+def test_ratio_or_layers_and_ranks_contradict_each_other():
+    with pytest.raises(ValueError, match="layers must be null when ranks are given"):
+        RunConfig(layers="*", ranks=[3])
+    with pytest.raises(
+        ValueError, match="prune_ratio must be null when ranks are given; drop one of the two; got 0.5"
+    ):
+        RunConfig(prune_ratio=0.5, ranks=[3])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ("prune_ration", "did you mean 'prune_ratio'"),
+        ("lr_rate", "did you mean 'learning_rate'"),
+        ("epoch", "did you mean 'epochs'"),
+        ("xyz", "fields are dataset"),
+        (3, "fields are dataset"),
+    ],
+)
+def test_unknown_fields_are_refused_with_a_suggestion(wrong, hint):
+    with pytest.raises(ValueError, match=f"{wrong!r} is not a field of RunConfig; {hint}"):
+        RunConfig.from_dict({wrong: 1})
+
+
+@pytest.mark.parametrize(("dataset", "size"), [("digits", 8), ("cifar10", 32), ("imagefolder", 224)])
+def test_image_size_follows_the_data_set(dataset, size):
+    assert RunConfig(dataset=dataset).image_size == size
+    assert RunConfig(dataset=dataset).run_id == RunConfig(dataset=dataset, image_size=size).run_id
+    assert RunConfig(dataset="imagefolder", image_size=64).image_size == 64
+
+
+def test_run_ids_are_pinned():  # results and notebooks name runs by them
+    assert RunConfig(**LRPET).run_id == "digits-resnet8-lrpet-0.57-s1-0aa7fc"
+
+
+def test_defaults_can_be_spelled_out_in_any_type_that_means_the_same():
+    spelled_out = {
+        "learning_rate": 0.1,
+        "milestones": [10, 15],
+        "residual": 0,
+        "row_eps": 0.00001,
+        "bn_rectification": True,
+    }
+    assert RunConfig(**LRPET, **spelled_out) == RunConfig(**LRPET)
+    assert RunConfig(**LRPET, **spelled_out).run_id == RunConfig(**LRPET).run_id
+
+
+OTHER = {
+    "dataset": {"dataset": "cifar10"},
+    "image_size": {"dataset": "imagefolder", "image_size": 64},
+    "model": {"model": "resnet20"},
+    "method": {"method": "lrp"},
+    "prune_ratio": {"prune_ratio": 0.7},
+    "ranks": {"prune_ratio": None, "ranks": [3, 4]},
+    "layers": {"layers": "*.conv1"},
+    "bn_rectification": {"bn_rectification": False},
+    "residual": {"residual": 0.1},
+    "row_eps": {"row_eps": 0.0},
+    "projection_interval": {"projection_interval": 2},
+    "projection_unit": {"projection_unit": "iteration"},
+    "pretrain_epochs": {"pretrain_epochs": 5},
+    "finetune_learning_rate": {"pretrain_epochs": 5, "finetune_learning_rate": 0.05},
+    "product_decay": {"method": "factorized", "product_decay": False},
+    "rank_rule": {"method": "warmup_switch", "prune_ratio": None, "rank_rule": "stable_rank"},
+    "energy_threshold": {"method": "trp", "energy_threshold": 0.1},
+    "nuclear_norm": {"method": "trp", "nuclear_norm": 0.0},
+    "orthogonality": {"method": "svd_training", "orthogonality": 0.1},
+    "sparsity": {"method": "svd_training", "sparsity": 0.1},
+    "epochs": {"epochs": 21},
+    "batch_size": {"batch_size": 65},
+    "learning_rate": {"learning_rate": 0.2},
+    "momentum": {"momentum": 0.8},
+    "weight_decay": {"weight_decay": 0.0},
+    "normalized_weight_decay": {"normalized_weight_decay": 0.0},
+    "milestones": {"milestones": [10]},
+    "validation_fraction": {"validation_fraction": 0.1},
+    "crops": {"dataset": "imagefolder", "crops": "whole"},
+    "recipe": {"recipe": "adamw"},
+    "seed": {"seed": 2},
+    "sync_batchnorm": {"sync_batchnorm": True},
+    "precision": {"precision": "bf16"},
+    "profile": {"profile": "short"},
+}
+
+
+def test_every_field_is_part_of_the_name():
+    assert set(OTHER) == {field.name for field in dataclasses.fields(RunConfig)}
+    ids = {RunConfig(**LRPET | change).run_id for change in OTHER.values()} | {RunConfig(**LRPET).run_id}
+    assert len(ids) == len(OTHER) + 1
+
+
+def test_ranks_as_a_map_do_not_depend_on_its_order():
+    a, b = RunConfig(ranks={"x": 1, "y": 2}), RunConfig(ranks={"y": 2, "x": 1})
+    assert a.run_id == b.run_id
+    assert a.run_id.startswith("digits-resnet8-lrpet-ranks-s1-")
+    assert RunConfig(ranks={"x": 1, "y": 3}).run_id != a.run_id
+
+
+def test_a_given_map_is_copied():
+    ranks = {"x": 1}
+    config = RunConfig(ranks=ranks)
+    ranks["x"] = 2
+    assert config.ranks == {"x": 1}
+
+
+@pytest.mark.parametrize("change", OTHER.values(), ids=OTHER)
+def test_dictionaries_go_there_and_back(change):
+    config = RunConfig(**LRPET | change)
+    values = config.to_dict()
+    assert values == json.loads(json.dumps(values))
+    assert set(values) == set(OTHER)
+    again = RunConfig.from_dict(values)
+    assert again == config
+    assert again.run_id == config.run_id
+
+
+def test_how_compact_a_result_is_means_nothing_to_the_dense_network():
+    dense = RunConfig(method="dense")
+    defaults = {
+        "residual": 0.0,
+        "row_eps": 0.00001,
+        "bn_rectification": True,
+        "projection_interval": 1,
+        "projection_unit": "epoch",
+    }
+    same = RunConfig(method="dense", prune_ratio=0.7, layers="*", **defaults)
+    assert same == dense
+    assert same.run_id == dense.run_id == RunConfig(method="dense", ranks=[1, 2]).run_id
+    assert dense.prune_ratio is dense.ranks is dense.residual is dense.projection_interval is None
+    assert dense.run_id.startswith("digits-resnet8-dense-s1-")
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value", "readers"),
+    [
+        ("dense", "residual", 0.3, "lrp, lrpet"),
+        ("dense", "bn_rectification", False, "lrp, lrpet"),
+        (
+            "dense",
+            "pretrain_epochs",
+            5,
+            "lrp, lrpet, svd_finetune, warmup_switch, svd_training, filter_pruning",
+        ),
+        ("narrow", "projection_interval", 5, "lrp, lrpet, trp"),
+        (
+            "factorized",
+            "pretrain_epochs",
+            5,
+            "lrp, lrpet, svd_finetune, warmup_switch, svd_training, filter_pruning",
+        ),
+        ("lrpet", "energy_threshold", 0.1, "trp"),
+        ("lrpet", "product_decay", False, "factorized"),
+        ("svd_finetune", "rank_rule", "stable_rank", "warmup_switch"),
+        ("trp", "sparsity", 0.5, "svd_training"),
+    ],
+)
+def test_a_setting_of_another_method_is_refused(method, field, value, readers):
+    with pytest.raises(
+        ValueError,
+        match=rf"{field} must be left out with method='{method}', .*those that do: {readers}\); got {value!r}",
+    ):
+        RunConfig(method=method, **{field: value})
+
+
+def test_a_stable_rank_sets_its_own_ranks():
+    assert RunConfig(method="warmup_switch", rank_rule="stable_rank").prune_ratio is None
+    for given in ({"prune_ratio": 0.5}, {"ranks": [3]}):
+        with pytest.raises(ValueError, match="rank_rule must be 'given' when prune_ratio or ranks are"):
+            RunConfig(method="warmup_switch", rank_rule="stable_rank", **given)
+
+
+def test_epochs_before_the_compression_are_part_of_the_total():
+    assert RunConfig(method="svd_finetune").pretrain_epochs == 10
+    assert RunConfig(method="warmup_switch").pretrain_epochs == 5
+    assert RunConfig(method="svd_finetune").finetune_learning_rate == pytest.approx(0.01)
+    assert RunConfig(method="lrpet", pretrain_epochs=0).run_id == RunConfig(method="lrpet").run_id
+    assert RunConfig(method="lrpet", pretrain_epochs=4).finetune_learning_rate == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="pretrain_epochs must be between 1 and 19, one below epochs"):
+        RunConfig(method="svd_finetune", pretrain_epochs=20)
+    with pytest.raises(ValueError, match="finetune_learning_rate must be left out without pretrain_epochs"):
+        RunConfig(method="lrpet", finetune_learning_rate=0.1)
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().epochs = 3
+
+
+def test_folders_follow_the_environment(monkeypatch, tmp_path):
+    config = RunConfig(**LRPET, profile="paper")
+    monkeypatch.setenv("LRPET_RESULTS", str(tmp_path / "here"))
+    monkeypatch.setenv("LRPET_FIGURES", "~/figures")
+    assert config.folder() == tmp_path / "here" / "paper" / "runs" / config.run_id
+    assert config.folder(Path("there")) == Path("there/paper/runs") / config.run_id
+    assert figures_root() == Path.home() / "figures"
+    monkeypatch.delenv("LRPET_RESULTS")
+    monkeypatch.setenv("LRPET_FIGURES", "")
+    assert (results_root(), figures_root()) == (PROJECT / "results", PROJECT / "figures")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_method_and_network_can_be_configured(method, model):
+    assert RunConfig(dataset="cifar10", method=method, model=model).run_id.startswith(
+        f"cifar10-{model}-{method}-"
+    )
+
+
+@pytest.mark.parametrize("model", ["vgg16", "vit"])
+def test_images_too_small_for_a_network_are_refused(model):
+    with pytest.raises(ValueError, match=f"image_size must be 32 or more for {model}; .*got 8"):
+        RunConfig(dataset="digits", model=model)

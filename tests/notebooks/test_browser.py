@@ -1,0 +1,48 @@
+"""The notebooks in a real browser, where one is installed; scripts/browser_check.py says what it looks at."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from lrpet.paths import PROJECT
+
+pytest.importorskip(
+    "playwright", reason="playwright is not installed: pip install playwright", exc_type=ImportError
+)
+SCRIPT = PROJECT / "scripts" / "browser_check.py"
+specification = importlib.util.spec_from_file_location("browser_check", SCRIPT)
+browser_check = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(browser_check)
+pytestmark = pytest.mark.skipif(browser_check.chromium() is None, reason="no Chromium or Chrome is installed")
+
+
+def test_notebooks_run_and_the_slider_moves_the_picture(tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "00_method.ipynb: 12 cells, none failed" in done.stdout
+    assert (
+        "slider: 'R = 54 of 64" in done.stdout
+        and "became 'R = 55 of 64" in done.stdout
+        and "the picture another one" in done.stdout
+    )
+    assert "01_cifar10.ipynb: " in done.stdout
+    assert (tmp_path / "00_method.png").stat().st_size > 50_000
+
+
+def test_a_cell_that_fails_is_seen(tmp_path):
+    """The check on a notebook of two cells, of which the second raises."""
+    import nbformat
+    from playwright.sync_api import sync_playwright
+
+    cells = [nbformat.v4.new_code_cell(source) for source in ("1 + 1", "1 / 0")]
+    kernel = {"name": "python3", "display_name": "", "language": "python"}
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "wrong.ipynb"
+    )
+    with browser_check.jupyterlab(tmp_path) as (url, token), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_check.chromium())
+        with pytest.raises(SystemExit, match=r"(?s)a cell of wrong\.ipynb failed: .*ZeroDivisionError"):
+            browser_check.run_all_cells(browser.new_page(), url, token, tmp_path / "wrong.ipynb")
+        browser.close()

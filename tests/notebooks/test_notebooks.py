@@ -1,0 +1,153 @@
+"""The notebooks keep their rules, take parameters, and refuse mistyped ones; nbval compares their outputs in run_tests.sh."""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from lrpet.config import RunConfig
+from lrpet.paths import PROJECT, results_root
+
+PATHS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+EXECUTED = ("00_method", "08_tables")  # committed with outputs; the others are stripped of them
+notebooks = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def read(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook, [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def parameters(path):
+    """Return the source of a notebook's cell tagged parameters, and its names with their default values."""
+    cells = [cell for cell in read(path)[1] if "parameters" in cell.metadata.get("tags", [])]
+    assert len(cells) == 1
+    values = {
+        statement.target.id: ast.literal_eval(statement.value)
+        for statement in ast.parse(cells[0].source).body
+    }
+    return cells[0].source, values
+
+
+def test_notebooks_are_there():
+    assert {"00_method", "01_cifar10", "08_tables"} <= {path.stem for path in PATHS}
+
+
+@notebooks
+def test_notebook_is_thin(path):
+    notebook, code = read(path)
+    lines = [len(cell.source.splitlines()) for cell in code]
+    assert notebook.cells[0].cell_type == "markdown"
+    assert len(code) <= 12
+    assert sum(lines) <= 120
+    assert max(lines) <= 25
+    assert not [
+        cell.source for cell in code if re.search(r"^\s*(async\s+)?(def|class)\s", cell.source, re.MULTILINE)
+    ]
+    assert path.stat().st_size < 1_000_000
+
+
+@notebooks
+def test_notebook_runs_on_any_machine(path):
+    notebook, _ = read(path)
+    assert notebook.metadata.kernelspec.name == "python3"
+    text = json.dumps(notebook)
+    for place in (PROJECT, Path.home(), sys.prefix, tempfile.gettempdir()):
+        assert f"{place}/" not in text
+
+
+@notebooks
+def test_links_lead_somewhere(path):
+    notebook, _ = read(path)
+    for cell in notebook.cells:
+        for target in re.findall(r"\]\(([^)\s#]+)", cell.source) if cell.cell_type == "markdown" else ():
+            assert "://" in target or target.startswith("attachment:") or (path.parent / target).exists(), (
+                target
+            )
+
+
+@notebooks
+def test_outputs_are_whole_or_absent(path):
+    _, code = read(path)
+    if path.stem not in EXECUTED:
+        assert all(cell.execution_count is None and not cell.outputs for cell in code)
+        return
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
+
+
+@notebooks
+def test_parameters_are_literals_that_papermill_sees(path, monkeypatch):
+    source, values = parameters(path)
+    for line in source.splitlines():
+        assert re.fullmatch(r"\w+: [^=]+ = .+  # \S.*", line), (
+            f"{line!r} is not of the form 'name: type = value  # unit, source'"
+        )
+    # papermill overlooks an annotation with | in it: it warns that the right name is unknown, and --help-notebook leaves it out
+    monkeypatch.chdir(PROJECT)
+    assert sorted(papermill.inspect_notebook(str(path))) == sorted(values)
+
+
+def test_run_notebook_has_the_librarys_fields_and_defaults():
+    _, values = parameters(PROJECT / "notebooks" / "01_cifar10.ipynb")
+    assert (values.pop("data"), values.pop("device")) == (None, "auto")
+    of_every_method = {field.name for field in dataclasses.fields(RunConfig) if field.default is not None}
+    of_every_method.remove("sync_batchnorm")  # a notebook is one process
+    assert of_every_method <= set(values) <= set(RunConfig().to_dict())
+    assert RunConfig.from_dict(values) == RunConfig()
+
+
+def execute(name, folder, parameters):
+    """Execute a notebook as the Snakefile does, with parameters in YAML; return the finished process and the executed notebook."""
+    out = folder / f"{name}.ipynb"
+    done = subprocess.run(
+        [PROJECT / "scripts" / "execute.sh", f"notebooks/{name}.ipynb", out, "-y", parameters],
+        cwd=PROJECT,
+        env={**os.environ, "PYTHON": sys.executable, "JUPYTER_PREFER_ENV_PATH": "1"},
+        capture_output=True,
+        text=True,
+    )
+    return done, out
+
+
+def test_override_reaches_the_run(tmp_path):
+    done, _ = execute(
+        "01_cifar10", tmp_path, "{prune_ratio: 0.7, epochs: 1, seed: 5, batch_size: 256, milestones: []}"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = RunConfig(prune_ratio=0.7, epochs=1, seed=5, batch_size=256, milestones=())
+    assert (config.folder() / "summary.json").is_file()
+
+
+def test_a_field_that_only_another_method_reads_can_be_given(tmp_path):
+    done, _ = execute(
+        "01_cifar10",
+        tmp_path,
+        "{method: factorized, product_decay: false, epochs: 1, batch_size: 256, milestones: []}",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = RunConfig(method="factorized", product_decay=False, epochs=1, batch_size=256, milestones=())
+    assert (config.folder() / "summary.json").is_file()
+
+
+def test_mistyped_parameter_is_refused_before_training(tmp_path):
+    done, _ = execute("01_cifar10", tmp_path, "prune_ration: 0.7")
+    assert done.returncode == 1
+    assert "did you mean 'prune_ratio'" in done.stdout
+    assert not list(results_root().glob("**/config.json"))
+
+
+def test_tables_of_an_empty_store_say_so(tmp_path):
+    done, out = execute("08_tables", tmp_path, "profile: smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not run" in out.read_text()

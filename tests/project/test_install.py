@@ -1,0 +1,169 @@
+"""One list of dependencies: pyproject.toml, requirements.lock and environment.yml agree, and .venv is made from them."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from lrpet.paths import PROJECT
+
+PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+PROJECT_TABLE = PYPROJECT["project"]
+GROUPS = (
+    PYPROJECT["build-system"]["requires"],
+    PROJECT_TABLE["dependencies"],
+    *PROJECT_TABLE["optional-dependencies"].values(),
+)
+DECLARED = [Requirement(text) for group in GROUPS for text in group]
+LOCK = [
+    Requirement(line)
+    for line in (PROJECT / "requirements.lock").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def test_lock_holds_exact_versions_and_no_addresses():
+    for requirement in LOCK:
+        assert [specifier.operator for specifier in requirement.specifier] == ["=="], requirement
+        assert requirement.url is None
+    assert "://" not in (PROJECT / "requirements.lock").read_text()
+
+
+@pytest.mark.parametrize("declared", DECLARED, ids=str)
+def test_lock_satisfies_every_declared_dependency(declared):
+    locked = [next(iter(r.specifier)).version for r in LOCK if r.name == declared.name]
+    assert locked, f"{declared} is not in requirements.lock; its first lines say how to make it anew"
+    assert all(declared.specifier.contains(version) for version in locked)
+
+
+def test_every_import_is_declared():
+    imported = set()
+    for path in (PROJECT / "lrpet").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    known, declared = packages_distributions(), {requirement.name for requirement in DECLARED}
+    for name in imported - sys.stdlib_module_names - {"lrpet"}:
+        assert {found.lower() for found in known.get(name, [])} & declared, (
+            f"lrpet imports {name}; pyproject.toml does not name it"
+        )
+
+
+def test_conda_environment_agrees():
+    *packages, pip = yaml.safe_load((PROJECT / "environment.yml").read_text())["dependencies"]
+    assert pip == {"pip": ["-r requirements.lock", "-e ."]}
+    python = next(package.removeprefix("python=") for package in packages if package.startswith("python="))
+    assert SpecifierSet(PROJECT_TABLE["requires-python"]).contains(python)
+
+
+def test_setup_looks_for_the_pythons_that_are_allowed():
+    allowed = SpecifierSet(PROJECT_TABLE["requires-python"])
+    script = (PROJECT / "scripts" / "environment.sh").read_text()
+    for version in (f"3.{minor}" for minor in range(8, 20)):
+        assert (f"{version}.*" in script) == allowed.contains(version)
+
+
+# A python that makes environments out of itself and, in place of installing, notes what it was asked to install.
+STAND_IN = """#!/bin/bash
+case "$*" in
+    *version_info*) echo "${VERSION:-3.11.9}" ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/made" ;;
+    "-m pip "*) echo "${@: -1}" >>"$INSTALLED"; [ -z "${FAIL:-}" ] || kill -9 $PPID ;;
+esac
+"""
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Return a function that sets up an environment in a project of two files, and what it installed."""
+    root = tmp_path / "a project"
+    root.mkdir()
+    (root / "requirements.lock").write_text("numpy==2.0\n")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "cat", "cmp", "cp", "head", "mkdir", "mv", "rm", "touch"):
+        (tools / name).symlink_to(shutil.which(name))
+    (tools / "python3.11").write_text(STAND_IN)
+    (tools / "python3.11").chmod(0o755)
+
+    def start(**environment):
+        note = tmp_path / "installed"
+        note.write_text("")
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith(("LRPET_", "PYTHON"))
+        }
+        done = subprocess.run(
+            [
+                shutil.which("bash"),
+                "-c",
+                f'set -euo pipefail; ROOT=$1; . "{PROJECT}/scripts/environment.sh"; echo "uses $PYTHON"',
+                "-",
+                str(root),
+            ],
+            env={**clean, "PATH": str(tools), "INSTALLED": str(note), **environment},
+            capture_output=True,
+            text=True,
+        )
+        done.installed = note.read_text().split("\n")[:-1]
+        return done
+
+    start.root, start.tools = root, tools
+    return start
+
+
+def test_environment_is_made_once(setup):
+    first = setup()
+    assert first.returncode == 0, first.stderr
+    assert f"uses {setup.root}/.venv/bin/python" in first.stdout
+    assert first.installed == [str(setup.root / "requirements.lock"), str(setup.root)]
+    assert setup().installed == []
+
+
+def test_changed_lock_is_installed_into_the_environment_that_is_there(setup):
+    setup()
+    (setup.root / "requirements.lock").write_text("numpy==2.1\n")
+    (setup.root / ".venv" / "made").unlink()
+    assert len(setup().installed) == 2
+    assert not (setup.root / ".venv" / "made").exists()
+
+
+def test_interrupted_installation_is_not_taken_for_whole(setup):
+    assert setup(FAIL="yes").returncode != 0
+    (setup.root / ".venv" / "half").touch()
+    again = setup()
+    assert again.returncode == 0 and len(again.installed) == 2
+    assert not (setup.root / ".venv" / "half").exists()
+
+
+def test_moved_environment_is_made_anew(setup):
+    setup()
+    stamp = setup.root / ".venv" / "stamp"
+    stamp.write_text("/elsewhere\n" + stamp.read_text().split("\n", 1)[1])
+    (setup.root / ".venv" / "made").unlink()
+    assert len(setup().installed) == 2
+    assert (setup.root / ".venv" / "made").exists()
+
+
+def test_missing_python_is_named(setup):
+    refused = setup(VERSION="3.10.2")
+    assert refused.returncode == 1
+    assert "Python 3.11, 3.12 or 3.13" in refused.stderr and "python3.11 is 3.10.2" in refused.stderr
+    assert not (setup.root / ".venv").exists()
+
+
+def test_given_python_is_used_as_it_is(setup):
+    given = str(setup.tools / "python3.11")
+    assert f"uses {given}" in setup(LRPET_PYTHON=given).stdout
+    assert setup(LRPET_PYTHON=given).installed == []
+    refused = setup(LRPET_PYTHON=str(setup.root / "none"))
+    assert refused.returncode == 1 and "does not run" in refused.stderr

@@ -1,0 +1,200 @@
+"""run_all.sh and the Snakefile: what is planned, what stops them, and that exit status 0 means complete."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import yaml
+
+from lrpet.experiments import load_profile
+from lrpet.paths import PROJECT
+
+AFTER_RUNS = (
+    "03_ablations",
+    "04_singular_values",
+    "05_gradient_norms",
+    "08_tables",
+    "09_report",
+)  # notebooks that read the store
+PROFILES = list(yaml.safe_load((PROJECT / "experiments.yaml").read_text()))
+
+
+def run_all(*arguments, root=PROJECT, **environment):
+    return subprocess.run(
+        [root / "run_all.sh", *arguments],
+        cwd="/",  # from any folder
+        env={**os.environ, "LRPET_PYTHON": sys.executable, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_dry_run_plans_every_run(profile):
+    planned = run_all("--profile", profile, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    jobs = {
+        line.split()[0]
+        for line in planned.stdout.splitlines()
+        if line.split()[1:] == ["1"] or line.startswith(("alone ", "store "))
+    }
+    runs = {
+        experiment.config.run_id: experiment.name
+        for experiment in reversed(load_profile(profile).experiments)
+    }
+    assert jobs - {"alone", "store"} == {*runs.values(), "all"}
+    assert load_profile(profile).cost in planned.stdout
+    assert not os.path.exists(os.environ["LRPET_RESULTS"])
+
+
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 4 -m lrpet run resnet18-lrpet-s1 "
+
+
+@pytest.mark.parametrize(("gpus", "launch"), [("1", "02_imagenet.ipynb"), ("4", TORCHRUN)])
+def test_a_run_on_several_gpus_is_a_process_on_each(gpus, launch):
+    snakemake = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--dry-run",
+        "--printshellcmds",
+        "--cores",
+        "1",
+        "--resources",
+        f"gpu={gpus}",
+    ]
+    planned = subprocess.run(
+        [*snakemake, "--config", "profile=imagenette", f"gpus={gpus}"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert planned.returncode == 0, planned.stderr
+    commands = [
+        line
+        for line in (planned.stdout + planned.stderr).splitlines()
+        if launch in line and "resnet18-lrpet-s1" in line
+    ]
+    assert len(commands) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--profile", "smok"], "invalid choice: 'smok'"),
+        (["--profile"], "needs a value"),
+        (["--jobs", "0"], "--jobs must be"),
+        (["--jobs", "two"], "--jobs must be"),
+        (["--data", "no such folder"], "does not exist"),
+        (["--gpus-per-run", "some"], "--gpus-per-run must be"),
+        (["--gpus-per-run", ""], "--gpus-per-run must be"),
+        (["--cluster", "pbs"], "--cluster must be slurm; got pbs"),
+        (["--forse"], "unknown argument"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    refused = run_all(*arguments)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+
+
+def start(project, *arguments):
+    return run_all(*arguments, root=project, LRPET_RESULTS="", LRPET_FIGURES="")
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A copy of the project after its first start: two short runs, of which one finds no images, and small notebooks behind them."""
+    root = tmp_path_factory.mktemp("a project") / "lrpet"
+    for name in ("lrpet", "profiles", "scripts", "paper"):
+        shutil.copytree(PROJECT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Snakefile", "run_all.sh", "pyproject.toml"):
+        shutil.copy(PROJECT / name, root)
+    (root / "notebooks").mkdir()
+    shutil.copy(PROJECT / "notebooks" / "01_cifar10.ipynb", root / "notebooks")
+    alone = dict.fromkeys(("00_method", "02_imagenet", "06_rank_search"), "1 + 1")
+    for name, source in (alone | dict.fromkeys(AFTER_RUNS, "profile = ''")).items():
+        cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+        notebook = nbformat.v4.new_notebook(
+            cells=[cell],
+            metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}},
+        )
+        nbformat.write(notebook, root / "notebooks" / f"{name}.ipynb")
+    settings = {"epochs": 1, "milestones": [], "batch_size": 256, "method": "dense"}
+    experiments = {
+        "good": {"feeds": "cifar10"},
+        "bad": {"feeds": "cifar10", "dataset": "imagefolder", "model": "resnet18"},
+    }
+    smoke = {
+        "note": "two runs",
+        "cost": "seconds",
+        "settings": settings,
+        "seeds": [1],
+        "experiments": experiments,
+    }
+    (root / "experiments.yaml").write_text(yaml.safe_dump({"smoke": smoke}))
+    return root, start(root)
+
+
+def finished(project):
+    return [
+        json.loads(path.read_text())["finished"]
+        for path in (project / "results").glob("smoke/runs/*/environment.json")
+        if "digits" in str(path)
+    ]
+
+
+def test_missing_run_is_named_and_fails(started):
+    project, done = started
+    assert done.returncode == 1
+    assert "bad-s1: failed: " in done.stdout
+    assert "1 of 2 complete" in done.stdout
+    notebook = project / "results" / "smoke" / "notebooks" / "bad-s1.ipynb"
+    assert f"missing: bad-s1; how far it came: {notebook}" in done.stdout and notebook.is_file()
+    assert (
+        "missing: 08_tables, not begun" in done.stdout and "missing: 03_ablations, not begun" in done.stdout
+    )
+    assert f"report: {project / 'results' / 'smoke' / 'report.html'}" in done.stdout  # of what is there
+    assert (project / "results" / "smoke" / "notebooks" / "00_method.done").is_file()
+
+
+def test_second_instance_is_refused_and_a_dead_ones_lock_is_not(started):
+    project, _ = started
+    lock = project / "results" / "smoke" / "run_all.lock"
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused = start(project)
+    assert refused.returncode == 1
+    assert "another run_all.sh" in refused.stderr
+    assert lock.is_file()  # the next test starts with it, and with Snakemake's own
+    (project / ".snakemake" / "locks").mkdir(parents=True, exist_ok=True)
+    (project / ".snakemake" / "locks" / "0.input.lock").write_text(str(project))
+
+
+def test_complete_run_is_kept_whatever_fails_or_changes(started):
+    project, _ = started
+    before = finished(project)
+    content = yaml.safe_load((project / "experiments.yaml").read_text())
+    del content["smoke"]["experiments"]["bad"]
+    (project / "experiments.yaml").write_text(yaml.safe_dump(content))
+    with open(project / "lrpet" / "training.py", "a") as file:
+        file.write("# changed\n")
+    done = start(project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 1 complete" in done.stdout
+    assert "08_tables: done" in done.stdout and "good-s1: begins" not in done.stdout
+    again = start(project)
+    assert again.returncode == 0
+    assert [line.split()[1] for line in again.stdout.splitlines() if "begins" in line] == ["09_report:"]
+    page = (project / "results" / "smoke" / "report.html").read_text()
+    assert page.count("</html>") == 1 and not re.search(
+        r'(src|href)="(?!data:|#|")', page
+    )  # nothing from elsewhere
+    assert finished(project) == before and len(before) == 1

@@ -1,0 +1,50 @@
+"""What the repository carries of its runs is what it says it is."""
+
+import re
+
+import pytest
+
+from lrpet.config import RunConfig
+from lrpet.data.batches import Batches
+from lrpet.data.sets import load_data
+from lrpet.paths import PROJECT
+from lrpet.runs.store import HALF_WEIGHTS, is_complete, load_network, load_run
+from lrpet.training.evaluate import evaluate
+
+WEIGHTS = sorted(PROJECT.glob(f"results/*/runs/*/{HALF_WEIGHTS}"))
+RUNS = sorted(
+    path.parent for path in PROJECT.glob("results/*/runs/*/config.json") if path.parts[-4] != "smoke"
+)
+
+
+@pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
+def test_every_run_is_whole_and_called_after_its_configuration(folder):
+    assert is_complete(folder)
+    run = load_run(folder)  # checks its sums
+    assert folder.name == run.config.run_id and folder.parts[-3] == run.config.profile
+    assert len(run.history) == run.config.epochs
+    assert (
+        run.summary["top1_pct"] == run.history.top1_pct.iloc[-1]
+        and run.summary["best_top1_pct"] == run.history.top1_pct.max()
+    )
+    assert run.summary["scored_on"] == "test" and not run.environment["dirty"]
+    assert re.fullmatch("[0-9a-f]{40}", run.environment["commit"])
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "imagefolder"])
+def test_all_runs_saw_the_same_images(dataset):
+    origins = [run.environment for run in map(load_run, RUNS) if run.config.dataset == dataset]
+    assert len({(origin["data_train_sha256"], origin["data_test_sha256"]) for origin in origins}) == 1
+
+
+def test_weights_stay_small():
+    assert 0 < sum(path.stat().st_size for path in WEIGHTS) < 4_000_000
+
+
+def test_weights_reach_the_accuracy_of_their_run_on_the_real_images(cifar10):
+    batches = Batches(load_data(RunConfig(dataset="cifar10"), cifar10), 128, "cpu", 0)
+    for path in WEIGHTS:
+        run = load_run(path.parent)
+        assert evaluate(load_network(run), batches)["top1_pct"] == pytest.approx(
+            run.summary["top1_pct"], abs=0.1
+        ), path.parent.name

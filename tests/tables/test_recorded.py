@@ -1,0 +1,311 @@
+"""What is read off recorded runs is right by hand, its figures are labelled and whole, and missing records are said in words."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import TINY
+from test_figures import COLOUR_BLINDNESS, _lab, _linear
+
+from lrpet import RunConfig, build_model, figures, ranks_from_ratio, run
+from lrpet.experiments import load_profile
+from lrpet.figures.style import save_figure
+from lrpet.gradients import compare_projections
+from lrpet.tables.recorded import (
+    choose_runs,
+    describe_energy,
+    describe_gradients,
+    describe_projections,
+    energy_shares,
+    gradient_ratios,
+    read_recorded,
+)
+from lrpet.training.recording import load_gradients, load_spectra
+
+METHODS = ("dense", "lrp", "lrpet")
+RANKS = ranks_from_ratio(build_model("resnet8"), 0.57)
+
+
+def spectra(layers=7, epochs=(1, 4, 8, 20), K=8, R=3):
+    """Tables as runs record them: s_i = 1 / i, which LRP cuts and LRPET scales to the energy of all."""
+    s = 1 / np.arange(1, K + 1)
+    energy = np.square(s).cumsum()
+    after = {"dense": None, "lrp": 1.0, "lrpet": np.sqrt(energy[-1] / energy[R - 1])}
+    tables = {}
+    for method in METHODS:
+        parts = []
+        for epoch in epochs:
+            for layer in range(layers):
+                row = {"epoch": epoch, "layer": f"blocks.{layer}.conv", "i": np.arange(1, K + 1)}
+                parts.append(pd.DataFrame({**row, "when": "before", "s": s}))
+                if after[method] is not None:
+                    parts.append(
+                        pd.DataFrame(
+                            {**row, "when": "after", "s": np.where(row["i"] <= R, after[method] * s, 0.0)}
+                        )
+                    )
+        tables[method] = pd.concat(parts, ignore_index=True)
+    return tables, {f"blocks.{layer}.conv": R for layer in range(layers)}
+
+
+def gradients(layers=7, epochs=(1, 4, 8, 20)):
+    rows = [
+        {"epoch": epoch, "layer": f"blocks.{layer}.conv", "weight_norm": 4.0}
+        for epoch in epochs
+        for layer in range(layers)
+    ]
+    size = {"dense": 1.0, "lrp": 0.1, "lrpet": 0.5}
+    return {
+        method: pd.DataFrame(rows).assign(gradient_norm=size[method] * np.linspace(1, 2, len(rows)))
+        for method in METHODS
+    }
+
+
+def compared(layers=19):
+    depth = np.arange(layers)[::-1]
+    table = lambda rate: pd.DataFrame(
+        {"gradient": 0.1 * rate**depth, "bound": 0.1 * 3.0**depth, "norm_product": 5 * rate**depth}
+    )
+    return {"dense": table(1.0), "lrp": table(0.7), "lrpet": table(1.01)}
+
+
+def everything_drawn(layers=7):
+    some, ranks = spectra(layers)
+    names = list(ranks)
+    return {
+        "spectra": figures.plot_spectra(some, ranks),
+        "training": figures.plot_spectra_over_training(
+            some, [names[0], names[len(names) // 2], names[-1]], ranks
+        ),
+        "energy": figures.plot_energy_kept(energy_shares(some, ranks)),
+        "gradients": figures.plot_gradients(gradients(layers)),
+        "ratios": figures.plot_gradient_ratios(gradient_ratios(gradients(layers))),
+        "bound": figures.plot_gradient_bound({"fresh weights": compared(), "trained weights": compared()}),
+    }
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_energy_shares_by_hand():
+    shares = energy_shares(*spectra())
+    energy = np.square(1 / np.arange(1, 9)).cumsum()
+    assert np.allclose(shares.kept_pct, 100 * energy[2] / energy[-1])
+    after = shares.groupby("method", sort=False).after_pct.mean()
+    assert np.isnan(after["dense"])
+    assert after["lrp"] == pytest.approx(100 * energy[2] / energy[-1])
+    assert after["lrpet"] == pytest.approx(100)
+    assert shares.columns.tolist() == ["method", "epoch", "layer", "rank", "kept_pct", "after_pct"]
+
+
+def test_epochs_without_a_projection_and_layers_without_a_rank():
+    some, ranks = spectra()
+    table = some["lrp"][
+        (some["lrp"].epoch == 20) | (some["lrp"].when == "before")
+    ]  # projected in the last epoch only
+    del ranks["blocks.0.conv"]
+    shares = energy_shares({"lrp": table}, ranks)
+    assert set(shares.layer) == set(ranks)
+    assert (
+        shares[shares.epoch < 20].after_pct.isna().all()
+        and shares[shares.epoch == 20].after_pct.notna().all()
+    )
+
+
+def test_ratios_by_hand():
+    both = gradients()
+    both["lrp"]["weight_norm"] = 2.0
+    ratios = gradient_ratios(both)
+    assert np.allclose(ratios.gradient, 5) and np.allclose(ratios.scale_free, 10)
+    assert (
+        "5 in the first layer (`blocks.0.conv`), 5 over all layers; above 1 in 100 %"
+        in describe_gradients(both, "net")
+    )
+    assert "fade less with LRPET agrees" in describe_gradients(both, "net")
+    assert "fade less with LRPET does not agree" in describe_gradients(
+        {"lrp": both["lrpet"], "lrpet": both["lrp"]}, "net"
+    )
+
+
+def test_sentences_about_energy_follow_the_numbers():
+    some, ranks = spectra()
+    text = describe_energy(energy_shares(some, ranks))
+    assert "Training with lrp gathers the energy in the values that are kept: does not agree" in text
+    gathered = some["lrp"].copy()
+    gathered.loc[(gathered.i > 3) & (gathered.epoch == 20), "s"] = 0.0
+    text = describe_energy(energy_shares(some | {"lrp": gathered}, ranks))
+    assert "Training with lrp gathers the energy in the values that are kept: agrees (100.0 % against" in text
+    assert "Training with lrpet gathers the energy in the values that are kept: does not agree" in text
+
+
+def test_recorded_runs_from_the_store_to_the_sentences():
+    folders = {method: run(RunConfig(method=method, **TINY), progress="off").folder for method in METHODS}
+    shares = energy_shares(read_recorded(load_spectra, folders), RANKS)
+    first = shares[shares.epoch == 1].set_index(["method", "layer"])
+    for layer in RANKS:  # until the first projection all three are the same run
+        assert (
+            first.kept_pct["dense", layer]
+            == pytest.approx(first.kept_pct["lrp", layer])
+            == pytest.approx(first.kept_pct["lrpet", layer])
+        )
+        assert first.after_pct["lrp", layer] < first.after_pct["lrpet", layer]
+    ratios = gradient_ratios(read_recorded(load_gradients, folders))
+    assert np.allclose(ratios[ratios.epoch == 1][["gradient", "scale_free"]], 1)
+    assert not np.allclose(ratios[ratios.epoch == 2][["gradient", "scale_free"]], 1)
+
+
+def test_without_batchnorm_energy_transfer_keeps_the_energy_of_the_weight_itself():
+    settings = {"model": "plain20", "learning_rate": 0.005, **TINY, "epochs": 1, "milestones": ()}
+    ranks = ranks_from_ratio(build_model("plain20"), 0.57)
+    shares = energy_shares({"lrpet": load_spectra(run(RunConfig(**settings), progress="off").folder)}, ranks)
+    assert len(shares) == 19
+    assert np.allclose(shares.after_pct, 100, atol=0.2)
+
+
+@pytest.mark.parametrize("load", [load_spectra, load_gradients])
+def test_an_older_run_is_named_and_the_rest_goes_on(load, tmp_path, capsys):
+    done = run(RunConfig(**TINY), progress="off").folder
+    (tmp_path / "an older run").mkdir()
+    assert list(read_recorded(load, {"dense": tmp_path / "an older run", "lrpet": done})) == ["lrpet"]
+    assert "dense: not recorded; an older run is older than recording" in capsys.readouterr().out
+
+
+def test_nothing_recorded_is_said_and_drawn():
+    shares, ratios = energy_shares({}, RANKS), gradient_ratios({})
+    assert "so nothing is said" in describe_energy(shares) and "so nothing is said" in describe_gradients(
+        {}, "resnet8"
+    )
+    assert "not in the store" in describe_projections({}, "trained")
+    drawn = [
+        figures.plot_spectra({}, RANKS),
+        figures.plot_spectra_over_training({}, ["conv"], RANKS),
+        figures.plot_energy_kept(shares),
+    ]
+    drawn += [figures.plot_gradients({}), figures.plot_gradient_ratios(ratios)]
+    for figure in drawn:
+        assert {text.get_text() for ax in figure.axes for text in ax.texts} == {"not recorded"}
+        assert len(figure.png()) > 3000
+    assert "weights not in the store" in [
+        text.get_text() for ax in figures.plot_gradient_bound({"trained": {}}).axes for text in ax.texts
+    ]
+
+
+# ---------------------------------------------------------------- one projection of the plain network
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_gradients_of_the_plain_network_follow_the_product_of_norms(seed):
+    """What the paper argues holds where sizes multiply: LRP's gradient fades by the factor that its norms lose, LRPET's does not."""
+    torch.manual_seed(seed)
+    model = build_model("plain20")
+    before = [p.clone() for p in model.parameters()]
+    x, y = torch.randn(64, 3, 8, 8), torch.randint(10, (64,))
+    tables = compare_projections(model, x, y, ranks_from_ratio(model, 0.57))
+    relative = {
+        name: {
+            column: table[column].iloc[0] / tables["dense"][column].iloc[0]
+            for column in ("gradient", "norm_product")
+        }
+        for name, table in tables.items()
+    }
+    assert relative["lrpet"]["norm_product"] == pytest.approx(1, rel=1e-3)
+    assert relative["lrp"]["norm_product"] < 0.01
+    for method in ("lrp", "lrpet"):
+        assert 0.4 < relative[method]["gradient"] / relative[method]["norm_product"] < 2.5
+    for table in tables.values():
+        assert (table.gradient <= table.bound * (1 + 1e-5)).all()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    text = describe_projections(tables, "random")
+    assert f"LRP {relative['lrp']['gradient']:.2g}, LRPET {relative['lrpet']['gradient']:.2g}" in text
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("layers", [1, 25])
+def test_every_figure_is_labelled_and_nothing_is_cut_off(layers):
+    for name, figure in everything_drawn(layers).items():
+        assert len(figure.png()) > 5000, name
+        page = figure.bbox
+        beside = lambda ax, axis: [ax, *getattr(ax, f"get_shared_{axis}_axes")().get_siblings(ax)]
+        for ax in figure.axes:
+            assert (
+                figure.get_supxlabel()
+                or any(a.get_xlabel() for a in beside(ax, "x"))
+                or ax.get_ylabel() == "ratio; dot: above 1"
+            ), name
+            assert figure.get_supylabel() or any(a.get_ylabel() for a in beside(ax, "y")), name
+        texts = [
+            text for ax in figure.axes for text in (ax.xaxis.label, ax.yaxis.label, ax.title, ax._left_title)
+        ]
+        for text in [*texts, *(text for text in (figure._supxlabel, figure._supylabel) if text)]:
+            box = text.get_window_extent()
+            if text.get_text():
+                assert (
+                    page.x0 - 1 <= box.x0
+                    and box.x1 <= page.x1 + 1
+                    and page.y0 - 1 <= box.y0
+                    and box.y1 <= page.y1 + 1
+                ), (name, text.get_text())
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert box.x1 <= page.x1 + 1 and not any(
+                box.overlaps(ax.get_window_extent()) for ax in figure.axes
+            ), name
+
+
+def test_figures_are_saved_byte_for_byte_the_same():
+    saved = [
+        [
+            path.read_bytes()
+            for path in save_figure(figures.plot_gradient_ratios(gradient_ratios(gradients(2))), "r", "smoke")
+        ]
+        for _ in range(2)
+    ]
+    assert saved[0] == saved[1]
+
+
+def test_epochs_differ_in_lightness_for_every_kind_of_sight():
+    panel = figures.plot_spectra_over_training(*spectra_of_one_layer()).axes[0]
+    colors = list(
+        dict.fromkeys(
+            line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color())
+            for line in panel.get_lines()[:-1]
+        )
+    )
+    assert len(colors) == 4
+    for seen in COLOUR_BLINDNESS:
+        lightness = [_lab(np.clip(np.array(seen) @ _linear(color), 0, 1))[0] for color in colors]
+        assert all(a - b > 10 for a, b in zip(lightness, lightness[1:], strict=False))
+
+
+def spectra_of_one_layer():
+    some, ranks = spectra(1)
+    return {"dense": some["dense"]}, list(ranks), ranks
+
+
+def test_one_run_and_one_epoch_are_enough():
+    some, ranks = spectra(3, epochs=(1,))
+    only = {"lrpet": some["lrpet"]}
+    for figure in (
+        figures.plot_spectra(only, ranks),
+        figures.plot_spectra_over_training(only, list(ranks), ranks),
+    ):
+        assert len(figure.png()) > 5000
+    figures.plot_energy_kept(energy_shares(only, ranks)).png()
+    figures.plot_gradients({"lrp": gradients(3, epochs=(1,))["lrp"]}).png()
+
+
+def test_the_first_seed_that_is_recorded_is_shown(monkeypatch, tmp_path):
+    monkeypatch.setenv("LRPET_RESULTS", str(tmp_path))
+    profile = load_profile("smoke")
+    choose = lambda *args: {e.name for e in choose_runs(profile, "resnet8", ["lrp", "lrpet"], *args)}
+    assert choose() == {"resnet8-lrp-s1", "resnet8-lrpet-s1"}  # nothing is recorded yet
+    for experiment in profile.experiments:
+        if experiment.name in ("resnet8-lrp-s2", "resnet8-lrpet-s2", "resnet8-lrp-s1"):
+            experiment.config.folder().mkdir(parents=True)
+            (experiment.config.folder() / "spectra.npz").touch()
+    assert choose() == {"resnet8-lrp-s2", "resnet8-lrpet-s2"}
+    assert choose(1) == {"resnet8-lrp-s1", "resnet8-lrpet-s1"}
+    with pytest.raises(ValueError, match="no experiment of profile 'smoke' is called 'resnet56-lrp-s1'"):
+        choose_runs(profile, "resnet56", ["lrp"])

@@ -1,0 +1,324 @@
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
+
+from lrpet import tables
+from lrpet.experiments import load_profile
+from lrpet.paths import PROJECT
+from lrpet.tables import claims, costs, names, pages
+from lrpet.tables.names import label_of
+
+
+def put(results, config, top1_pct, **more):
+    """Write a finished run as the store keeps it."""
+    folder = config.folder(results)
+    folder.mkdir(parents=True)
+    summary = {
+        "run_id": config.run_id,
+        "scored_on": "test",
+        "top1_pct": top1_pct,
+        "best_top1_pct": top1_pct + 0.5,
+        "macs": 56_058_496,
+    }
+    summary |= {
+        "params": 398_524,
+        "dense_macs": 125_485_696,
+        "train_seconds": 60.0,
+        "compact_max_relative_error": 1e-6,
+    } | more
+    environment = {"device": "d", "commit": "c", "finished": "f", "data_train_sha256": "s"}
+    for name, content in (("config", config.to_dict()), ("summary", summary), ("environment", environment)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    for name in ("history", "layers"):
+        (folder / f"{name}.csv").write_text("epoch\n1\n")
+
+
+def experiment(profile, name):
+    return next(e.config for e in load_profile(profile).experiments if e.name == name)
+
+
+def test_what_was_not_run_says_so_and_nothing_is_filled_in(tmp_path):
+    table = tables.accuracy_table(tables.profile_runs("paper", tmp_path), tables.published())
+    assert (table.top1_pct == "not run").all() and (table.difference_pct == "").all()
+    row = table.query("method == 'LRPET' and prune_ratio == '0.57'").iloc[0]
+    assert (row.macs_m, row.paper_top1_pct, row.seeds) == ("56.06", "93.27", "0 of 3")
+
+
+def test_mean_and_spread_over_seeds_and_difference_to_the_paper(tmp_path):
+    for seed, value in ((1, 93.0), (2, 93.4), (3, 93.5)):
+        put(tmp_path, experiment("paper", f"resnet56-lrpet-s{seed}"), value)
+    row = tables.accuracy_table(tables.profile_runs("paper", tmp_path), tables.published()).iloc[2]
+    assert row.top1_pct == "93.30 ± 0.26 (n=3)" and row.best_epoch_top1_pct == "93.80 ± 0.26 (n=3)"
+    assert row.difference_pct == "+0.03"
+
+
+def test_one_seed_has_no_deviation_and_short_runs_no_difference_to_the_paper(tmp_path):
+    put(tmp_path, experiment("short", "resnet20-lrpet-s1"), 88.0)
+    row = tables.accuracy_table(tables.profile_runs("short", tmp_path), tables.published()).iloc[2]
+    assert row.top1_pct == "88.00 (n=1)" and row.difference_pct == "" and row.seeds == "1 of 3"
+
+
+@pytest.mark.parametrize(
+    ("lrp", "verdict"),
+    [
+        ((87.0, 87.1, 87.2), "higher"),
+        ((89.0, 89.1, 89.2), "lower"),
+        ((88.0, 87.0, 89.2), "undecided"),
+        ((87.0, 87.1), "undecided"),
+        ((), "not tested"),
+    ],
+)
+def test_verdicts_follow_the_stated_rule(tmp_path, lrp, verdict):
+    for seed in (1, 2, 3):
+        put(tmp_path, experiment("short", f"resnet20-lrpet-s{seed}"), 88.0 + 0.1 * seed)
+    for seed, value in enumerate(lrp, start=1):
+        put(tmp_path, experiment("short", f"resnet20-lrp-s{seed}"), value)
+    row = (
+        tables.differences(tables.profile_runs("short", tmp_path))
+        .query("difference == 'LRPET − LRP'")
+        .iloc[0]
+    )
+    assert row.verdict == verdict and row.n == len(lrp)
+
+
+def test_runs_of_another_configuration_do_not_enter_a_table(tmp_path):
+    put(tmp_path, dataclasses.replace(experiment("short", "resnet20-dense-s1"), epochs=17), 99.0)
+    assert (
+        tables.accuracy_table(tables.profile_runs("short", tmp_path), tables.published()).top1_pct
+        == "not run"
+    ).all()
+
+
+COUNTED = [
+    r
+    for r in tables.cost_table().to_dict("records")
+    if r["paper_macs_m"] and r["macs_m"] not in (costs.NOT_HERE, costs.NO_RANKS)
+]
+
+
+@pytest.mark.parametrize("row", COUNTED, ids=lambda r: f"{r['network']}-{r['dataset']}-{r['method']}")
+def test_multiply_adds_agree_with_the_published_ones(row):
+    bound = (
+        0.0095 if row["network"] == "vit" else 0.0033
+    )  # the ViT's 174.25 M count something more than Linear layers
+    assert float(row["macs_m"]) == pytest.approx(float(row["paper_macs_m"]), rel=bound)
+
+
+def test_reductions_of_the_searched_ranks_agree_to_the_digit_given():
+    table = tables.cost_table()
+    for row in table[table.method.str.contains("ranks")].itertuples():
+        assert float(row.macs_reduction_pct) == float(row.paper_macs_reduction_pct)
+
+
+def test_parameters_agree_when_batchnorm_is_left_out():
+    for row in tables.cost_table().itertuples():
+        if row.paper_params_m and row.macs_m not in (costs.NOT_HERE, costs.NO_RANKS) and row.network != "vit":
+            assert abs(float(row.params_without_bn_m) - float(row.paper_params_m)) <= 0.0051
+
+
+# ---------------------------------------------------------------- competitors, ablations, claims
+
+
+def test_total_epochs_and_multiply_adds_stand_beside_every_competitor(tmp_path):
+    put(tmp_path, experiment("short", "resnet20-svd-finetune-s1"), 80.0, macs=18_211_456 * 1.019)
+    put(tmp_path, experiment("short", "resnet20-narrow-s1"), 80.0, macs=18_211_456 * 0.9)
+    table = tables.accuracy_table(tables.profile_runs("short", tmp_path), tables.published()).set_index(
+        "method"
+    )
+    assert table.epochs["dense"] == "16" and table.epochs["SVD, then fine-tuned"] == "16 (8 dense first)"
+    assert table.macs_against_lrpet["SVD, then fine-tuned"] == "equal"  # within 2 %
+    assert table.macs_against_lrpet["narrow network"] == "-10 %"
+    assert table.macs_m["filter pruning"] == "not run"  # which filters go, only training tells
+
+
+def test_every_experiment_of_a_profile_has_a_name_of_its_own_in_the_tables():
+    for profile in ("smoke", "short", "paper"):
+        names = [
+            (e.config.model, label_of(e.config), e.config.prune_ratio, e.config.ranks)
+            for e in load_profile(profile).experiments
+        ]
+        names = [
+            name
+            for name, e in zip(map(str, names), load_profile(profile).experiments, strict=True)
+            if e.config.seed == 1
+        ]
+        assert len(names) == len(set(names))
+
+
+def test_figures_and_tables_call_the_methods_alike():
+    from lrpet.figures.style import METHOD_STYLES
+
+    assert {name: style.label for name, style in METHOD_STYLES.items()} == names.METHOD_NAMES
+
+
+CLAIM = {
+    "energy transfer helps": "lrp",
+    "BN rectification helps": "lrpet-no-bn",
+    "beats pruning": "filter-pruning",
+}
+CLAIM |= {
+    "from scratch beats from a trained network": "lrpet-from-trained",
+    "beats SVD and re-training": "svd-finetune",
+}
+
+
+@pytest.mark.parametrize(("claim", "other"), CLAIM.items())
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ((87.0, 87.1, 87.2), "holds"),
+        ((89.0, 89.1, 89.2), "does not hold here"),
+        ((88.0, 87.0, 89.2), "undecided"),
+        ((87.0, 87.1), "undecided"),
+        ((), "not tested"),
+    ],
+)
+def test_claims_are_decided_by_the_stated_rule(tmp_path, claim, other, values, verdict):
+    for seed in (1, 2, 3):
+        put(tmp_path, experiment("short", f"resnet20-lrpet-s{seed}"), 88.0 + 0.1 * seed)
+    for seed, value in enumerate(values, start=1):
+        config = dataclasses.replace(experiment("short", f"resnet20-{other}-s1"), seed=seed)
+        put(tmp_path, config, value)
+    table = tables.claims_table(tables.profile_runs("short", tmp_path)).set_index("claim")
+    wanted = sum(e.name.startswith(f"resnet20-{other}-s") for e in load_profile("short").experiments)
+    if wanted < 3 and len(values) == 3:
+        assert (table.verdict[claim], table.n[claim]) == (
+            "undecided",
+            wanted,
+        )  # seeds that the profile does not ask for do not count
+    else:
+        assert (table.verdict[claim], table.n[claim]) == (verdict, len(values))
+    assert table.verdict.drop([claim]).isin(["not tested"]).all()
+
+
+def test_gradients_are_compared_in_the_first_layer_over_recorded_epochs(tmp_path):
+    for name, norms in (("lrpet", (1.0, 100.0)), ("lrp", (0.1, 1.0))):
+        for seed in (1, 2, 3):
+            config = experiment("short", f"resnet20-{name}-s{seed}")
+            put(tmp_path, config, 88.0)
+            rows = [
+                f"{epoch},{layer},{norm * seed * scale},1"
+                for epoch, norm in enumerate(norms, 1)
+                for layer, scale in (("conv", 1), ("deep", 7))
+            ]
+            (config.folder(tmp_path) / "gradients.csv").write_text(
+                "epoch,layer,gradient_norm,weight_norm\n" + "\n".join(rows)
+            )
+    row = (
+        tables.claims_table(tables.profile_runs("short", tmp_path))
+        .set_index("claim")
+        .loc["gradients fade less"]
+    )
+    assert (row.difference, row.n) == ("+1.50", 3)  # (log 10 + log 100) / 2
+    assert row.verdict == "holds"
+
+
+def test_ablations_differ_from_lrpet_in_what_their_question_names_and_nothing_else(tmp_path):
+    put(tmp_path, experiment("smoke", "resnet8-lrpet-s1"), 90.0)
+    put(tmp_path, experiment("smoke", "resnet8-lrpet-5-epochs-s1"), 88.5)
+    table = tables.ablation_table(tables.profile_runs("smoke", tmp_path))
+    assert set(table.question) == set(claims.ABLATED)
+    assert (table.groupby("question").verdict.agg(lambda v: (v == "LRPET as it is").sum()) == 1).all()
+    assert table.groupby("question").size().to_dict() == {
+        "energy transfer × BN rectification": 4,
+        "projection interval": 6,
+        "prune ratio": 4,
+        "from scratch or from a trained network": 2,
+        "constant in undoing the BN scale": 3,
+        "residual factor": 3,
+    }
+    row = table.set_index("setting").loc["every 5 epochs"]
+    assert (row.top1_pct, row.difference_pct, row.n, row.verdict) == ("88.50 (n=1)", "-1.50", 1, "undecided")
+    assert list(table[table.question == "prune ratio"].setting) == ["0.3", "0.57", "0.7", "0.8"]
+    assert "1 of 16 changed settings" not in tables.summary_of_ablations(table)
+    assert "0 of 16 changed settings differ" in tables.summary_of_ablations(table)
+
+
+def test_share_of_projections(tmp_path):
+    assert tables.projection_share(tables.profile_runs("smoke", tmp_path)).empty
+    put(tmp_path, experiment("smoke", "resnet8-lrpet-s1"), 90.0, projections=20, projection_seconds=20.0)
+    put(tmp_path, experiment("smoke", "resnet8-dense-s1"), 90.0, projections=0, projection_seconds=0.0)
+    table = tables.projection_share(tables.profile_runs("smoke", tmp_path))
+    assert (table.method.tolist(), table.share_pct.tolist()) == (["LRPET"], [25.0])
+
+
+def test_cost_and_origin_of_every_run(tmp_path):
+    seconds = {
+        "train_seconds": 3000.0,
+        "projection_seconds": 300.0,
+        "evaluation_seconds": 200.0,
+        "recording_seconds": 100.0,
+    }
+    put(tmp_path, experiment("short", "resnet20-lrpet-s1"), 88.0, **seconds)
+    put(
+        tmp_path, experiment("short", "resnet20-lrpet-s2"), 88.0, **seconds | {"recording_seconds": None}
+    )  # of a run before recording
+    runs = tables.profile_runs("short", tmp_path)
+    row = tables.replication_cost(runs).set_index("experiment").loc["resnet20-lrpet"]
+    assert (row.runs, row.device_hours, row.train_seconds, row.recording_seconds, row.device) == (
+        "2 of 3",
+        "1.97",
+        "3000.0",
+        "100.0",
+        "d",
+    )
+    assert tables.replication_cost(runs).set_index("experiment").device_hours["resnet20-lrp"] == "not run"
+    origin = tables.provenance(runs)
+    assert origin.run_id.tolist() == [
+        experiment("short", f"resnet20-lrpet-s{seed}").run_id for seed in (1, 2)
+    ]
+    assert set(origin.columns) == {"run_id", "commit", "device", "finished", "data_train_sha256"}
+
+
+def test_headline_has_the_main_rows_and_counts_verdicts(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRPET_RESULTS", str(tmp_path))
+    put(tmp_path, experiment("short", "resnet20-lrpet-s1"), 88.0)
+    text = tables.headline("short")
+    assert "LRPET " in text and "88.00 (n=1)" in text and "6 not tested" in text
+    assert "narrow" not in text
+
+
+def test_tables_are_written_as_markdown_and_csv(tmp_path):
+    made = tables.write_tables("smoke", tmp_path)
+    for name, table in made.items():
+        kept = pd.read_csv(tmp_path / "smoke" / "tables" / f"{name}.csv", dtype=str, keep_default_na=False)
+        assert kept.columns.tolist() == table.columns.tolist() and len(kept) == len(table)
+        assert (tmp_path / "smoke" / "tables" / f"{name}.md").read_text().count("\n") == len(table) + 2
+
+
+def test_readme_gets_the_tables_it_asks_for(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table: smoke accuracy -->\nold\n<!-- end -->\nafter\n")
+    (text,) = tables.write_pages([readme])
+    assert (
+        "old" not in text
+        and "| resnet8" in text
+        and text.startswith("before\n")
+        and text.endswith("<!-- end -->\nafter\n")
+    )
+    assert tables.write_pages([readme]) == [text]
+
+
+def test_readme_may_ask_for_some_columns(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table: smoke accuracy: method top1_pct -->\n<!-- end -->\n")
+    (text,) = tables.write_pages([readme])
+    assert text.splitlines()[1].replace(" ", "") == "|method|top1_pct|"
+    assert tables.write_pages([readme]) == [text]
+
+
+def test_committed_tables_are_up_to_date(tmp_path, monkeypatch):
+    monkeypatch.delenv("LRPET_RESULTS")
+    copies = [tmp_path / page.name for page in pages.PAGES]
+    for copy, page in zip(copies, pages.PAGES, strict=True):
+        copy.write_text(page.read_text())
+    before = {p: p.read_bytes() for p in (PROJECT / "results").glob("*/tables/*")}
+    fresh = tables.write_pages(copies)
+    changed = [str(path) for path, content in before.items() if path.read_bytes() != content]
+    for path, content in before.items():
+        path.write_bytes(content)
+    advice = "stale tables: run python -m lrpet tables"
+    assert fresh == [page.read_text() for page in pages.PAGES], advice
+    assert not changed, advice
