@@ -2,9 +2,9 @@
 
 Where a BatchNorm follows, LRPET's weight is LRP's times a number F ≥ 1, and both networks compute the same.
 What differs is the step: for a weight F times as large the gradient is 1/F times as large. So LRP makes
-LRPET's run if at each projection, with f the factor by which LRPET would scale the layer up, its learning rate
-is divided by f², its momentum buffer multiplied by f and its weight decay multiplied by f². Only BatchNorm's
-eps and the lag of its running statistics stand between the two.
+LRPET's run if at each projection, with f the factor by which LRPET would scale the layer up, its learning
+rate is divided by f², its momentum buffer multiplied by f and its weight decay multiplied by f². Only
+BatchNorm's eps and the lag of its running statistics stand between the two.
 """
 
 from __future__ import annotations

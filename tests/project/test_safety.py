@@ -252,3 +252,13 @@ def test_the_audit_covers_every_locked_package():
     assert "requirements.lock" in script and "pip-audit" in script
     assert "--strict" in script  # else what could not be looked up passes
     assert subprocess.run(["bash", "-n", PROJECT / "scripts" / "audit.sh"]).returncode == 0
+
+
+def test_a_clone_with_crlf_keeps_its_scripts_and_checksums(tmp_path):
+    clone = tmp_path / "clone"
+    git = ["git", "clone", "-q", "--no-hardlinks", "-c", "core.autocrlf=true", str(PROJECT), str(clone)]
+    if subprocess.run(git, capture_output=True, check=False).returncode:
+        pytest.skip("this copy is no git repository")
+    assert b"\r" not in (clone / "run_tests.sh").read_bytes()
+    run = next((clone / "results" / "short" / "runs").iterdir())
+    assert load_run(run).summary["run_id"] == run.name
