@@ -1,11 +1,14 @@
-"""What several test files need: networks with used BatchNorms, and the difference of two tensors."""
+"""What several test files need: networks, runs as processes and in the store, notebooks, colours as they are seen."""
 
+import ast
 import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -13,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lrpet import RunConfig, run
 from lrpet.__main__ import main
+from lrpet.experiments import load_profile
+from lrpet.paths import PROJECT
 from lrpet.training.checkpoint import save_checkpoint
 
 TINY = {"epochs": 2, "milestones": (1,), "batch_size": 256}  # a run of 12 steps on the digits
@@ -117,3 +122,90 @@ def in_folders(places, function, *arguments):
     """Call a function with the environment variables of a test, for a process that it starts."""
     os.environ.update(places)
     function(*arguments)
+
+
+def read_notebook(path):
+    """Return a notebook and its code cells."""
+    import nbformat  # here, because a machine that only tests networks has no Jupyter
+
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook, [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def parameters(path):
+    """Return the source of a notebook's cell tagged parameters, and its names with their default values."""
+    cells = [cell for cell in read_notebook(path)[1] if "parameters" in cell.metadata.get("tags", [])]
+    assert len(cells) == 1
+    values = {
+        statement.target.id: ast.literal_eval(statement.value)
+        for statement in ast.parse(cells[0].source).body
+    }
+    return cells[0].source, values
+
+
+def execute(name, folder, parameters):
+    """Execute a notebook as the Snakefile does, with parameters in YAML; return its process and the executed notebook."""
+    out = folder / f"{name}.ipynb"
+    done = subprocess.run(
+        [PROJECT / "scripts" / "execute.sh", f"notebooks/{name}.ipynb", out, "-y", parameters],
+        cwd=PROJECT,
+        env={**os.environ, "PYTHON": sys.executable, "JUPYTER_PREFER_ENV_PATH": "1"},
+        capture_output=True,
+        text=True,
+    )
+    return done, out
+
+
+def put(results, config, top1_pct, **more):
+    """Write a finished run as the store keeps it."""
+    folder = config.folder(results)
+    folder.mkdir(parents=True)
+    summary = {
+        "run_id": config.run_id,
+        "scored_on": "test",
+        "top1_pct": top1_pct,
+        "best_top1_pct": top1_pct + 0.5,
+        "macs": 56_058_496,
+    }
+    summary |= {
+        "params": 398_524,
+        "dense_macs": 125_485_696,
+        "train_seconds": 60.0,
+        "compact_max_relative_error": 1e-6,
+    } | more
+    environment = {"device": "d", "commit": "c", "finished": "f", "data_train_sha256": "s"}
+    for name, content in (("config", config.to_dict()), ("summary", summary), ("environment", environment)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    for name in ("history", "layers"):
+        (folder / f"{name}.csv").write_text("epoch\n1\n")
+
+
+def experiment(profile, name):
+    """Return the configuration of one experiment."""
+    return next(e.config for e in load_profile(profile).experiments if e.name == name)
+
+
+# Machado, Oliveira and Fernandes 2009: normal sight, then no red, no green, no blue cones, on linear RGB
+COLOUR_BLINDNESS = (
+    ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+)
+
+
+def linear_rgb(color):
+    """Return a colour of Matplotlib as light, without the gamma of a screen."""
+    from matplotlib.colors import to_rgb
+
+    rgb = np.array(to_rgb(color))
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def lab_of(rgb):
+    """Return linear RGB in CIELAB, in which equal distances look equal."""
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = np.array(to_xyz) @ rgb / [0.9505, 1.0, 1.089]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])

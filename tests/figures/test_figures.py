@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import COLOUR_BLINDNESS, lab_of, linear_rgb
 from matplotlib import rc_context, rcParams, style
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 import lrpet
@@ -153,7 +153,7 @@ def test_methods_look_different():
     assert len({(look.marker, look.linestyle) for look in looks}) == len(looks)  # in grayscale too
     for seen in COLOUR_BLINDNESS:
         lab = {
-            name: _lab(np.clip(np.array(seen) @ _linear(look.color), 0, 1))
+            name: lab_of(np.clip(np.array(seen) @ linear_rgb(look.color), 0, 1))
             for name, look in figures.METHOD_STYLES.items()
         }
         distances = {
@@ -161,27 +161,6 @@ def test_methods_look_different():
         }
         assert min(distances.values()) > 15, min(distances, key=distances.get)
         assert min(distances[pair] for pair in itertools.combinations(("dense", "lrp", "lrpet"), 2)) > 40
-
-
-# Machado, Oliveira and Fernandes 2009: normal sight, then no red, no green, no blue cones, on linear RGB
-COLOUR_BLINDNESS = (
-    ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
-    ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
-    ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
-    ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
-)
-
-
-def _linear(color):
-    rgb = np.array(to_rgb(color))
-    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-
-
-def _lab(rgb):
-    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
-    xyz = np.array(to_xyz) @ rgb / [0.9505, 1.0, 1.089]
-    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
 @pytest.mark.parametrize(

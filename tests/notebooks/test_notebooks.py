@@ -1,18 +1,15 @@
 """The notebooks keep their rules, take parameters, and refuse mistyped ones; nbval compares their outputs in run_tests.sh."""
 
-import ast
 import dataclasses
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import nbformat
 import papermill
 import pytest
+from helpers import execute, parameters, read_notebook
 
 from lrpet.config import RunConfig
 from lrpet.paths import PROJECT, results_root
@@ -22,30 +19,13 @@ EXECUTED = ("00_method", "08_tables")  # committed with outputs; the others are 
 notebooks = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
-def read(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    return notebook, [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def parameters(path):
-    """Return the source of a notebook's cell tagged parameters, and its names with their default values."""
-    cells = [cell for cell in read(path)[1] if "parameters" in cell.metadata.get("tags", [])]
-    assert len(cells) == 1
-    values = {
-        statement.target.id: ast.literal_eval(statement.value)
-        for statement in ast.parse(cells[0].source).body
-    }
-    return cells[0].source, values
-
-
 def test_notebooks_are_there():
     assert {"00_method", "01_cifar10", "08_tables"} <= {path.stem for path in PATHS}
 
 
 @notebooks
 def test_notebook_is_thin(path):
-    notebook, code = read(path)
+    notebook, code = read_notebook(path)
     lines = [len(cell.source.splitlines()) for cell in code]
     assert notebook.cells[0].cell_type == "markdown"
     assert len(code) <= 12
@@ -59,7 +39,7 @@ def test_notebook_is_thin(path):
 
 @notebooks
 def test_notebook_runs_on_any_machine(path):
-    notebook, _ = read(path)
+    notebook, _ = read_notebook(path)
     assert notebook.metadata.kernelspec.name == "python3"
     text = json.dumps(notebook)
     for place in (PROJECT, Path.home(), sys.prefix, tempfile.gettempdir()):
@@ -68,7 +48,7 @@ def test_notebook_runs_on_any_machine(path):
 
 @notebooks
 def test_links_lead_somewhere(path):
-    notebook, _ = read(path)
+    notebook, _ = read_notebook(path)
     for cell in notebook.cells:
         for target in re.findall(r"\]\(([^)\s#]+)", cell.source) if cell.cell_type == "markdown" else ():
             assert "://" in target or target.startswith("attachment:") or (path.parent / target).exists(), (
@@ -78,7 +58,7 @@ def test_links_lead_somewhere(path):
 
 @notebooks
 def test_outputs_are_whole_or_absent(path):
-    _, code = read(path)
+    _, code = read_notebook(path)
     if path.stem not in EXECUTED:
         assert all(cell.execution_count is None and not cell.outputs for cell in code)
         return
@@ -105,19 +85,6 @@ def test_run_notebook_has_the_librarys_fields_and_defaults():
     of_every_method.remove("sync_batchnorm")  # a notebook is one process
     assert of_every_method <= set(values) <= set(RunConfig().to_dict())
     assert RunConfig.from_dict(values) == RunConfig()
-
-
-def execute(name, folder, parameters):
-    """Execute a notebook as the Snakefile does, with parameters in YAML; return the finished process and the executed notebook."""
-    out = folder / f"{name}.ipynb"
-    done = subprocess.run(
-        [PROJECT / "scripts" / "execute.sh", f"notebooks/{name}.ipynb", out, "-y", parameters],
-        cwd=PROJECT,
-        env={**os.environ, "PYTHON": sys.executable, "JUPYTER_PREFER_ENV_PATH": "1"},
-        capture_output=True,
-        text=True,
-    )
-    return done, out
 
 
 def test_override_reaches_the_run(tmp_path):

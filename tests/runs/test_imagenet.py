@@ -7,8 +7,7 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
-from test_notebooks import execute, parameters
-from test_tables import experiment, put
+from helpers import execute, experiment, parameters, put
 from torch import nn
 
 from lrpet import RunConfig, figures, load_runs, run, tables

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 import yaml
 from helpers import TINY
-from test_notebooks import parameters as notebook_parameters
+from helpers import parameters as notebook_parameters
 
 from lrpet import RunConfig, run
 from lrpet.data.digits_tree import make_digits_tree

@@ -4,8 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import TINY
-from test_figures import COLOUR_BLINDNESS, _lab, _linear
+from helpers import COLOUR_BLINDNESS, TINY, lab_of, linear_rgb
 
 from lrpet import RunConfig, build_model, figures, ranks_from_ratio, run
 from lrpet.experiments import load_profile
@@ -275,7 +274,7 @@ def test_epochs_differ_in_lightness_for_every_kind_of_sight():
     )
     assert len(colors) == 4
     for seen in COLOUR_BLINDNESS:
-        lightness = [_lab(np.clip(np.array(seen) @ _linear(color), 0, 1))[0] for color in colors]
+        lightness = [lab_of(np.clip(np.array(seen) @ linear_rgb(color), 0, 1))[0] for color in colors]
         assert all(a - b > 10 for a, b in zip(lightness, lightness[1:], strict=False))
 
 

@@ -1,42 +1,14 @@
 import dataclasses
-import json
 
 import pandas as pd
 import pytest
+from helpers import experiment, put
 
 from lrpet import tables
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT
 from lrpet.tables import claims, costs, names, pages
 from lrpet.tables.names import label_of
-
-
-def put(results, config, top1_pct, **more):
-    """Write a finished run as the store keeps it."""
-    folder = config.folder(results)
-    folder.mkdir(parents=True)
-    summary = {
-        "run_id": config.run_id,
-        "scored_on": "test",
-        "top1_pct": top1_pct,
-        "best_top1_pct": top1_pct + 0.5,
-        "macs": 56_058_496,
-    }
-    summary |= {
-        "params": 398_524,
-        "dense_macs": 125_485_696,
-        "train_seconds": 60.0,
-        "compact_max_relative_error": 1e-6,
-    } | more
-    environment = {"device": "d", "commit": "c", "finished": "f", "data_train_sha256": "s"}
-    for name, content in (("config", config.to_dict()), ("summary", summary), ("environment", environment)):
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    for name in ("history", "layers"):
-        (folder / f"{name}.csv").write_text("epoch\n1\n")
-
-
-def experiment(profile, name):
-    return next(e.config for e in load_profile(profile).experiments if e.name == name)
 
 
 def test_what_was_not_run_says_so_and_nothing_is_filled_in(tmp_path):
