@@ -5,18 +5,23 @@ from __future__ import annotations
 import fnmatch
 import re
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import yaml
 
 from lrpet.config import PROFILES, RunConfig
-from lrpet.paths import PROJECT
+from lrpet.paths import project_file
 
 __all__ = ["MAIN", "Experiment", "Profile", "load_profile", "select"]
-MAIN = {
-    "cifar10": "01_cifar10",
-    "imagenet": "02_imagenet",
-}  # what an experiment of a main table feeds → the notebook that shows one run
+MAIN = {"cifar10": "01_cifar10", "imagenet": "02_imagenet"}  # a main table → the notebook that shows one run
+ENTRIES = {  # of a profile → type, and how the type is told
+    "note": (str, "a text"),
+    "cost": (str, "a text"),
+    "settings": (dict, "a map, as {epochs: 2}"),
+    "seeds": (object, ""),  # checked with each experiment, which may have its own
+    "experiments": (dict, "a map of names to settings"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,8 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
-            raise ValueError(
-                f"the name {sorted(map(str, twice))[0]!r} stands twice{node.start_mark}; rename one"
-            )
+            name = min(map(str, twice))
+            raise ValueError(f"the name {name!r} stands twice{node.start_mark}; rename one")
         return super().construct_mapping(node, deep)
 
 
@@ -55,7 +59,7 @@ def load_profile(name: str, path: Path | None = None) -> Profile:
     """Read one profile and validate every configuration in it.
 
     Args:
-        name: smoke, short, paper, imagenette or imagenet.
+        name: of a profile of ``experiments.yaml``.
         path: another file than the project's ``experiments.yaml``.
 
     Raises:
@@ -64,7 +68,31 @@ def load_profile(name: str, path: Path | None = None) -> Profile:
     >>> load_profile("smoke").experiments[0].name
     'resnet8-dense-s1'
     """
-    path = path or PROJECT / "experiments.yaml"
+    profile = _read_profile(name, path or project_file("experiments.yaml"))
+    by_seed: dict[tuple, list[Experiment]] = {}
+    block, seeds_before = 0, None
+    for stem, given in profile["experiments"].items():
+        settings = _check_experiment(stem, given, profile["settings"], name)
+        feeds, seeds = settings.pop("feeds"), settings.pop("seeds", profile["seeds"])
+        if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
+            raise ValueError(
+                f"seeds of experiment {stem!r} of profile {name!r} must be a list of different whole numbers,"
+                f" as [1, 2]; got {seeds!r}"
+            )
+        block += seeds != seeds_before  # neighbours with the same seeds are done together, seed by seed
+        seeds_before = seeds
+        for seed in seeds:
+            try:
+                config = RunConfig.from_dict({**settings, "seed": seed, "profile": name})
+            except ValueError as error:
+                raise ValueError(f"experiment {stem!r} of profile {name!r}: {error}") from error
+            by_seed.setdefault((block, seed), []).append(Experiment(f"{stem}-s{seed}", config, feeds))
+    experiments = tuple(e for place in sorted(by_seed) for e in by_seed[place])
+    return Profile(name, profile["note"], profile["cost"], experiments)
+
+
+def _read_profile(name: str, path: Path) -> dict:
+    """Return the entries of a profile as they stand in the file, each of its type."""
     try:
         profiles = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
@@ -76,73 +104,43 @@ def load_profile(name: str, path: Path | None = None) -> Profile:
     if not isinstance(profiles, dict) or name not in list(profiles) or name not in PROFILES:
         known = ", ".join(map(str, profiles)) if isinstance(profiles, dict) else "none"
         raise ValueError(f"profile must be one of those in {path.name} ({known}); got {name!r}")
-    profile = profiles[name]
-    if not isinstance(profile or {}, dict):
-        raise ValueError(
-            f"profile {name!r} must be a map of note, cost, settings, seeds, experiments; got {profile!r}"
-        )
-    entries = {"note", "cost", "settings", "seeds", "experiments"}
-    unknown, missing = set(map(str, profile or ())) - entries, entries - set(profile or ())
+    profile = {} if profiles[name] is None else profiles[name]
+    if not isinstance(profile, dict):
+        raise ValueError(f"profile {name!r} must be a map of {', '.join(ENTRIES)}; got {profile!r}")
+    unknown, missing = sorted(profile.keys() - ENTRIES, key=str), sorted(ENTRIES.keys() - profile)
     if unknown:
         raise ValueError(
-            f"profile {name!r} has an unknown entry {sorted(unknown)[0]!r}; allowed are note, cost, settings, seeds, experiments"
+            f"profile {name!r} has an unknown entry {unknown[0]!r}; allowed are {', '.join(ENTRIES)}"
         )
     if missing:
-        raise ValueError(
-            f"profile {name!r} lacks the entry {sorted(missing)[0]!r}; needed are note, cost, settings, seeds, experiments"
-        )
-    for entry, kind in (("note", str), ("cost", str), ("settings", dict), ("experiments", dict)):
-        if not isinstance(profile[entry], kind) or (not profile[entry] and entry != "settings"):
-            wanted = (
-                "a text"
-                if kind is str
-                else "a map, as {epochs: 2}"
-                if entry == "settings"
-                else "a map of names to settings"
-            )
+        raise ValueError(f"profile {name!r} lacks the entry {missing[0]!r}; needed are {', '.join(ENTRIES)}")
+    for entry, (kind, wanted) in ENTRIES.items():
+        empty = not profile[entry] and entry not in ("settings", "seeds")
+        if empty or not isinstance(profile[entry], kind):
             raise ValueError(f"{entry} of profile {name!r} must be {wanted}; got {profile[entry]!r}")
-    by_seed: dict[tuple, list[Experiment]] = {}
-    block, seeds_before = 0, None
-    for stem, settings in profile["experiments"].items():
-        if not isinstance(stem, str) or not re.fullmatch(r"\w[\w.-]*", stem):
-            raise ValueError(
-                f"the name of an experiment of profile {name!r} must be letters, digits, '-', '_' and '.'; got {stem!r}; rename it"
-            )
-        if not isinstance(settings, dict):
-            raise ValueError(
-                f"experiment {stem!r} of profile {name!r} must be a map, as {{feeds: cifar10, method: dense}}; got {settings!r}"
-            )
-        settings = {**profile["settings"], **settings}
-        feeds, seeds = settings.pop("feeds", None), settings.pop("seeds", profile["seeds"])
-        if not isinstance(feeds, str):
-            raise ValueError(
-                f"feeds of experiment {stem!r} of profile {name!r} must be the name of the table it is for; got {feeds!r}"
-            )
-        if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
-            raise ValueError(
-                f"seeds of experiment {stem!r} of profile {name!r} must be a list of different whole numbers, as [1, 2]; got {seeds!r}"
-            )
-        block, seeds_before = (
-            block + (seeds != seeds_before),
-            seeds,
-        )  # neighbours of the same seeds are done seed by seed, together
-        for given in {"seed", "profile"} & set(settings):
-            raise ValueError(
-                f"experiment {stem!r} of profile {name!r} must not set {given}; got {settings[given]!r}; seeds and the profile do"
-            )
-        for seed in seeds:
-            try:
-                config = RunConfig.from_dict({**settings, "seed": seed, "profile": name})
-            except ValueError as error:
-                raise ValueError(f"experiment {stem!r} of profile {name!r}: {error}") from error
-            by_seed.setdefault((block, seed), []).append(Experiment(f"{stem}-s{seed}", config, feeds))
-    return Profile(
-        name, profile["note"], profile["cost"], tuple(e for place in sorted(by_seed) for e in by_seed[place])
-    )
+    return profile
+
+
+def _check_experiment(stem: str, given: dict, settings: dict, name: str) -> dict:
+    """Return the settings of a profile with those of one experiment, after checking what RunConfig does not."""
+    if not isinstance(stem, str) or not re.fullmatch(r"\w[\w.-]*", stem):
+        raise ValueError(
+            f"the name of an experiment of profile {name!r} must be letters, digits, '-', '_' and '.';"
+            f" got {stem!r}; rename it"
+        )
+    of = f"experiment {stem!r} of profile {name!r}"
+    if not isinstance(given, dict):
+        raise ValueError(f"{of} must be a map, as {{feeds: cifar10, method: dense}}; got {given!r}")
+    settings = {"feeds": None, **settings, **given}
+    if not isinstance(settings["feeds"], str):
+        raise ValueError(f"feeds of {of} must be the name of the table it is for; got {settings['feeds']!r}")
+    for field in {"seed", "profile"} & set(settings):
+        raise ValueError(f"{of} must not set {field}; got {settings[field]!r}; seeds and the profile do")
+    return settings
 
 
 def select(profile: Profile, patterns: list[str]) -> list[Experiment]:
-    """Return the experiments whose names match any pattern (``*`` and ``?`` as in a shell); no pattern is all.
+    """Return the experiments whose names match a pattern (``*`` and ``?`` as in a shell); no pattern is all.
 
     Raises:
         ValueError: a pattern that matches nothing.
@@ -153,9 +151,9 @@ def select(profile: Profile, patterns: list[str]) -> list[Experiment]:
     names = [e.name for e in profile.experiments]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
+            known = ", ".join(names)
             raise ValueError(
-                f"no experiment of profile {profile.name!r} is called {pattern!r}; it has {', '.join(names)}"
+                f"no experiment of profile {profile.name!r} is called {pattern!r}; it has {known}"
             )
-    return [
-        e for e in profile.experiments if not patterns or any(fnmatch.fnmatch(e.name, p) for p in patterns)
-    ]
+    chosen = [not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns) for name in names]
+    return list(compress(profile.experiments, chosen))

@@ -5,18 +5,44 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["PROJECT", "cache_folder", "figures_root", "results_root"]
+__all__ = ["PROJECT", "cache_folder", "figures_root", "project_file", "results_root"]
 PROJECT = Path(__file__).resolve().parent.parent
+
+
+def project_file(name: str, instead: str = "work in a clone of the project") -> Path:
+    """Return a file or folder of the project that this package runs from.
+
+    Args:
+        name: its path in the project.
+        instead: what a reader without the project can do.
+
+    Raises:
+        ValueError: the package is installed by itself, without the project around it.
+
+    >>> project_file("experiments.yaml").is_file()
+    True
+    """
+    if not (PROJECT / "experiments.yaml").is_file():
+        raise ValueError(
+            f"{name} belongs to a checkout of the project, and this lrpet is installed by itself in {PROJECT};"
+            f" {instead}"
+        )
+    return PROJECT / name
 
 
 def results_root() -> Path:
     """Return the folder of all results: ``LRPET_RESULTS``, else ``results/`` of the project."""
-    return Path(os.environ.get("LRPET_RESULTS") or PROJECT / "results").expanduser().absolute()
+    return _folder("LRPET_RESULTS", "results", "set LRPET_RESULTS or give results=").absolute()
 
 
 def figures_root() -> Path:
     """Return the folder of all figures: ``LRPET_FIGURES``, else ``figures/`` of the project."""
-    return Path(os.environ.get("LRPET_FIGURES") or PROJECT / "figures").expanduser().absolute()
+    return _folder("LRPET_FIGURES", "figures", "set LRPET_FIGURES").absolute()
+
+
+def cache_folder() -> Path:
+    """Return the folder of decoded images: ``LRPET_CACHE``, else ``data/cache`` of the project."""
+    return _folder("LRPET_CACHE", "data/cache", "set LRPET_CACHE")
 
 
 def data_folder(root: str | Path | None) -> Path | None:
@@ -25,6 +51,5 @@ def data_folder(root: str | Path | None) -> Path | None:
     return None if root is None else Path(root).expanduser()
 
 
-def cache_folder() -> Path:
-    """Return the folder of what is made from images once: ``LRPET_CACHE``, else ``data/cache`` of the project."""
-    return Path(os.environ.get("LRPET_CACHE") or PROJECT / "data" / "cache").expanduser()
+def _folder(variable: str, name: str, instead: str) -> Path:
+    return Path(os.environ.get(variable) or project_file(name, instead)).expanduser()

@@ -14,7 +14,7 @@ from lrpet.config import RunConfig
 from lrpet.data.cache import DataError
 from lrpet.data.decode import read_tree
 from lrpet.data.tree import held_out
-from lrpet.paths import PROJECT, data_folder
+from lrpet.paths import data_folder, project_file
 
 __all__ = ["ImageData", "load_data"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, scaled to [0, 1]
@@ -128,7 +128,7 @@ def _digits() -> ImageData:
 
 
 def _cifar10(root: Path | None) -> ImageData:
-    place = root or PROJECT / "data" / "cifar10"
+    place = root or project_file("data/cifar10", "set LRPET_DATA or give data=")
     if (place / "train").is_dir():
         train_x, train_y, test_x, test_y, classes, _ = read_tree(place, None, 32, 32)
         if (len(train_y), len(test_y), len(classes)) != (50_000, 10_000, 10):

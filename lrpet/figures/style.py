@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lrpet.config import PROFILES
-from lrpet.paths import PROJECT, figures_root
+from lrpet.paths import figures_root, project_file
 
 __all__ = [
     "METHOD_STYLES",
@@ -191,7 +191,7 @@ def saved_figures(profile: str) -> list[tuple[str, Path]]:
     """Return the PNG files of a profile with a caption each: by which notebook and from which runs, as ``figures/README.md`` says."""
     rows = re.findall(
         r"\| `<profile>/([^`]+)` \| `([^`]+)` \| (.+) \|",
-        (PROJECT / "figures" / "README.md").read_text(encoding="utf-8"),
+        project_file("figures/README.md").read_text(encoding="utf-8"),
     )
     found = []
     for path in sorted((figures_root() / profile).glob("*.png")):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from lrpet.experiments import MAIN
-from lrpet.paths import PROJECT, results_root
+from lrpet.paths import PROJECT, project_file, results_root
 from lrpet.tables.accuracy import accuracy_table, imagenet_table, related_table
 from lrpet.tables.claims import ablation_table, claims_table, differences
 from lrpet.tables.costs import NO_RANKS, NOT_HERE, cost_table
@@ -84,12 +84,13 @@ def _markdown(table: pd.DataFrame) -> str:
 PAGES = (PROJECT / "README.md", PROJECT / "REPRODUCING.md")  # whose tables come from the store
 
 
-def write_pages(pages: Sequence[Path] = PAGES) -> list[str]:
+def write_pages(pages: Sequence[Path] | None = None) -> list[str]:
     """Put the tables of the store where README.md and REPRODUCING.md have a marker for them; return the new texts.
 
     A marker is ``<!-- table: short accuracy -->``, closed by ``<!-- end -->``; ``<!-- table: short accuracy: method top1_pct -->`` shows
     only these columns.
     """
+    pages = pages or [project_file(page.name) for page in PAGES]
     tables: dict[str, dict[str, pd.DataFrame]] = {}
 
     def fill(match: re.Match) -> str:

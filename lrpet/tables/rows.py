@@ -12,7 +12,7 @@ from lrpet.experiments import MAIN, load_profile
 from lrpet.lowrank.cost import cost
 from lrpet.methods.base import build_network, ranks_of, target_macs
 from lrpet.models import build_model
-from lrpet.paths import PROJECT, results_root
+from lrpet.paths import project_file, results_root
 from lrpet.runs.store import load_runs
 from lrpet.tables.names import PUBLISHED_NAMES, label_of
 
@@ -28,7 +28,7 @@ def published() -> pd.DataFrame:
     >>> published().query("model == 'resnet56' and prune_ratio == 0.57").top1_pct.item()
     93.27
     """
-    return pd.read_csv(PROJECT / "paper" / "reported.csv")
+    return pd.read_csv(project_file("paper/reported.csv"))
 
 
 def profile_runs(profile: str, results: Path | None = None) -> pd.DataFrame:

@@ -91,6 +91,7 @@ def longer(kind, lines):
 
 
 def test_functions_and_classes_are_short():
-    functions = [text for text in longer(ast.FunctionDef, 60) if "training/loop.py" not in text]
-    assert functions == []
+    loop = ("training/loop.py", "train:")  # the one that may be longer
+    long = [text for text in longer(ast.FunctionDef, 60) if not all(word in text for word in loop)]
+    assert long == []
     assert list(longer(ast.ClassDef, 200)) == []

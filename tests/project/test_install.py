@@ -1,4 +1,4 @@
-"""One list of dependencies: pyproject.toml, requirements.lock and environment.yml agree, and .venv is made from them."""
+"""One list of dependencies: pyproject.toml, requirements.lock and environment.yml agree; .venv has it."""
 
 import ast
 import os
@@ -73,7 +73,7 @@ def test_setup_looks_for_the_pythons_that_are_allowed():
         assert (f"{version}.*" in script) == allowed.contains(version)
 
 
-# A python that makes environments out of itself and, in place of installing, notes what it was asked to install.
+# A python that makes environments out of itself and notes what it was asked to install, which it does not.
 STAND_IN = """#!/bin/bash
 case "$*" in
     *version_info*) echo "${VERSION:-3.11.9}" ;;

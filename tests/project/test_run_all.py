@@ -111,7 +111,7 @@ def start(project, *arguments):
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """A copy of the project after its first start: two short runs, of which one finds no images, and small notebooks behind them."""
+    """A copy of the project after its first start: a short run, one that finds no images, small notebooks."""
     root = tmp_path_factory.mktemp("a project") / "lrpet"
     for name in ("lrpet", "profiles", "scripts", "paper"):
         shutil.copytree(PROJECT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))

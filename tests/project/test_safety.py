@@ -1,4 +1,4 @@
-"""Nothing unsafe is loaded or started: no code from files, no notebook server without its token, dependencies that can be audited."""
+"""Nothing unsafe: no code from files, no notebook server without its token, dependencies that can be audited."""
 
 import ast
 import json
