@@ -21,7 +21,7 @@ from lrpet.lowrank.timing import side_by_side
 from lrpet.methods.base import Dense
 from lrpet.models import build_model
 from lrpet.training.evaluate import evaluate
-from lrpet.training.loop import train
+from lrpet.training.loop import Session, train
 from lrpet.training.recipes import learning_rate, make_optimizer, set_learning_rate
 from lrpet.training.step import Step
 
@@ -192,13 +192,7 @@ def _accuracies(epochs: int, device: torch.device) -> dict[str, list[float]]:
         torch.manual_seed(seed)
         method = Dense(build_model(config.model).to(device, memory_format=torch.channels_last))
         with tempfile.TemporaryDirectory() as folder:
-            history = train(
-                config,
-                method,
-                batches,
-                Path(folder, "checkpoint.pt"),
-                checkpoint_epochs=epochs,
-                progress="off",
-            )["history"]
+            session = Session(Path(folder, "checkpoint.pt"), checkpoint_epochs=epochs, progress="off")
+            history = train(config, method, batches, session).history
         top1_pct["ours_bf16"].append(history[-1]["top1_pct"])
     return top1_pct

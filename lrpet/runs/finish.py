@@ -5,78 +5,98 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
 
+from lrpet.data.batches import Batches
 from lrpet.files import write_whole
 from lrpet.lowrank.compact_file import save_compact
-from lrpet.lowrank.cost import cost
+from lrpet.lowrank.cost import Cost, cost
 from lrpet.lowrank.ranks import LayerReport
 from lrpet.models import build_model
 from lrpet.runs.environment import utc_now
 from lrpet.runs.store import WEIGHTS
+from lrpet.training.state import State
 
 
-def finish_run(config, folder, images, batches, method, state, compact, compact_top1_pct, origin) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """A run that was trained, and what it is written with.
+
+    Args:
+        folder: of the run.
+        state: the last of the training.
+        batches: the data that it saw.
+        compact: the network that is deployed, and ``compact_top1_pct`` its accuracy.
+        origin: commit, versions, device and data, see :func:`lrpet.runs.environment.environment`.
+    """
+
+    folder: Path
+    state: State
+    batches: Batches
+    compact: nn.Module
+    compact_top1_pct: float
+    origin: dict
+
+
+def finish_run(trained: Trained) -> None:
     """Write what a run leaves, its summary last."""
+    folder, state, compact = trained.folder, trained.state, trained.compact
+    config, method, classes = state.config, state.method, len(trained.batches.data.classes)
     shape = (3, config.image_size, config.image_size)
-    full = build_model(config.model, len(images.classes))
-    deployed, counted = cost(compact, shape), cost(full, shape, method.ranks)
-    history = pd.DataFrame(state["history"])
-    rows = _layer_rows(counted, deployed, getattr(compact, "factorization", []), state["layers"])
-    best = history["top1_pct"].idxmax()
-    summary = {
-        "run_id": config.run_id,
-        "scored_on": state["history"][-1]["scored_on"],
-        "top1_pct": state["history"][-1]["top1_pct"],
-        **{
-            name: state["history"][-1][name] for name in ("top5_pct",) if name in history
-        },  # of more than five classes
-        "best_top1_pct": float(history["top1_pct"][best]),
-        "best_epoch": int(history["epoch"][best]),
-        "compact_top1_pct": compact_top1_pct,
-        "compact_max_relative_error": _difference(method.model, compact, batches),
-        "train_loss": state["history"][-1]["train_loss"],
-        "params": deployed.params,
-        "macs": deployed.macs,
-        "macs_by_rank": counted.macs if method.ranks else deployed.macs,
-        "dense_params": counted.dense_params,
-        "dense_macs": counted.dense_macs,
-        "num_classes": len(images.classes),
-        "corrupt_images": len(images.corrupt),
-        "dead_layers": sum(row["action"] == "constant" for row in rows),
-        "projections": state["projections"],
-        "train_seconds": round(state["train"], 3),
-        "projection_seconds": round(state["projection"], 3),
-        "evaluation_seconds": round(state["evaluation"], 3),
-        "recording_seconds": round(state["recording"], 3),
-    }
-    compact.factorization = getattr(
-        compact, "factorization", []
-    )  # a dense network is one with nothing factorized
+    if not hasattr(compact, "factorization"):
+        compact.factorization = []  # a dense network is one with nothing factorized
+    deployed, counted = cost(compact, shape), cost(build_model(config.model, classes), shape, method.ranks)
+    rows = _layer_rows(counted, deployed, compact.factorization, state.layers)
+    summary = _summary(trained, deployed, counted, sum(row["action"] == "constant" for row in rows))
     filters = method.structure if config.method == "filter_pruning" else None
-    save_compact(
-        compact, folder / WEIGHTS, model=config.model, num_classes=len(images.classes), filters=filters
-    )
-    for name, content in state["recorder"].files().items():
+    save_compact(compact, folder / WEIGHTS, model=config.model, num_classes=classes, filters=filters)
+    for name, content in state.recorder.files().items():
         write_file(folder / name, content)
-    content = {
+    texts = {
         "config.json": as_json(config.to_dict()),
-        "environment.json": as_json(origin | {"finished": utc_now()}),
-        "history.csv": history.to_csv(index=False),
+        "environment.json": as_json(trained.origin | {"finished": utc_now()}),
+        "history.csv": pd.DataFrame(state.history).to_csv(index=False),
         "layers.csv": pd.DataFrame(rows).to_csv(index=False),
         "summary.json": as_json(summary),
     }
-    content = {
-        "SHA256SUMS": "".join(
-            f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in content.items()
-        )
-    } | content
-    for name, text in content.items():  # the summary last: it says that all others are there
+    sums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    write_file(folder / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    for name, text in texts.items():  # the summary last: it says that all others are there
         write_file(folder / name, text)
     tidy(folder)
+
+
+def _summary(trained: Trained, deployed: Cost, counted: Cost, dead_layers: int) -> dict:
+    """Return the numbers of a run; costs are those of the deployed network, and those that follow from its ranks."""
+    state, last = trained.state, trained.state.history[-1]
+    best = max(state.history, key=lambda row: row["top1_pct"])  # the first of several
+    return {
+        "run_id": state.config.run_id,
+        **{name: last[name] for name in ("scored_on", "top1_pct", "top5_pct") if name in last},
+        "best_top1_pct": best["top1_pct"],
+        "best_epoch": best["epoch"],
+        "compact_top1_pct": trained.compact_top1_pct,
+        "compact_max_relative_error": _difference(state.method.model, trained.compact, trained.batches),
+        "train_loss": last["train_loss"],
+        "params": deployed.params,
+        "macs": deployed.macs,
+        "macs_by_rank": counted.macs if state.method.ranks else deployed.macs,
+        "dense_params": counted.dense_params,
+        "dense_macs": counted.dense_macs,
+        "num_classes": len(trained.batches.data.classes),
+        "corrupt_images": len(trained.batches.data.corrupt),
+        "dead_layers": dead_layers,
+        "projections": state.projections,
+        **{
+            f"{name}_seconds": round(state.clock.seconds[name], 3)
+            for name in ("train", "projection", "evaluation", "recording")
+        },
+    }
 
 
 def tidy(folder: Path) -> None:

@@ -22,11 +22,11 @@ from lrpet.paths import data_folder
 from lrpet.processes import join_processes
 from lrpet.runs.device import deterministic_algorithms, device_of
 from lrpet.runs.environment import environment
-from lrpet.runs.finish import as_json, finish_run, tidy, write_file
+from lrpet.runs.finish import Trained, as_json, finish_run, tidy, write_file
 from lrpet.runs.store import Run, is_complete, load_run, read_json
 from lrpet.training.checkpoint import has_checkpoint
 from lrpet.training.evaluate import evaluate
-from lrpet.training.loop import train
+from lrpet.training.loop import Session, train
 
 __all__ = ["run"]
 
@@ -94,6 +94,9 @@ def run(
     )
     deadline = None if time_budget is None else time.monotonic() + time_budget
     folder = config.folder(None if results is None else Path(results))
+    session = Session(
+        folder / "checkpoint.pt", checkpoint_epochs, deadline, progress, on_epoch, device_batch
+    )
     processes = join_processes()
     say = print if progress != "off" and processes.first else lambda *_, **__: None
     if not processes.share(lambda: is_complete(folder)):
@@ -101,22 +104,7 @@ def run(
         with _hold(folder, say) if processes.first else nullcontext():
             if not processes.share(lambda: is_complete(folder)):
                 with deterministic_algorithms(deterministic):
-                    schedule = {
-                        "checkpoint_epochs": checkpoint_epochs,
-                        "deadline": deadline,
-                        "progress": progress,
-                        "on_epoch": on_epoch,
-                    }
-                    return _train(
-                        config,
-                        folder,
-                        data,
-                        where,
-                        processes,
-                        say,
-                        on_corrupt,
-                        schedule | {"device_batch": device_batch},
-                    )
+                    return _train(config, data, where, processes, say, on_corrupt, session)
     done = processes.share(lambda: load_run(folder))
     _same_classes(done, data)
     if processes.first:
@@ -205,8 +193,8 @@ def _check_arguments(
             raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 
-def _train(config, folder, data, device, processes, say, on_corrupt, schedule) -> Run:
-    checkpoint = folder / "checkpoint.pt"
+def _train(config, data, device, processes, say, on_corrupt, session) -> Run:
+    checkpoint, folder = session.checkpoint, session.checkpoint.parent
     streamed, resumed = processes.share(lambda: (_was_streamed(folder), has_checkpoint(checkpoint)))
     with processes.in_turn():
         images = load_images(config, data, device=device, on_corrupt=on_corrupt, streamed=streamed)
@@ -242,12 +230,11 @@ def _train(config, folder, data, device, processes, say, on_corrupt, schedule) -
         f"{config.run_id}: {verb} {config.epochs} epochs of {batches.steps} steps on {times}{origin['device']}",
         flush=True,
     )
-    state = train(config, method, batches, checkpoint, processes=processes, **schedule)
-
+    state = train(config, method, batches, session, processes)
     compact = method.compact()
     compact_top1_pct = evaluate(compact, batches, processes)["top1_pct"]
     if processes.first:
-        finish_run(config, folder, images, batches, method, state, compact, compact_top1_pct, origin)
+        finish_run(Trained(folder, state, batches, compact, compact_top1_pct, origin))
     return processes.share(lambda: load_run(folder))
 
 

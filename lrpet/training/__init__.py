@@ -2,9 +2,10 @@
 
 from lrpet.training.bfloat16 import Bfloat16Products, has_bfloat16_products
 from lrpet.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from lrpet.training.clock import Clock
 from lrpet.training.evaluate import evaluate
 from lrpet.training.interrupt import PatientInterrupt
-from lrpet.training.loop import Paused, train
+from lrpet.training.loop import Paused, Session, train
 from lrpet.training.progress import Progress, bar_is_possible
 from lrpet.training.recipes import learning_rate, make_mixer, make_optimizer, set_learning_rate, training_loss
 from lrpet.training.recording import (
@@ -15,14 +16,18 @@ from lrpet.training.recording import (
     singular_values,
     weight_matrices,
 )
+from lrpet.training.state import State
 from lrpet.training.step import Step
 
 __all__ = [
     "Bfloat16Products",
+    "Clock",
     "PatientInterrupt",
     "Paused",
     "Progress",
     "Recorder",
+    "Session",
+    "State",
     "Step",
     "bar_is_possible",
     "evaluate",

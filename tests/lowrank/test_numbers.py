@@ -15,7 +15,7 @@ from lrpet.data.batches import Batches
 from lrpet.data.sets import load_data
 from lrpet.experiments import load_profile
 from lrpet.methods import make_method
-from lrpet.training.loop import train
+from lrpet.training.loop import Session, train
 
 SMOKE = {
     e.name.removesuffix(f"-s{e.config.seed}"): e.config for e in reversed(load_profile("smoke").experiments)
@@ -219,10 +219,7 @@ def test_memory_stays_flat_over_two_hundred_epochs(tmp_path):
         config,
         method,
         Batches(data, 32, "cpu", 1),
-        tmp_path / "checkpoint.pt",
-        checkpoint_epochs=5,
-        progress="off",
-        on_epoch=measure,
+        Session(tmp_path / "checkpoint.pt", checkpoint_epochs=5, progress="off", on_epoch=measure),
     )
     objects, resident = ({epoch: size[i] for epoch, size in sizes.items()} for i in (0, 1))
     assert objects[200] - objects[50] < 150 * 10  # the history has a row an epoch; nothing else may grow

@@ -24,6 +24,7 @@ from PIL import Image
 
 import lrpet.data.decode
 import lrpet.training.loop
+import lrpet.training.state
 import lrpet.training.step
 from lrpet import RunConfig, load_runs, run
 from lrpet.__main__ import INTERRUPTED, main
@@ -531,7 +532,7 @@ def test_ctrl_c_at_any_moment_leaves_a_checkpoint_from_which_the_same_bits_come(
         places = {  # kind: where it is called from
             "step": (lrpet.training.step, "training_loss"),
             "evaluation": (lrpet.training.loop, "evaluate"),
-            "checkpoint": (lrpet.training.loop, "save_checkpoint"),
+            "checkpoint": (lrpet.training.state, "save_checkpoint"),
         }
         for kind, (module, name) in places.items():
             patch.setattr(module, name, interrupting(kind, getattr(module, name)))
@@ -539,7 +540,7 @@ def test_ctrl_c_at_any_moment_leaves_a_checkpoint_from_which_the_same_bits_come(
             run(CONFIG, device="cpu", progress="off")
     if when != "checkpoint 2":  # the last step is made and scored; nothing is left to be said
         assert re.search(
-            r"stopped (at|after) .*; a checkpoint is written, and the same call goes on from it",
+            r"stopped (at|after) .*; a checkpoint is written, from which the same call resumes",
             str(stopped.value),
         )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -588,7 +589,7 @@ def test_ctrl_c_in_a_terminal_ends_with_a_checkpoint_in_five_seconds_and_status_
     assert process.returncode == INTERRUPTED == 130, err
     checkpoint = ENDLESS.folder() / "checkpoint.pt"
     assert re.fullmatch(
-        rf"{ENDLESS.run_id} stopped (at|after) .*; a checkpoint is written, and the same call goes on from it\n",
+        rf"{ENDLESS.run_id} stopped (at|after) .*; a checkpoint is written, from which the same call resumes\n",
         err,
     )
     assert -0.1 < checkpoint.stat().st_mtime - asked < 5  # written for this
@@ -614,7 +615,7 @@ def test_interrupt_kernel_in_jupyter_ends_with_a_checkpoint_and_the_cell_can_be_
                 pass
             assert reply["content"]["status"] == "error"
             assert reply["content"]["ename"] == "KeyboardInterrupt"
-            assert "a checkpoint is written, and the same call goes on from it" in reply["content"]["evalue"]
+            assert "a checkpoint is written, from which the same call resumes" in reply["content"]["evalue"]
             assert -0.1 < (ENDLESS.folder() / "checkpoint.pt").stat().st_mtime - asked < 5
             while message["msg_type"] != "status" or message["content"]["execution_state"] != "idle":
                 message = client.get_iopub_msg(timeout=60)

@@ -541,5 +541,5 @@ def test_ctrl_c_stops_all_processes_behind_one_checkpoint(tmp_path, undisturbed)
     process.send_signal(signal.SIGINT)
     said = process.communicate()[0]
     assert process.returncode != 0
-    assert said.count("a checkpoint is written, and the same call goes on from it") == 1, said
+    assert said.count("a checkpoint is written, from which the same call resumes") == 1, said
     assert_goes_on(tmp_path, undisturbed)

@@ -12,7 +12,7 @@ from lrpet.data.sets import load_data
 from lrpet.methods import make_method
 from lrpet.training.checkpoint import load_checkpoint, save_checkpoint
 from lrpet.training.evaluate import evaluate
-from lrpet.training.loop import Paused, train
+from lrpet.training.loop import Paused, Session, train
 from lrpet.training.recipes import learning_rate
 
 
@@ -81,7 +81,7 @@ def test_training_is_the_loop_of_the_paper_written_out(method, tmp_path):
     config = RunConfig(method=method, **TINY)
     data = load_data(config)
     trained = start(config)
-    state = train(config, trained, batches(config, data), tmp_path / "checkpoint.pt", progress="off")
+    state = train(config, trained, batches(config, data), Session(tmp_path / "checkpoint.pt", progress="off"))
 
     torch.manual_seed(config.seed)
     model = build_model(config.model).train()
@@ -102,7 +102,7 @@ def test_training_is_the_loop_of_the_paper_written_out(method, tmp_path):
             losses += [loss.item()] * len(y)
         if projector is not None:
             projector.step()
-        row = state["history"][epoch]
+        row = state.history[epoch]
         assert row["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
         assert {name: row[name] for name in ("loss", "top1_pct", "top5_pct")} == pytest.approx(
             evaluate(model, batches(config, data)), rel=1e-5
@@ -117,30 +117,29 @@ def test_training_is_the_loop_of_the_paper_written_out(method, tmp_path):
         torch.allclose(tensor, expected[name], rtol=1e-4, atol=1e-6)
         for name, tensor in trained.model.state_dict().items()
     )
-    assert state["projections"] == (0 if projector is None else 2)
+    assert state.projections == (0 if projector is None else 2)
 
 
 @pytest.mark.parametrize("unit", ["epoch", "iteration"])
 def test_the_trained_network_is_exactly_low_rank(unit, tmp_path):
     config = RunConfig(projection_unit=unit, projection_interval=5, **TINY)
     method = start(config)
-    state = train(config, method, batches(config), tmp_path / "checkpoint.pt", progress="off")
+    state = train(config, method, batches(config), Session(tmp_path / "checkpoint.pt", progress="off"))
     for name, rank in method.ranks.items():
         s = torch.linalg.svdvals(method.model.get_submodule(name).weight.detach().flatten(1).double())
         assert s[rank] < 1e-5 * s[0]
-    assert state["projections"] == {"epoch": 1, "iteration": 3}[unit]  # 12 steps: 5, 10 and the last
+    assert state.projections == {"epoch": 1, "iteration": 3}[unit]  # 12 steps: 5, 10 and the last
 
 
 def test_mixed_precision_keeps_weights_in_float32(tmp_path):
     config = RunConfig(precision="bf16", **TINY)
     method = start(config)
-    state = train(config, method, batches(config), tmp_path / "checkpoint.pt", progress="off")
+    state = train(config, method, batches(config), Session(tmp_path / "checkpoint.pt", progress="off"))
     assert {tensor.dtype for tensor in method.model.parameters()} == {torch.float32}
-    full = train(
-        RunConfig(**TINY), start(RunConfig(**TINY)), batches(config), tmp_path / "full.pt", progress="off"
-    )
-    assert state["history"][-1]["train_loss"] != full["history"][-1]["train_loss"]
-    assert state["history"][-1]["train_loss"] == pytest.approx(full["history"][-1]["train_loss"], rel=0.1)
+    session = Session(tmp_path / "full.pt", progress="off")
+    full = train(RunConfig(**TINY), start(RunConfig(**TINY)), batches(config), session)
+    assert state.history[-1]["train_loss"] != full.history[-1]["train_loss"]
+    assert state.history[-1]["train_loss"] == pytest.approx(full.history[-1]["train_loss"], rel=0.1)
 
 
 def test_a_loss_that_is_lost_names_epoch_step_and_norms_and_the_checkpoint_stays_whole(monkeypatch, tmp_path):
@@ -158,11 +157,11 @@ def test_a_loss_that_is_lost_names_epoch_step_and_norms_and_the_checkpoint_stays
             FloatingPointError,
             match=r"epoch 2, step 3\. Norms of the weights: conv\.weight \d.*fc\.weight \d.*learning_rate",
         ):
-            train(config, start(config), batches(config), checkpoint, progress="off")
+            train(config, start(config), batches(config), Session(checkpoint, progress="off"))
     assert load_checkpoint(checkpoint)["step"] == 6
-    resumed = train(config, start(config), batches(config), checkpoint, progress="off")
-    undisturbed = train(config, start(config), batches(config), tmp_path / "other.pt", progress="off")
-    assert resumed["history"][-1]["loss"] == undisturbed["history"][-1]["loss"]
+    resumed = train(config, start(config), batches(config), Session(checkpoint, progress="off"))
+    undisturbed = train(config, start(config), batches(config), Session(tmp_path / "other.pt", progress="off"))
+    assert resumed.history[-1]["loss"] == undisturbed.history[-1]["loss"]
 
 
 def test_a_learning_rate_far_too_high_ends_in_an_error(tmp_path):
@@ -173,7 +172,7 @@ def test_a_learning_rate_far_too_high_ends_in_an_error(tmp_path):
         FloatingPointError,
         match=r"is no longer finite: epoch \d, step \d+\. Norms of the weights: .*(inf|nan|e\+)",
     ):
-        train(config, start(config), batches(config), tmp_path / "checkpoint.pt", progress="off")
+        train(config, start(config), batches(config), Session(tmp_path / "checkpoint.pt", progress="off"))
 
 
 def test_weights_lost_in_the_last_step_of_an_epoch_are_an_error_too(tmp_path):
@@ -186,7 +185,7 @@ def test_weights_lost_in_the_last_step_of_an_epoch_are_an_error_too(tmp_path):
 
     method.after_step = lose_everything_at_last
     with pytest.raises(FloatingPointError, match="epoch 2, step 6"):
-        train(config, method, batches(config), tmp_path / "checkpoint.pt", progress="off")
+        train(config, method, batches(config), Session(tmp_path / "checkpoint.pt", progress="off"))
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
 
 
@@ -194,26 +193,19 @@ def test_weights_lost_in_the_last_step_of_an_epoch_are_an_error_too(tmp_path):
 def test_checkpoints_come_every_so_many_epochs_and_at_the_end(monkeypatch, tmp_path, every, kept):
     steps = []
     monkeypatch.setattr(
-        "lrpet.training.loop.save_checkpoint", lambda path, state: steps.append(state["step"])
+        "lrpet.training.state.save_checkpoint", lambda path, state: steps.append(state["step"])
     )
     config = RunConfig(**TINY | {"epochs": 3})
-    train(
-        config,
-        start(config),
-        batches(config),
-        tmp_path / "checkpoint.pt",
-        checkpoint_epochs=every,
-        progress="off",
-    )
+    session = Session(tmp_path / "checkpoint.pt", checkpoint_epochs=every, progress="off")
+    train(config, start(config), batches(config), session)
     assert steps == kept
 
 
-def test_a_deadline_that_has_passed_pauses_after_one_step_behind_a_checkpoint(tmp_path):
+def test_a_deadline_that_has_passed_pauses_after_one_step_and_a_checkpoint(tmp_path):
     config = RunConfig(**TINY)
     with pytest.raises(Paused, match="paused at step 1 of 12"):
-        train(
-            config, start(config), batches(config), tmp_path / "checkpoint.pt", deadline=0.0, progress="off"
-        )
+        session = Session(tmp_path / "checkpoint.pt", deadline=0.0, progress="off")
+        train(config, start(config), batches(config), session)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 1
 
 
@@ -309,6 +301,6 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
 def test_checkpoints_of_training_hold_data_only(tmp_path):
     config = RunConfig(**TINY)
-    train(config, start(config), batches(config), tmp_path / "checkpoint.pt", progress="off")
+    train(config, start(config), batches(config), Session(tmp_path / "checkpoint.pt", progress="off"))
     state = load_checkpoint(tmp_path / "checkpoint.pt")  # weights_only
     assert (state["step"], len(state["history"]), len(state["layers"])) == (12, 2, 7)
