@@ -16,9 +16,9 @@ class Clock:
     >>> clock = Clock()
     >>> with clock("train"):
     ...     with clock("projection"):
-    ...         time.sleep(0.05)
-    >>> clock.seconds["train"] < 0.04 < clock.seconds["projection"]
-    True
+    ...         pass
+    >>> list(clock.seconds)
+    ['projection', 'train']
     """
 
     def __init__(self):
