@@ -51,12 +51,20 @@ class Processes:
         return self.rank == 0
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """Let the first process make something, and return it in every process."""
+        """Let the first process make something, and return it in every process; an error of it is raised in all."""
         if self.world == 1:
             return make()
-        made = [make() if self.first else None]
-        dist.broadcast_object_list(made, device="cpu")
-        return made[0]
+        made, error = None, None
+        if self.first:
+            try:
+                made = make()
+            except Exception as raised:
+                error = raised
+        told = [made, error]
+        dist.broadcast_object_list(told, device="cpu")
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes; the given one is left alone."""

@@ -55,7 +55,7 @@ def describe(results: Sequence[dict]) -> pd.DataFrame:
     names = ("file", "device", "threads", "torch", "python", "commit", "started")
     rows = [
         {name: result[name] for name in names}
-        | {"commit": result["commit"][:9] + " (changed)" * result["dirty"]}
+        | {"commit": result["commit"][:9] + " (changed)" * bool(result["dirty"])}
         for result in results
     ]
     return pd.DataFrame(rows, columns=names)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,31 +35,30 @@ class ImageData:
     image_size: int  # pixels that the network sees
     pad: int | None  # random crop after padding by this many pixels; None: random resized crop
     flip: bool  # random horizontal flip
-    corrupt: tuple[str, ...] = ()  # images that could not be decoded and were left out
 
-    @property
+    @cached_property
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 over pixels and labels of each split: tells copies of a data set apart."""
-        splits = {
-            "train": (self.train_images, self.train_labels),
-            "test": (self.test_images, self.test_labels),
-        }
         return {
-            f"data_{split}_sha256": hashlib.sha256(
-                images.numpy().tobytes() + labels.numpy().tobytes()
-            ).hexdigest()
-            for split, (images, labels) in splits.items()
+            "data_train_sha256": _digest(self.train_images, self.train_labels),
+            "data_test_sha256": _digest(self.test_images, self.test_labels),
         }
 
 
-def load_data(config: RunConfig, root: str | Path | None = None, on_corrupt: str = "stop") -> ImageData:
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().data)  # read in place: images may fill half of the memory
+    return digest.hexdigest()
+
+
+def load_data(config: RunConfig, root: str | Path | None = None) -> ImageData:
     """Load the data set that a configuration names into memory; :mod:`lrpet.data.load` is for what does not fit.
 
     Args:
         config: its ``dataset``, ``image_size``, ``crops`` and ``validation_fraction`` are read.
         root: folder of the images (``--data``); None takes ``LRPET_DATA``, and for CIFAR-10 without either
             torchvision downloads to ``data/`` of the project. digits needs none.
-        on_corrupt: "stop" refuses a tree of which an image cannot be decoded, "skip" leaves such images out; imagefolder only.
 
     Returns:
         The images. With ``validation_fraction`` > 0 the "test" part is held out from the training
@@ -83,7 +83,7 @@ def load_data(config: RunConfig, root: str | Path | None = None, on_corrupt: str
             raise DataError(
                 f"crops {config.crops!r} cannot be taken from memory, where a square of each image is kept; use lrpet.streaming"
             )
-        data = _imagefolder(root, config.image_size, on_corrupt)
+        data = _imagefolder(root, config.image_size)
     return _hold_out(data, config.validation_fraction) if config.validation_fraction else data
 
 
@@ -93,9 +93,12 @@ def _hold_out(data: ImageData, fraction: float) -> ImageData:
     if images.shape[1] != data.image_size:  # stored larger for random resized crops
         edge = (images.shape[1] - data.image_size) // 2
         images = images[:, edge : edge + data.image_size, edge : edge + data.image_size].contiguous()
-    parts = {"train_images": data.train_images[rest], "train_labels": data.train_labels[rest]}
-    return ImageData(
-        **{**data.__dict__, **parts, "test_images": images, "test_labels": data.train_labels[held]}
+    return replace(
+        data,
+        train_images=data.train_images[rest],
+        train_labels=data.train_labels[rest],
+        test_images=images,
+        test_labels=data.train_labels[held],
     )
 
 
@@ -130,7 +133,7 @@ def _digits() -> ImageData:
 def _cifar10(root: Path | None) -> ImageData:
     place = root or project_file("data/cifar10", "set LRPET_DATA or give data=")
     if (place / "train").is_dir():
-        train_x, train_y, test_x, test_y, classes, _ = read_tree(place, None, 32, 32)
+        train_x, train_y, test_x, test_y, classes = read_tree(place, None, 32, 32)
         if (len(train_y), len(test_y), len(classes)) != (50_000, 10_000, 10):
             raise DataError(
                 f"{place} holds {len(train_y)} training and {len(test_y)} test images of {len(classes)} classes; CIFAR-10 has 50000, 10000 "
@@ -162,7 +165,6 @@ def stored_side(size: int) -> int:
     return round(size * 256 / 224)
 
 
-def _imagefolder(root: Path | None, size: int, on_corrupt: str) -> ImageData:
+def _imagefolder(root: Path | None, size: int) -> ImageData:
     short = stored_side(size)
-    *parts, corrupt = read_tree(root, short, short, size, on_corrupt)
-    return ImageData(*parts, MEAN, STD, size, pad=None, flip=True, corrupt=corrupt)
+    return ImageData(*read_tree(root, short, short, size), MEAN, STD, size, pad=None, flip=True)

@@ -16,39 +16,39 @@ __all__ = ["environment"]
 
 
 def environment(device: torch.device) -> dict:
-    """Return where something runs: commit, versions, device, threads and the time."""
-    git = ["git", "-C", str(PROJECT)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False
-    ).stdout
+    """Return where something runs: commit, versions, device, threads and the time.
+
+    Without git, or in a copy without ``.git``, the commit is that of ``LRPET_COMMIT`` or "unknown", and ``dirty`` is None.
+    """
+    commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": commit
-        or os.environ.get("LRPET_COMMIT", "unknown"),  # of a copy without .git, as on a machine that is lent
-        "dirty": bool(changed.strip()),
+        "commit": commit or os.environ.get("LRPET_COMMIT", "unknown"),
+        "dirty": None if changed is None else bool(changed),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # AVX2 has no products of bfloat16, see lrpet/bfloat16.py
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # AVX2 has no products of bfloat16
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "started": utc_now(),
     }
 
 
+def _git(*arguments: str) -> str | None:
+    """Return what git says of the project; None where it says nothing. A repository around a copy is not asked."""
+    if not (PROJECT / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(PROJECT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.split(":")[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if cpuinfo.is_file()
-        else []
-    )
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"CPU {names[0] if names else platform.processor() or platform.machine()}"
 
 
