@@ -1,7 +1,7 @@
-"""The command line, no Jupyter needed: ``python -m lrpet list | check | headline | run NAME… | train FIELD=VALUE… | tables | export RUN``.
+"""The command line, no Jupyter needed: ``python -m lrpet VERB``.
 
-``torchrun --nproc-per-node 4 -m lrpet run NAME`` trains one network in four processes. For large trees of images: ``throughput NAME…`` and
-``shrink DIR COPY``.
+Verbs: ``list``, ``check``, ``headline``, ``run NAME…``, ``train FIELD=VALUE…``, ``tables``, ``export RUN``, ``throughput NAME…``.
+``torchrun --nproc-per-node 4 -m lrpet run NAME`` trains one network in four processes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import yaml
@@ -18,16 +19,14 @@ import yaml
 from lrpet.bench.loading import keep, measure, throughput_line
 from lrpet.config import PROFILES, RunConfig
 from lrpet.data.load import load_images, make_batches
-from lrpet.data.shrink import shrink_tree
-from lrpet.data.tree import ON_CORRUPT
 from lrpet.deploy.export import FORMATS
-from lrpet.experiments import load_profile, select
+from lrpet.experiments import Experiment, load_profile, select
 from lrpet.processes import Processes, join_processes
 from lrpet.runs.device import device_of
 from lrpet.runs.environment import environment
 from lrpet.runs.export import export_run
 from lrpet.runs.run import run
-from lrpet.runs.store import is_complete, load_run
+from lrpet.runs.store import Run, is_complete, load_run
 from lrpet.training.checkpoint import has_checkpoint
 from lrpet.training.loop import Paused
 
@@ -36,97 +35,14 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Carry out one command; return its exit status: 0 all complete, 1 an error, 75 paused by the time budget, 130 by Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lrpet", description="Train, resume and list the runs of experiments.yaml."
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, text in (
-        ("list", "list the runs of a profile and their state"),
-        ("check", "the same; exit status 1 unless all are complete"),
-        ("headline", "print the numbers of a profile that matter most"),
-    ):
-        sub = verbs.add_parser(verb, help=text)
-        sub.add_argument("--profile", default="smoke", choices=PROFILES)
-    sub = verbs.add_parser(
-        "tables", help="write the tables of results/, README.md and REPRODUCING.md from the store"
-    )
-    sub = verbs.add_parser(
-        "export", help="write the compact network of a finished run for other programs, and check it"
-    )
-    sub.add_argument("run", metavar="RUN", help="run id, as 'list' shows it, or folder")
-    sub.add_argument("--to", required=True, choices=FORMATS)
-    sub.add_argument("--out", metavar="FILE", help="default: RUN.onnx and so on, here")
-    sub.add_argument("--half", action="store_true", help="round the weights to half precision (safetensors)")
-    for verb, text in (
-        ("run", "do the named runs of a profile; * and ? match"),
-        ("train", "do one run of your own"),
-    ):
-        sub = verbs.add_parser(verb, help=text)
-        if verb == "run":
-            sub.add_argument("names", nargs="*", metavar="NAME", help="as 'list' shows them; none is all")
-            sub.add_argument("--profile", default="smoke", choices=PROFILES)
-            sub.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
-        else:
-            sub.add_argument(
-                "fields",
-                nargs="*",
-                metavar="FIELD=VALUE",
-                help="fields of RunConfig, as dataset=imagefolder epochs=10",
-            )
-        sub.add_argument("--data", metavar="DIR", help="folder of the images (default: LRPET_DATA)")
-        sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-        sub.add_argument(
-            "--time-budget", type=float, metavar="SECONDS", help="stop at a checkpoint after this time"
-        )
-        sub.add_argument(
-            "--checkpoint-epochs", type=int, default=1, metavar="N", help="epochs between checkpoints"
-        )
-        sub.add_argument(
-            "--device-batch",
-            type=int,
-            metavar="N",
-            help="images that a device takes at a time (default: all of its batch)",
-        )
-        sub.add_argument(
-            "--on-corrupt",
-            default="stop",
-            choices=ON_CORRUPT,
-            help="an image that cannot be decoded ends the run, or is left out",
-        )
-    sub = verbs.add_parser(
-        "throughput", help="measure loading and training of the named runs of a profile, alone and together"
-    )
-    sub.add_argument("names", nargs="+", metavar="NAME", help="as 'list' shows them")
-    sub.add_argument("--profile", default="imagenet", choices=PROFILES)
-    sub.add_argument("--data", metavar="DIR", help="folder of the images (default: LRPET_DATA)")
-    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    sub.add_argument("--seconds", type=float, default=20.0, help="of each of the three measurements")
-    sub.add_argument(
-        "--keep",
-        action="store_true",
-        help="write results/bench/throughput-*.json, which the tables estimate times from",
-    )
-    sub = verbs.add_parser(
-        "shrink", help="copy a tree of images with shorter sides of fewer pixels, which decodes faster"
-    )
-    sub.add_argument("source", metavar="DIR")
-    sub.add_argument("target", metavar="COPY")
-    sub.add_argument(
-        "--short", type=int, default=256, metavar="PIXELS", help="of the shorter side (default: 256)"
-    )
-    sub.add_argument(
-        "--on-corrupt",
-        default="stop",
-        choices=ON_CORRUPT,
-        help="an image that cannot be decoded ends it, or is left out",
-    )
-    args = parser.parse_args(arguments)
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    """Carry out one command; return its exit status.
+
+    0: all complete; 1: an error; 75: paused by the time budget; 130: stopped by Ctrl-C.
+    """
+    args = _parser().parse_args(arguments)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        actions = {"run": _run, "train": _train, "tables": _tables, "export": _export, "headline": _headline}
-        actions |= {"throughput": _throughput, "shrink": _shrink}
-        return actions.get(args.verb, _list)(args)
+        return args.action(args)
     except Paused as pause:
         if rank == 0:
             print(pause)
@@ -141,6 +57,63 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lrpet", description="Train, resume and list the runs of experiments.yaml."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    def verb(name: str, action: Callable, text: str, profile: str | None = None) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text)
+        sub.set_defaults(action=action)
+        if profile is not None:
+            sub.add_argument("--profile", default=profile, choices=PROFILES)
+        return sub
+
+    verb("list", _list, "list the runs of a profile and their state", "smoke")
+    verb("check", _list, "the same; exit status 1 unless all are complete", "smoke")
+    verb("headline", _headline, "print the numbers of a profile that matter most", "smoke")
+    verb("tables", _tables, "write the tables of results/, README.md and REPRODUCING.md from the store")
+    sub = verb(
+        "export", _export, "write the compact network of a finished run for other programs, and check it"
+    )
+    sub.add_argument("run", metavar="RUN", help="run id, as 'list' shows it, or folder")
+    sub.add_argument("--to", required=True, choices=FORMATS)
+    sub.add_argument("--out", metavar="FILE", help="default: RUN.onnx and so on, here")
+    sub.add_argument("--half", action="store_true", help="round the weights to half precision (safetensors)")
+    sub = verb("run", _run, "do the named runs of a profile; * and ? match", "smoke")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="as 'list' shows them; none is all")
+    sub.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
+    _add_training(sub)
+    sub = verb("train", _train, "do one run of your own")
+    text = "fields of RunConfig, as dataset=imagefolder epochs=10"
+    sub.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help=text)
+    _add_training(sub)
+    text = "measure loading and training of the named runs of a profile, alone and together"
+    sub = verb("throughput", _throughput, text, "imagenet")
+    sub.add_argument("names", nargs="+", metavar="NAME", help="as 'list' shows them")
+    _add_place(sub)
+    sub.add_argument("--seconds", type=float, default=20.0, help="of each of the three measurements")
+    text = "write results/bench/throughput-*.json, which the tables estimate times from"
+    sub.add_argument("--keep", action="store_true", help=text)
+    return parser
+
+
+def _add_place(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--data", metavar="DIR", help="folder of the images (default: LRPET_DATA)")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+
+
+def _add_training(sub: argparse.ArgumentParser) -> None:
+    _add_place(sub)
+    text = "stop at a checkpoint after this time"
+    sub.add_argument("--time-budget", type=float, metavar="SECONDS", help=text)
+    text = "epochs between checkpoints"
+    sub.add_argument("--checkpoint-epochs", type=int, default=1, metavar="N", help=text)
+    text = "images that a device takes at a time (default: all of its batch)"
+    sub.add_argument("--device-batch", type=int, metavar="N", help=text)
+
+
 def _list(args) -> int:
     profile = load_profile(args.profile)
     print(f"profile {profile.name}: {profile.note}\ncost: {profile.cost}")
@@ -149,7 +122,8 @@ def _list(args) -> int:
         folder = experiment.config.folder()
         if is_complete(folder):
             summary = load_run(folder).summary
-            state = f"complete  {summary['top1_pct']:.2f} % {summary['scored_on']}, {summary['macs'] / 1e6:.2f} M MACs"
+            accuracy = f"{summary['top1_pct']:.2f} % {summary['scored_on']}"
+            state = f"complete  {accuracy}, {summary['macs'] / 1e6:.2f} M MACs"
         else:
             missing += 1
             state = "started" if has_checkpoint(folder / "checkpoint.pt") else "not run"
@@ -183,9 +157,8 @@ def _throughput(args) -> int:
     for experiment in select(load_profile(args.profile), args.names):
         config = experiment.config
         where = device_of(args.device, config)
-        batches = make_batches(
-            load_images(config, args.data, device=where), config.batch_size, where, config.seed
-        )
+        images = load_images(config, args.data, device=where)
+        batches = make_batches(images, config.batch_size, where, config.seed)
         result = measure(config, batches, args.seconds)
         print(f"{experiment.name}: {throughput_line(result)}", flush=True)
         if args.keep:
@@ -193,93 +166,75 @@ def _throughput(args) -> int:
     return 0
 
 
-def _shrink(args) -> int:
-    if args.short < 1:
-        raise ValueError(f"--short must be at least 1; got {args.short}")
-    count = shrink_tree(args.source, args.target, args.short, args.on_corrupt)
-    print(f"{args.target} holds {count} images with shorter sides of {args.short} pixels at most")
-    return 0
-
-
 def _train(args) -> int:
     fields = dict(field.partition("=")[::2] for field in args.fields)
     config = RunConfig.from_dict({name: yaml.safe_load(value) for name, value in fields.items()})
     done = _do(config, args, args.time_budget)
-    s = done.summary
     if Processes.now().first:
-        print(
-            f"{s['top1_pct']:.2f} % {s['scored_on']} accuracy at {s['macs'] / 1e6:.2f} M MACs; all files: {done.folder}"
-        )
+        s = done.summary
+        accuracy = f"{s['top1_pct']:.2f} % {s['scored_on']} accuracy at {s['macs'] / 1e6:.2f} M MACs"
+        print(f"{accuracy}; all files: {done.folder}")
     return 0
 
 
-def _do(config: RunConfig, args, time_budget: float | None):
-    options = {
-        "checkpoint_epochs": args.checkpoint_epochs,
-        "device_batch": args.device_batch,
-        "on_corrupt": args.on_corrupt,
-    }
-    return run(config, data=args.data, device=args.device, time_budget=time_budget, **options)
+def _do(config: RunConfig, args, time_budget: float | None) -> Run:
+    return run(
+        config,
+        data=args.data,
+        device=args.device,
+        time_budget=time_budget,
+        checkpoint_epochs=args.checkpoint_epochs,
+        device_batch=args.device_batch,
+    )
 
 
 def _run(args) -> int:
     if args.jobs < 1:
         raise ValueError(f"--jobs must be at least 1; got {args.jobs}")
-    profile = load_profile(args.profile)
-    chosen = select(profile, args.names)
+    chosen = select(load_profile(args.profile), args.names)
     todo = [e for e in chosen if not is_complete(e.config.folder())]
     processes, began = join_processes(), time.monotonic()
+    end = None if args.time_budget is None else began + args.time_budget
     if processes.first:
-        print(
-            f"profile {profile.name}: {len(chosen)} runs asked for, {len(chosen) - len(todo)} complete, cost of all: {profile.cost}",
-            flush=True,
-        )
-    left = lambda: (
-        None if args.time_budget is None else max(0.0, args.time_budget - (time.monotonic() - began))
-    )
-    if (
-        len(chosen) == 1 or processes.world > 1
-    ):  # torchrun's processes do one run after the other, all of them together
-        if args.jobs > 1 and processes.world > 1:
-            raise ValueError(
-                f"--jobs must be 1 under torchrun, whose processes share one run; got {args.jobs}"
-            )
+        counts = f"{len(chosen)} runs asked for, {len(chosen) - len(todo)} complete"
+        cost = load_profile(args.profile).cost
+        print(f"profile {args.profile}: {counts}, cost of all: {cost}", flush=True)
+    if processes.world > 1 and args.jobs > 1:
+        raise ValueError(f"--jobs must be 1 under torchrun, whose processes share one run; got {args.jobs}")
+    if len(chosen) == 1 or processes.world > 1:  # torchrun's processes do one run after the other, together
         for experiment in chosen:
-            _do(experiment.config, args, left())
+            _do(experiment.config, args, _left(end))
         return 0
-
-    def one(experiment) -> int:
-        """Do one run in a process of its own, so that its threads and memory are its own."""
-        command = [
-            sys.executable,
-            "-m",
-            "lrpet",
-            "run",
-            experiment.name,
-            "--profile",
-            profile.name,
-            "--device",
-            args.device,
-        ]
-        command += ["--checkpoint-epochs", str(args.checkpoint_epochs), "--on-corrupt", args.on_corrupt]
-        command += ["--data", args.data] if args.data else []
-        command += ["--device-batch", str(args.device_batch)] if args.device_batch else []
-        if args.time_budget is not None:
-            if left() == 0:
-                return PAUSED
-            command += ["--time-budget", str(left())]
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // args.jobs))
-        return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, check=False).returncode
-
     with ThreadPoolExecutor(args.jobs) as pool:
-        states = list(pool.map(one, todo))
+        states = list(pool.map(lambda e: _run_apart(e, args, end), todo))
     incomplete = [
         (e.name, state) for e, state in zip(todo, states, strict=True) if not is_complete(e.config.folder())
     ]
     for name, state in incomplete:
         print(f"not complete: {name} ({'paused' if state == PAUSED else f'failed with status {state}'})")
     print(f"{len(chosen) - len(incomplete)} of {len(chosen)} complete after {time.monotonic() - began:.0f} s")
-    return 0 if not incomplete else 1 if any(state != PAUSED for _, state in incomplete) else PAUSED
+    if not incomplete:
+        return 0
+    return PAUSED if all(state == PAUSED for _, state in incomplete) else 1
+
+
+def _left(end: float | None) -> float | None:
+    """Return the seconds left until a moment of ``time.monotonic()``."""
+    return None if end is None else max(0.0, end - time.monotonic())
+
+
+def _run_apart(experiment: Experiment, args, end: float | None) -> int:
+    """Do one run in a process of its own, so that its threads and memory are its own; return its exit status."""
+    left = _left(end)
+    if left == 0:
+        return PAUSED
+    command = [sys.executable, "-m", "lrpet", "run", experiment.name, "--profile", args.profile]
+    command += ["--device", args.device, "--checkpoint-epochs", str(args.checkpoint_epochs)]
+    command += ["--data", args.data] if args.data else []
+    command += ["--device-batch", str(args.device_batch)] if args.device_batch else []
+    command += [] if left is None else ["--time-budget", str(left)]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // args.jobs))
+    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -5,12 +5,10 @@ from lrpet.data.cache import DataError
 from lrpet.data.digits_tree import make_digits_tree
 from lrpet.data.load import fits_in_memory, load_images, make_batches
 from lrpet.data.sets import ImageData, load_data
-from lrpet.data.shrink import shrink_tree
 from lrpet.data.stream import StreamBatches, StreamData, worker_count
-from lrpet.data.tree import ON_CORRUPT, central_square, list_images, open_image
+from lrpet.data.tree import central_square, list_images, open_image
 
 __all__ = [
-    "ON_CORRUPT",
     "Batches",
     "DataError",
     "ImageData",
@@ -24,6 +22,5 @@ __all__ = [
     "make_batches",
     "make_digits_tree",
     "open_image",
-    "shrink_tree",
     "worker_count",
 ]

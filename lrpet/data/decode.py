@@ -17,43 +17,43 @@ from lrpet.files import write_whole
 from lrpet.paths import cache_folder
 
 
-def read_tree(root: Path, short: int | None, train_size: int, test_size: int, on_corrupt: str = "stop"):
-    """Return images, labels, classes and what was left out of an ImageFolder tree, from the cache where it was decoded before.
+def read_tree(root: Path, short: int | None, train_size: int, test_size: int):
+    """Return images, labels and classes of an ImageFolder tree, from the cache where it was decoded before.
 
     The shorter side is resized to ``short`` pixels and the central square cut out; None takes only images that fit.
     """
-    train, test, classes, corrupt = list_images(root, on_corrupt)
+    train, test, classes = list_images(root)
     place, content = cache_names(root, f"{short} {train_size} {test_size}", train + test)
-    cache = cache_folder()
     arrays = []
     for split, files, size in (("train", train, train_size), ("test", test, test_size)):
-        file = cache / f"{place}-{split}-{content}.cache"
-        shape = (len(files), size, size, 3)
+        paths, labels = [path for path, _ in files], torch.tensor([label for _, label in files])
+        arrays += [torch.from_numpy(_cached(f"{place}-{split}", content, paths, short, size)), labels]
+    return *arrays, classes
+
+
+def _cached(name: str, content: str, paths: list[str], short: int | None, size: int) -> np.ndarray:
+    """Return the decoded images of a split; of runs that start at the same time one decodes, the others wait for it."""
+    cache = cache_folder()
+    file, shape = cache / f"{name}-{content}.cache", (len(paths), size, size, 3)
+    images = read_cache(file, shape)
+    if images is not None:
+        return images
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cache / f"{name}.lock").acquire()
+    except OSError as error:
+        wanted = "the cache of decoded images must be a folder that can be written"
+        raise DataError(f"{wanted}; got {cache}: {error.strerror}; set LRPET_CACHE") from error
+    with lock:
         images = read_cache(file, shape)
         if images is None:
-            try:
-                cache.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(cache / f"{place}-{split}.lock").acquire()
-            except OSError as error:
-                wanted = "the cache of decoded images must be a folder that can be written"
-                raise DataError(f"{wanted}; got {cache}: {error.strerror}; set LRPET_CACHE") from error
-            with lock:  # of runs started at the same time one decodes, the others wait for it
-                images = read_cache(file, shape)
-                if images is None:
-                    images = _decode([path for path, _ in files], short, size)
-                    with write_whole(file) as out:
-                        out.write(images.data)
-                        out.write(hashlib.sha256(images.data).digest())
-                    for old in set(cache.glob(f"{place}-{split}-*")) - {
-                        file
-                    }:  # of this folder before its images changed
-                        old.unlink(missing_ok=True)
-        arrays.append(images)
-    (train_x, test_x), (train_y, test_y) = (
-        map(torch.from_numpy, arrays),
-        (torch.tensor([y for _, y in part]) for part in (train, test)),
-    )
-    return train_x, train_y, test_x, test_y, classes, corrupt
+            images = _decode(paths, short, size)
+            with write_whole(file) as out:
+                out.write(images.data)
+                out.write(hashlib.sha256(images.data).digest())
+            for old in set(cache.glob(f"{name}-*")) - {file}:  # of this folder before its images changed
+                old.unlink(missing_ok=True)
+    return images
 
 
 def _decode(paths: list[str], short: int | None, size: int) -> np.ndarray:
@@ -65,7 +65,8 @@ def _decode(paths: list[str], short: int | None, size: int) -> np.ndarray:
             return central_square(image, short, size)
         if image.size != (size, size):
             raise DataError(
-                f"{path} is {image.width}×{image.height} pixels, not {size}×{size}; use dataset='imagefolder' for such images"
+                f"{path} is {image.width}×{image.height} pixels, not {size}×{size}; "
+                "use dataset='imagefolder' for such images"
             )
         return np.asarray(image)
 

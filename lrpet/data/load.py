@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import torch
 
 from lrpet.config import RunConfig
@@ -23,20 +24,11 @@ def fits_in_memory(nbytes: int, device: torch.device) -> bool:
     >>> fits_in_memory(1, torch.device("cpu")), fits_in_memory(10**15, torch.device("cpu"))
     (True, False)
     """
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        free = 1024 * next(
-            int(line.split()[1])
-            for line in meminfo.read_text().splitlines()
-            if line.startswith("MemAvailable")
-        )
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = psutil.virtual_memory().available
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
-    return nbytes < free / 2 / int(
-        os.environ.get("LOCAL_WORLD_SIZE", 1)
-    )  # each process of a torchrun keeps its own
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each of a torchrun keeps its own
+    return nbytes < free / 2 / processes
 
 
 def load_images(
@@ -44,7 +36,6 @@ def load_images(
     root: str | Path | None = None,
     *,
     device: torch.device | str = "cpu",
-    on_corrupt: str = "stop",
     streamed: bool | None = None,
 ) -> ImageData | StreamData:
     """Load the data set of a configuration into memory, or only the names of its files where they are to be streamed.
@@ -56,8 +47,7 @@ def load_images(
         config: what :func:`lrpet.data.sets.load_data` reads.
         root: folder of the images; None takes ``LRPET_DATA``.
         device: where batches will be made.
-        on_corrupt: "stop" or "skip", see :func:`lrpet.data.tree.list_images`.
-        streamed: how a run that goes on was begun; None decides by :func:`fits_in_memory`.
+        streamed: how a run to be resumed was begun; None decides by :func:`fits_in_memory`.
 
     Raises:
         DataError: missing, incomplete or damaged data.
@@ -68,20 +58,20 @@ def load_images(
     if config.dataset != "imagefolder":
         return load_data(config, root)
     folder, size = data_folder(root), config.image_size
-    train, test, classes, corrupt = list_images(folder, on_corrupt)
+    train, test, classes = list_images(folder)
     if config.crops is None:
         nbytes = 3 * (len(train) * stored_side(size) ** 2 + len(test) * size**2)
-        if not streamed if streamed is not None else fits_in_memory(nbytes, torch.device(device)):
-            return load_data(config, folder, on_corrupt)
+        if streamed is None:
+            streamed = not fits_in_memory(nbytes, torch.device(device))
+        if not streamed:
+            return load_data(config, folder)
     if config.validation_fraction:
         held, rest = held_out(len(train), config.validation_fraction)
         train, test = [train[i] for i in rest], [train[i] for i in held]
     (train_x, train_y), (test_x, test_y) = (
         ([path for path, _ in part], torch.tensor([y for _, y in part])) for part in (train, test)
     )
-    return StreamData(
-        folder, train_x, train_y, test_x, test_y, classes, size, config.crops or "square", corrupt
-    )
+    return StreamData(folder, train_x, train_y, test_x, test_y, classes, size, config.crops or "square")
 
 
 def make_batches(

@@ -35,7 +35,6 @@ class StreamData:
     classes: tuple[str, ...]
     image_size: int  # pixels that the network sees
     crops: str  # square | whole, as in RunConfig
-    corrupt: tuple[str, ...] = ()  # images that could not be decoded and were left out
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     pad: None = field(default=None, init=False)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lrpet.data.cache import DataError, cache_names
-from lrpet.files import write_whole
-from lrpet.paths import cache_folder
+from lrpet.data.cache import DataError
 
-__all__ = ["ON_CORRUPT", "central_square", "list_images", "open_image"]
-ON_CORRUPT = ("stop", "skip")  # what to do about an image that cannot be decoded
+__all__ = ["central_square", "held_out", "list_images", "open_image"]
 
 
 def held_out(count: int, fraction: float) -> tuple[Tensor, Tensor]:
@@ -32,88 +26,45 @@ def held_out(count: int, fraction: float) -> tuple[Tensor, Tensor]:
     return order[:cut], order[cut:]
 
 
-def list_images(root: Path | None, on_corrupt: str = "stop"):
-    """Return (path, label) of the training and of the held-out images of a tree, its classes, and the images that are left out.
+def list_images(root: Path | None):
+    """Return (path, label) of the training and of the held-out images of a tree, and its classes.
+
+    Without a folder train/, the folders in ``root`` are the classes, and every fifth image of each, by name, is held out.
 
     Args:
-        root: folder with train/ and val/ (or test/), or with a folder a class.
-        on_corrupt: "skip" looks through all images, once a tree, and leaves out those that cannot be decoded; each is named.
+        root: folder with train/ and val/ (or test/), or with one folder per class.
 
     Raises:
-        DataError: no tree of images, one that cannot be read, or one of which a class is corrupt as a whole.
+        DataError: no tree of images, or one that cannot be read.
     """
     if root is None:
         raise DataError(
             "dataset 'imagefolder' needs a folder with train/ and val/ (or test/): give it by --data or LRPET_DATA"
         )
     try:
-        train, test, classes = _list_tree(root)
-        corrupt = _find_corrupt(root, train + test) if on_corrupt == "skip" else {}
+        return _list_tree(root)
     except OSError as error:
         raise DataError(
-            f"{root} must be a folder of images that can be read; got: {error}. Allow reading or give another --data"
+            f"{root} must be a folder of images that can be read; got: {error}. "
+            "Allow reading or give another --data"
         ) from error
-    for reason in corrupt.values():
-        print(f"left out: {reason}", flush=True)
-    if corrupt:
-        print(f"{len(corrupt)} of {len(train + test)} images are corrupt and left out", flush=True)
-    train, test = ([(path, label) for path, label in part if path not in corrupt] for part in (train, test))
-    if {label for _, label in train} != set(range(len(classes))) or not test:
-        raise DataError(
-            f"{root} has a class, or a held-out part, of which no image can be decoded; unpack it again"
-        )
-    return train, test, classes, tuple(corrupt)
-
-
-def _find_corrupt(root: Path, files: list[tuple[str, int]]) -> dict[str, str]:
-    """Return path → what is wrong with it for every image that cannot be decoded; kept, so that a tree is looked through once."""
-    place, content = cache_names(root, "corrupt", files)
-    file = cache_folder() / f"{place}-corrupt-{content}.json"
-    if not file.is_file():
-        print(f"looking through {len(files)} images for corrupt ones, once", flush=True)
-        with ThreadPool(os.cpu_count()) as pool:
-            reasons = pool.imap(_wrong_with, (path for path, _ in files), chunksize=64)
-            corrupt = {
-                os.path.relpath(path, root): reason
-                for (path, _), reason in zip(files, reasons, strict=True)
-                if reason
-            }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(file) as out:
-            out.write(json.dumps(corrupt).encode())
-    return {str(root / path): reason for path, reason in json.loads(file.read_bytes()).items()}
-
-
-def _wrong_with(path: str) -> str:
-    try:
-        open_image(path)
-    except DataError as error:
-        return str(error)
-    return ""
 
 
 def _list_tree(root: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]], tuple[str, ...]]:
-    """Return the (path, label) pairs of the training and the held-out images, and the classes, after checking the tree.
-
-    Without a folder train/, the folders in ``root`` are the classes, and every fifth image of each, by name, is held out.
-    """
     from torchvision.datasets import ImageFolder
 
+    shape = "train/ and test/ (or val/), or one folder per class"
     if not root.is_dir():
-        raise DataError(
-            f"{root} is no folder; it must hold train/ and test/ (or val/), or a folder a class: give another --data"
-        )
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+        raise DataError(f"{root} is no folder; it must hold {shape}: give another --data")
+    other = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     split = (root / "train").is_dir()
-    if split != (held_out is not None):
-        wanted = "must hold train/ and test/ (or val/), or neither and a folder a class"
-        raise DataError(f"{root} {wanted}; unpack the images again or give another --data")
-    try:
-        train, test = (
-            (ImageFolder(folder) for folder in (root / "train", held_out))
-            if split
-            else (ImageFolder(root), None)
+    if split != (other is not None):
+        raise DataError(
+            f"{root} must hold {shape}; got one of two: unpack the images again or give another --data"
         )
+    try:
+        train = ImageFolder(root / "train" if split else root)
+        test = ImageFolder(other) if split else None
     except FileNotFoundError as error:
         raise DataError(
             f"{root} has a class without images, or no class: {error}. Unpack it again, or remove the empty folder"
@@ -121,7 +72,7 @@ def _list_tree(root: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]
     if split and train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(
-            f"train/ and {held_out.name}/ of {root} hold different classes (only one has {odd[0]!r}); unpack it again"
+            f"train/ and {other.name}/ of {root} hold different classes (only one has {odd[0]!r}); unpack it again"
         )
     if len(train.classes) < 2:
         raise DataError(
@@ -129,16 +80,22 @@ def _list_tree(root: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]
         )
     if split:
         return train.samples, test.samples, tuple(train.classes)
+    return *_every_fifth(root, train.samples, len(train.classes)), tuple(train.classes)
+
+
+def _every_fifth(root: Path, samples: list[tuple[str, int]], classes: int) -> tuple[list, list]:
+    """Divide images into those to train on and every fifth of each class, which is held out."""
     place = Counter()  # of an image within its class
     parts = ([], [])
-    for path, label in train.samples:
+    for path, label in samples:
         place[label] += 1
         parts[place[label] % 5 == 0].append((path, label))
-    if len({label for _, label in parts[1]}) < len(train.classes):
+    if len({label for _, label in parts[1]}) < classes:
         raise DataError(
-            f"{root} has a class of fewer than five images, of which none can be held out; add images, or make train/ and val/"
+            f"{root} has a class of fewer than five images, of which none can be held out; "
+            "add images, or make train/ and val/"
         )
-    return *parts, tuple(train.classes)
+    return parts
 
 
 def open_image(path: str) -> Image.Image:
@@ -151,9 +108,7 @@ def open_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path} cannot be decoded ({error}); replace or remove it, or leave such images out by on_corrupt 'skip'"
-        ) from error
+        raise DataError(f"{path} cannot be decoded ({error}); replace or remove it") from error
 
 
 def central_square(image: Image.Image, short: int, size: int) -> np.ndarray:

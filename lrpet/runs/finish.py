@@ -89,7 +89,6 @@ def _summary(trained: Trained, deployed: Cost, counted: Cost, dead_layers: int) 
         "dense_params": counted.dense_params,
         "dense_macs": counted.dense_macs,
         "num_classes": len(trained.batches.data.classes),
-        "corrupt_images": len(trained.batches.data.corrupt),
         "dead_layers": dead_layers,
         "projections": state.projections,
         **{

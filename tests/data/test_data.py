@@ -1,5 +1,7 @@
+import hashlib
 import os
 import shutil
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
@@ -62,6 +64,23 @@ def test_digits():
     pixels = data.train_images / 255.0
     assert abs(pixels.mean().item() - data.mean[0]) < 0.005
     assert abs(pixels.std().item() - data.std[0]) < 0.005
+
+
+def test_a_fingerprint_reads_the_images_in_place_and_once(monkeypatch):
+    pixels, labels = torch.randint(0, 256, (2000, 32, 32, 3), dtype=torch.uint8), torch.arange(2000)
+    data = replace(load_data(RunConfig()), train_images=pixels, train_labels=labels)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        told = data.fingerprint
+        peak = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.1 * pixels.nbytes
+    whole = pixels.numpy().tobytes() + labels.numpy().tobytes()
+    assert told["data_train_sha256"] == hashlib.sha256(whole).hexdigest()
+    monkeypatch.setattr(lrpet.data.sets, "_digest", lambda *_: pytest.fail("hashed again"))
+    assert data.fingerprint == told
 
 
 def test_fingerprints_tell_pixels_and_labels_apart():

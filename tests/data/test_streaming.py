@@ -1,20 +1,17 @@
-"""Streamed images: the same batches as from memory, entered anywhere, divided over processes; corrupt images; shrunk copies; throughput."""
+"""Streamed images: the same batches as from memory, entered anywhere, divided over processes; corrupt images; throughput."""
 
 import dataclasses
-import functools
 import json
 import math
 import re
-from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-import lrpet.bench.loading
 import lrpet.data.load
 import lrpet.data.stream
-import lrpet.data.tree
 from lrpet import RunConfig, run
 from lrpet.__main__ import main
 from lrpet.data.batches import Batches
@@ -22,9 +19,7 @@ from lrpet.data.cache import DataError
 from lrpet.data.digits_tree import make_digits_tree
 from lrpet.data.load import fits_in_memory, load_images, make_batches
 from lrpet.data.sets import ImageData, load_data
-from lrpet.data.shrink import shrink_tree
 from lrpet.data.stream import StreamBatches, StreamData
-from lrpet.data.tree import list_images
 from lrpet.training.loop import Paused
 
 CONFIG = RunConfig(
@@ -47,13 +42,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def little(monkeypatch):
-    """One worker, and three steps for each measurement of speed."""
+    """One worker."""
     monkeypatch.setattr(lrpet.data.stream, "worker_count", lambda: 1)
-    monkeypatch.setattr(
-        import_module("lrpet.runs.run"),
-        "measure",
-        functools.partial(lrpet.bench.loading.measure, seconds=0.0),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +99,8 @@ def test_the_bytes_that_must_fit_are_those_of_the_decoded_images(tree, monkeypat
 
 
 def test_half_of_the_free_memory_is_the_bound(monkeypatch):
-    monkeypatch.setattr(
-        lrpet.data.load.Path, "read_text", lambda _: "MemTotal: 9 kB\nMemAvailable:  100 kB\n"
-    )
+    free = SimpleNamespace(available=102_400)
+    monkeypatch.setattr(lrpet.data.load.psutil, "virtual_memory", lambda: free)
     assert fits_in_memory(51_199, CPU) and not fits_in_memory(51_200, CPU)
 
 
@@ -242,68 +231,11 @@ def test_the_same_images_are_held_out_as_in_memory(tree):
 def test_a_truncated_image_stops_the_run_and_is_named(damaged, config):
     with pytest.raises(
         DataError,
-        match=r"train/2/1\.jpg cannot be decoded .*; replace or remove it, or leave .* out by on_corrupt 'skip'",
+        match=r"train/2/1\.jpg cannot be decoded .*; replace or remove it",
     ) as stop:
         run(config, data=damaged, device="cpu", progress="off")
     assert "Traceback" not in str(stop.value)
     assert not (config.folder() / "summary.json").exists()
-
-
-@pytest.mark.parametrize("config", [CONFIG, SQUARE], ids=["streamed", "in memory"])
-def test_training_goes_on_without_corrupt_images_and_names_and_counts_them(damaged, config, capsys):
-    done = run(config, data=damaged, device="cpu", progress="off", on_corrupt="skip")
-    names = [str(damaged / name) for name in ("train/2/1.jpg", "val/5/0.jpg")]
-    assert done.summary["corrupt_images"] == 2
-    assert done.environment["corrupt_images"] == names
-    told = capsys.readouterr().out
-    assert all(f"left out: {name} cannot be decoded" in told for name in names)
-    assert "2 of 36 images are corrupt and left out" in told
-    assert done.history.top1_pct.iloc[-1] * 11 / 100 == pytest.approx(
-        round(done.history.top1_pct.iloc[-1] * 11 / 100)
-    )  # of 11 images
-
-
-def test_a_tree_is_looked_through_once(damaged, monkeypatch, capsys):
-    first = list_images(damaged, "skip")
-    assert capsys.readouterr().out.count("looking through 36 images") == 1
-    monkeypatch.setattr(lrpet.data.tree, "_wrong_with", lambda _: pytest.fail("looked again"))
-    assert list_images(damaged, "skip") == first
-    assert "looking" not in capsys.readouterr().out
-    assert len(first[0]) == 23 and len(first[1]) == 11
-
-
-def test_a_class_without_a_whole_image_is_refused(damaged):
-    for file in (damaged / "train" / "3").iterdir():
-        file.write_bytes(b"")
-    with pytest.raises(DataError, match="has a class, or a held-out part, of which no image can be decoded"):
-        list_images(damaged, "skip")
-
-
-def test_a_whole_tree_leaves_nothing_out(tree):
-    done = run(CONFIG, data=tree, device="cpu", progress="off", on_corrupt="skip")
-    assert done.summary["corrupt_images"] == 0 and "corrupt_images" not in done.environment
-
-
-def test_the_command_line_has_the_setting(damaged, capsys):
-    fields = [
-        f"{name}={value}"
-        for name, value in {
-            "model": "resnet8",
-            "image_size": 16,
-            "epochs": 1,
-            "milestones": [],
-            "batch_size": 16,
-        }.items()
-    ]
-    command = ["train", "dataset=imagefolder", *fields, "--data", str(damaged)]
-    assert main(command) == 1
-    assert "train/2/1.jpg cannot be decoded" in capsys.readouterr().err
-    assert main([*command, "--on-corrupt", "skip"]) == 0
-
-
-def test_other_settings_are_refused():
-    with pytest.raises(ValueError, match="on_corrupt must be stop or skip; got 'ignore'"):
-        run(CONFIG, on_corrupt="ignore")
 
 
 # ---------------------------------------------------------------- runs
@@ -337,15 +269,6 @@ def test_streaming_and_memory_train_the_same_network(tree, tmp_path, monkeypatch
     assert memory.environment["data_train_sha256"] != streamed.environment["data_train_sha256"]
 
 
-def test_a_streamed_run_tells_its_bottleneck_once(tree, capsys):
-    with pytest.raises(Paused):
-        run(CONFIG, data=tree, device="cpu", time_budget=0)
-    line = r"loading alone \d+ images/s \(1 workers\), training alone \d+, both \d+: (loading|training) is the bottleneck"
-    assert len(re.findall(line, capsys.readouterr().out)) == 1
-    run(CONFIG, data=tree, device="cpu")
-    assert not re.findall(line, capsys.readouterr().out)
-
-
 def test_throughput_is_measured_for_named_runs_and_kept(tree, capsys, monkeypatch, tmp_path):
     experiment = next(
         e for e in lrpet.experiments.load_profile("imagenette").experiments if e.name == "resnet18-dense-s1"
@@ -373,44 +296,6 @@ def test_throughput_is_measured_for_named_runs_and_kept(tree, capsys, monkeypatc
         and result["device"].startswith("CPU")
         and 0 < result["both_images_per_second"] < math.inf
     )
-
-
-# ---------------------------------------------------------------- shrunk copies
-
-
-def test_a_shrunk_copy_has_the_same_classes_and_smaller_images(tree, tmp_path, capsys):
-    assert main(["shrink", str(tree), str(tmp_path / "small"), "--short", "24"]) == 0
-    assert "holds 36 images" in capsys.readouterr().out
-    copies = sorted((tmp_path / "small").rglob("*.jpg"))
-    assert len(copies) == 36
-    for copy in copies:
-        with (
-            Image.open(copy) as small,
-            Image.open(tree / copy.relative_to(tmp_path / "small").with_suffix("")) as original,
-        ):
-            assert min(small.size) == 24
-            assert math.isclose(small.width / small.height, original.width / original.height, rel_tol=0.05)
-    assert load_images(CONFIG, tmp_path / "small").classes == load_images(CONFIG, tree).classes
-    changed = [copy.stat().st_mtime_ns for copy in copies]
-    assert shrink_tree(tree, tmp_path / "small", 24) == 36
-    assert [copy.stat().st_mtime_ns for copy in copies] == changed  # an interrupted call goes on
-
-
-def test_small_images_keep_their_size_and_corrupt_ones_are_named(damaged, tmp_path):
-    with pytest.raises(DataError, match="cannot be decoded"):
-        shrink_tree(damaged, tmp_path / "copy", 500)
-    assert shrink_tree(damaged, tmp_path / "copy", 500, "skip") == 34
-    with (
-        Image.open(tmp_path / "copy/train/0/0.jpg.jpg") as copy,
-        Image.open(damaged / "train/0/0.jpg") as original,
-    ):
-        assert copy.size == original.size
-
-
-@pytest.mark.parametrize("place", ["", "inside"])
-def test_a_copy_does_not_go_into_its_source(damaged, place):
-    with pytest.raises(DataError, match="must go elsewhere"):
-        shrink_tree(damaged, damaged / place)
 
 
 # ---------------------------------------------------------------- the tree of digits

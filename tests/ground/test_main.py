@@ -116,18 +116,7 @@ def test_the_statuses_of_processes_become_one(own_experiments, monkeypatch, caps
         == status
     )
     assert sorted(command[4] for command in commands) == sorted(experiments)
-    options = [
-        "--profile",
-        "smoke",
-        "--device",
-        "cpu",
-        "--checkpoint-epochs",
-        "3",
-        "--on-corrupt",
-        "stop",
-        "--data",
-        "here",
-    ]
+    options = ["--profile", "smoke", "--device", "cpu", "--checkpoint-epochs", "3", "--data", "here"]
     assert all(command[5:] == options for command in commands)
     out = capsys.readouterr().out
     assert f"{statuses.count(0)} of 4 complete" in out

@@ -117,6 +117,16 @@ def test_what_processes_tell_each_other(tmp_path):
     )
 
 
+def fail_to_share(processes):
+    with pytest.raises(ValueError, match="made by 0") as refused:
+        processes.share(lambda: int(f"made by {processes.rank}"))
+    return type(refused.value).__name__
+
+
+def test_an_error_of_the_first_is_raised_in_all(tmp_path):
+    assert together(tmp_path, 2, fail_to_share) == ["ValueError"] * 2
+
+
 def take_turns(processes, folder):
     with processes.in_turn():
         found = (folder / "cache").exists()

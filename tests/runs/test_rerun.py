@@ -97,7 +97,7 @@ def test_papermill_then_nbval_strict(tmp_path, name, parameters):
         fields = {
             key: value
             for key, value in (defaults | parameters).items()
-            if key not in ("data", "device", "on_corrupt")
+            if key not in ("data", "device")
         }
         run(RunConfig.from_dict(fields), data=make_digits_tree(), device="cpu", progress="off")
     if name == "05_gradient_norms":

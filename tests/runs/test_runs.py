@@ -208,6 +208,39 @@ def test_a_run_can_go_on_in_the_process_in_which_it_was_paused(tmp_path):
     assert run(CONFIG, results=tmp_path, device="cpu", progress="off").summary["projections"] == 2
 
 
+def put_under_the_name_of(config, folder, results):
+    """Rename a run's folder as if the hash of another configuration were the same."""
+    place = config.folder(results)
+    place.parent.mkdir(parents=True)
+    return shutil.copytree(folder, place)
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "begun"])
+def test_another_configuration_of_the_same_name_is_refused_and_both_are_named(undisturbed, tmp_path, finished):
+    asked = dataclasses.replace(CONFIG, prune_ratio=0.7)
+    folder = undisturbed.folder if finished else pause_twice(tmp_path / "begun")
+    place = put_under_the_name_of(asked, folder, tmp_path)
+    before = {file: file.read_bytes() for file in place.iterdir()}
+    with pytest.raises(ValueError, match=r"prune_ratio 0\.57 there, 0\.7 asked for.*LRPET_RESULTS") as refused:
+        run(asked, results=tmp_path, device="cpu", progress="off")
+    assert str(place) in str(refused.value)
+    assert {file: file.read_bytes() for file in place.iterdir()} == before
+
+
+@pytest.mark.parametrize("told", [None, "abc123"])
+@pytest.mark.parametrize("missing", ["git", ".git"])
+def test_without_git_or_its_folder_the_commit_is_unknown_unless_it_is_told(monkeypatch, tmp_path, missing, told):
+    monkeypatch.delenv("LRPET_COMMIT", raising=False)
+    if told:
+        monkeypatch.setenv("LRPET_COMMIT", told)
+    if missing == "git":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setattr(import_module("lrpet.runs.environment"), "PROJECT", tmp_path)
+    done = run(CONFIG, results=tmp_path, device="cpu", progress="off")
+    assert (done.environment["commit"], done.environment["dirty"]) == (told or "unknown", None)
+
+
 def pause_twice(results):
     """Leave a run with a checkpoint and the one before it."""
     for _ in range(2):
