@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Processes", "divide", "join_processes"]
+__all__ = ["Processes", "join_processes"]
 PATIENCE = timedelta(
     hours=6
 )  # for one another: the first process may decode a large data set, or wait for the lock of the run
@@ -192,22 +192,6 @@ def _agree_on_name(store: dist.Store, rank: int, world: int) -> str:
         waiting = {other for other in waiting if not store.check([f"{other} has {mine}"])}
         time.sleep(0.01)
     return mine
-
-
-def divide(costs: Mapping[str, float], parts: int) -> list[list[str]]:
-    """Divide jobs into parts of about the same cost: the dearest job first, each to the part that has least to do so far.
-
-    Returns:
-        The names of each part's jobs in the order of ``costs``; a part may have none.
-
-    >>> divide({"a": 3, "b": 5, "c": 3}, 2)
-    [['b'], ['a', 'c']]
-    """
-    loads, part_of = [0.0] * parts, {}
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        part_of[name] = loads.index(min(loads))
-        loads[part_of[name]] += costs[name]
-    return [[name for name in costs if part_of[name] == part] for part in range(parts)]
 
 
 ALONE = Processes()

@@ -216,7 +216,8 @@ def fold_batchnorm(model: nn.Module, batchnorms: Mapping[str, str | None] | None
         if not isinstance(layer, ConstantOutput):
             weight = layer.weight.double() * a.reshape(-1, *[1] * (layer.weight.ndim - 1))
             layer.weight.copy_(weight)
-        layer.bias = nn.Parameter(bias.to(bn.running_mean.dtype))
+        like = layer.bias if layer.bias is not None else layer.weight
+        layer.bias = nn.Parameter(bias.to(like.dtype), requires_grad=like.requires_grad)
         folded.set_submodule(bn_name, nn.Identity())
     folded.batchnorm_folded = True
     return folded

@@ -67,7 +67,7 @@ def ranks_for_budget(
         name: row.dense_macs // (row.N * row.D) * (row.N + row.D) for name, row in rows.items()
     }  # of one more rank
     ceiling = {
-        name: min(min(row.N, row.D), (row.N * row.D - 1) // (row.N + row.D)) for name, row in rows.items()
+        name: max(1, min(row.N, row.D, (row.N * row.D - 1) // (row.N + row.D))) for name, row in rows.items()
     }
     budget = (1 - macs_reduction) * dense.macs - (dense.macs - sum(row.dense_macs for row in rows.values()))
     if sum(price.values()) > budget:

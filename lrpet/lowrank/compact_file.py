@@ -81,7 +81,7 @@ def _read(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("lrpet")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); save the compact network again"

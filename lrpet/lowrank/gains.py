@@ -44,15 +44,17 @@ def measure_gains(
         inputs.setdefault(names[layer], given[0])
 
     names = {model.get_submodule(name): name for name in ranks}
-    for layer, name in names.items():
-        if ranks[name] < min(layer.weight.flatten(1).shape):
-            hooks.append(layer.register_forward_hook(record))
     modes = {module: module.training for module in model.modules()}
-    model.eval()(example)
-    for module, training in modes.items():
-        module.training = training
-    for hook in hooks:
-        hook.remove()
+    try:
+        for layer, name in names.items():
+            if ranks[name] < min(layer.weight.flatten(1).shape):
+                hooks.append(layer.register_forward_hook(record))
+        model.eval()(example)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for hook in hooks:
+            hook.remove()
     gains, measured = {}, {}
     for name, x in inputs.items():
         layer = model.get_submodule(name)
@@ -78,7 +80,7 @@ def measure_gains(
             )
             timings = side_by_side(
                 {"factors": lambda: factors(x), "dense": lambda: layer(x)}, rounds, x.device
-            )  # noqa: B023 (called at once)
+            )
             measured[kind] = timings["dense"]["ratio_to_first"]
         gains[name] = measured[kind]
     return gains

@@ -1,4 +1,4 @@
-"""The method on a model: which layers, which BatchNorm behind each, same shapes in one batch, one result in every process."""
+"""The method on a model: which layers, which BatchNorm after each, weights of one shape decomposed in one batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from lrpet.lowrank.projection import (
     project_on_basis_,
 )
 from lrpet.lowrank.ranks import LayerReport, resolve_ranks
-from lrpet.processes import Processes, divide
 
 __all__ = ["DEAD_IN_TRAINING", "LowRankProjector"]
 logger = logging.getLogger("lrpet")
@@ -35,8 +34,7 @@ EXACT_EVERY = (
 class LowRankProjector:
     """Projects the chosen layers of a model in place: the paper's method in an object with one verb.
 
-    Where several processes train one network (torch.distributed), call ``step`` in all of them: the layers are divided among them by
-    cost, BatchNorm statistics are the first process's, and each layer is then the same in every process, bit by bit.
+    It knows of this process alone. Where several train one network, call ``step`` in one and broadcast the weights.
 
     Args:
         model: any ``nn.Module``; its Conv2d (one group) and Linear layers can take part.
@@ -84,30 +82,18 @@ class LowRankProjector:
         pairs = resolve_batchnorms(model, self.ranks, batchnorms) if bn_rectification else {}
         self._weights = {name: modules[name].weight for name in self.ranks}
         self._batchnorms = {name: modules[bn] for name, bn in pairs.items() if bn is not None}
-        self._processes = None  # that the layers were divided among, at the first step
         self.fast, self._bases, self._steps = fast, {}, 0
+        self._groups = defaultdict(list)  # Gram matrices of one size, rank and place are decomposed at once
+        for name, weight in self._weights.items():
+            N, D = weight.flatten(1).shape
+            if self.ranks[name] < min(N, D):  # elsewhere nothing is removed, so nothing is changed
+                group = (N, min(N, D), self.ranks[name], weight.device, weight.dtype, name in self._batchnorms)
+                self._groups[group].append(name)
         self._dense = [
             LayerReport(name, None, math.nan, "dense", "grouped" if module.groups > 1 else "no rank given")
             for name, module in modules.items()
             if isinstance(module, nn.Conv2d) and name not in self.ranks
         ]
-
-    def _divide(self, processes: Processes) -> None:
-        """Give every process its layers, and group this one's: Gram matrices of one size, rank and place are decomposed at once."""
-        self._processes, self._bases = processes, {}
-        sizes = {name: weight.flatten(1).shape for name, weight in self._weights.items()}
-        sizes = {
-            name: size for name, size in sizes.items() if self.ranks[name] < min(size)
-        }  # elsewhere nothing is removed, so nothing is changed
-        self._shares = divide(
-            {name: min(N, D) ** 3 + N * D * min(N, D) for name, (N, D) in sizes.items()}, processes.world
-        )
-        self._groups = defaultdict(list)
-        for name in self._shares[processes.rank]:
-            (N, D), weight = sizes[name], self._weights[name]
-            self._groups[
-                N, min(N, D), self.ranks[name], weight.device, weight.dtype, name in self._batchnorms
-            ].append(name)
 
     @torch.no_grad()
     def step(self, *, exact: bool = False) -> list[LayerReport]:
@@ -122,13 +108,6 @@ class LowRankProjector:
         Raises:
             ValueError: a weight or a BatchNorm holds NaN or infinity; nothing has been changed then.
         """
-        processes = Processes.now()
-        if processes != self._processes:
-            self._divide(processes)
-        if processes.world > 1:
-            processes.copy_from(
-                0, [buffer for bn in dict.fromkeys(self._batchnorms.values()) for buffer in bn.buffers()]
-            )
         scales = {
             group: batchnorm_scale(*map(self._batchnorms.get, names))
             for group, names in self._groups.items()
@@ -156,11 +135,9 @@ class LowRankProjector:
             for name, matrix in zip(names, matrices, strict=True):
                 if matrix.data_ptr() != self._weights[name].data_ptr():
                     self._weights[name].copy_(matrix.view(self._weights[name].shape))
-        for owner, names in enumerate(self._shares):
-            processes.copy_from(owner, [self._weights[name] for name in names])
-        reports, told = [], self._tell_all(own)
+        reports = []
         for name, rank in self.ranks.items():
-            energy_kept, was_followed, dead, largest = told.get(name, (1.0, False, False, 0.0))
+            energy_kept, was_followed, dead, largest = own.get(name, (1.0, False, False, 0.0))
             if dead:
                 scaled = " as its BatchNorm scales it" if name in self._batchnorms else ""
                 reason = f"dead: largest singular value{scaled} {largest:.1e} < {DEAD_IN_TRAINING:.0e}"
@@ -170,22 +147,6 @@ class LowRankProjector:
                     LayerReport(name, rank, energy_kept, "projected", "followed" if was_followed else "")
                 )
         return reports + self._dense
-
-    def _tell_all(self, own: dict[str, tuple]) -> dict[str, tuple]:
-        """Return what every process found out about its layers."""
-        if self._processes.world == 1:
-            return own
-        names = [name for names in self._shares for name in names]
-        told = torch.tensor([own.get(name, (0.0,) * 4) for name in names], dtype=torch.float64)
-        told = told.to(
-            next(iter(self._weights.values())).device
-        )  # where a process group of GPUs alone can add it up
-        return {
-            name: (kept, bool(followed), bool(dead), largest)
-            for name, (kept, followed, dead, largest) in zip(
-                names, self._processes.sum(told).tolist(), strict=True
-            )
-        }
 
     def _find_basis(
         self, group: tuple, matrices: list[Tensor], row_scale: Tensor | None, check: bool
@@ -235,7 +196,7 @@ class LowRankProjector:
             for name, row in zip(self._groups[group], a.sum(dim=1), strict=True)
         }
         none = norms.new_zeros(())
-        sums = norms + self._processes.sum(torch.stack([rows.get(name, none) for name in names]))
+        sums = norms + torch.stack([rows.get(name, none) for name in names])
         for name, norm, both in zip(names, *torch.stack([norms, sums]).tolist(), strict=True):
             if not math.isfinite(both):
                 what = "the BatchNorm after layer" if math.isfinite(norm) else "the weight of layer"

@@ -9,6 +9,7 @@ from lrpet.lowrank.factorize import factorize
 from lrpet.lowrank.projector import LowRankProjector
 from lrpet.lowrank.ranks import LayerReport
 from lrpet.methods.base import Dense, is_due, ranks_of
+from lrpet.processes import Processes
 
 __all__ = ["LowRankProjection"]
 
@@ -45,7 +46,23 @@ class LowRankProjection(Dense):
         """Project when the schedule says so and after the last step of all; see :class:`Dense`."""
         if step < (self.config.pretrain_epochs or 0) * steps_per_epoch:
             return None
-        return self.projector.step(exact=last) if last or is_due(self.config, step, steps_per_epoch) else None
+        return self._project(exact=last) if last or is_due(self.config, step, steps_per_epoch) else None
+
+    def _project(self, *, exact: bool) -> list[LayerReport]:
+        """Let the first of the processes project, as its BatchNorm statistics stand, and give all its weights, bit by bit."""
+
+        def attempt():
+            try:
+                return self.projector.step(exact=exact), None
+            except Exception as error:  # told to the others, who would wait for this process
+                return None, error
+
+        processes = Processes.now()
+        reports, error = processes.share(attempt)
+        if error is not None:
+            raise error
+        processes.copy_from(0, [self.model.get_submodule(name).weight for name in self.ranks])
+        return reports
 
     def compact(self) -> nn.Module:
         """Return the factorized network."""

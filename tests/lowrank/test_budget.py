@@ -72,3 +72,11 @@ def test_energy_keeps_at_least_as_much_as_uniform_by_its_own_measure():
 def test_refusals_name_the_argument(arguments, word):
     with pytest.raises(ValueError, match=word):
         ranks_for_budget(build_model("resnet20"), SHAPE, **arguments)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "energy"])
+def test_a_convolution_of_one_output_has_rank_one(allocation):
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, padding=1), torch.nn.Conv2d(16, 1, 3, padding=1))
+    ranks = ranks_for_budget(model, (8, 8, 8), 0.5, allocation=allocation)
+    assert ranks["1"] == 1 and ranks["0"] > 1
+    cost(model, (8, 8, 8), ranks)

@@ -433,3 +433,26 @@ def test_real_gains_are_positive_numbers():
 def test_a_gain_without_an_example_is_refused(options):
     with pytest.raises(ValueError, match="min_gain and example go together"):
         factorize(Zoo(), ZOO_RANKS, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_of_half_precision_keeps_its_dtype_when_a_float32_batchnorm_is_folded(dtype, bias):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), randomize_batchnorms(nn.BatchNorm2d(8))).eval()
+    expected = fold_batchnorm(model)
+    model[0].to(dtype)
+    folded = fold_batchnorm(model)
+    assert {p.dtype for p in folded.parameters()} == {dtype}
+    x = torch.rand(2, 3, 6, 6)
+    with torch.no_grad():
+        error = (folded(x.to(dtype)).float() - expected(x)).abs().max()
+    assert error < 0.05 * expected(x).abs().max()
+
+
+def test_gains_leave_neither_hooks_nor_eval_mode_after_an_error():
+    model = low_rank_zoo().train()
+    model.bn2.eval()
+    with pytest.raises(RuntimeError):
+        measure_gains(model, ZOO_RANKS, torch.rand(2, 4, 21, 18))
+    assert model.training and not model.bn2.training
+    assert not any(module._forward_hooks for module in model.modules())

@@ -18,15 +18,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import TINY, ZOO_RANKS, Zoo, outcome, randomize_batchnorms
+from helpers import TINY, outcome, randomize_batchnorms
 from torch import nn
 
-from lrpet import LowRankProjector, RunConfig, build_model, ranks_from_ratio, run
+from lrpet import RunConfig, build_model, run
 from lrpet.config import METHODS
 from lrpet.data.batches import Batches
 from lrpet.data.sets import ImageData, load_data
+from lrpet.methods import make_method
 from lrpet.paths import PROJECT
-from lrpet.processes import Processes, divide, join_processes
+from lrpet.processes import Processes, join_processes
 from lrpet.runs.store import is_complete, load_network, load_run
 from lrpet.training.evaluate import evaluate
 from lrpet.training.loop import Paused
@@ -138,105 +139,44 @@ def test_one_process_of_a_machine_fills_the_cache_and_the_others_find_it(tmp_pat
     assert together(tmp_path, 3, take_turns, tmp_path) == [False, True, True]
 
 
-@pytest.mark.parametrize(
-    ("costs", "parts", "expected"),
-    [
-        ({}, 2, [[], []]),
-        ({"a": 1}, 3, [["a"], [], []]),
-        ({"a": 1, "b": 9, "c": 2, "d": 7}, 2, [["a", "b"], ["c", "d"]]),
-        (dict.fromkeys("abcd", 1), 1, [["a", "b", "c", "d"]]),
-    ],
-)
-def test_work_is_divided_by_cost(costs, parts, expected):
-    assert divide(costs, parts) == expected
-
-
 # ---------------------------------------------------------------- the projection
 
 
-def network(name):
+def project_together(processes, name, spoil, steps):
+    """Project several times as training does, with other BatchNorm statistics in each process."""
     torch.manual_seed(5)
-    model = randomize_batchnorms(Zoo() if name == "zoo" else build_model(name))
-    return model, ZOO_RANKS | {"head": 2} if name == "zoo" else ranks_from_ratio(model, 0.57)
-
-
-def project_together(processes, name, options, steps):
-    """Project several times, with other BatchNorm statistics in each process."""
-    model, ranks = network(name)
+    config = RunConfig(model=name, prune_ratio=0.57)
+    method = make_method(randomize_batchnorms(build_model(name)), config)
     torch.manual_seed(processes.rank)
-    for module in model.modules():
+    for module in method.model.modules():
         if isinstance(module, nn.BatchNorm2d) and processes.rank:
             module.running_var.uniform_(0.5, 2)
-    projector, noise, reports = (
-        LowRankProjector(model, ranks, **options),
-        torch.Generator().manual_seed(7),
-        [],
-    )
-    for step in range(steps):
-        for p in model.parameters():
-            p.data += 1e-3 * torch.randn(p.shape, generator=noise)
-        reports.append(projector.step(exact=step == steps - 1))
-    return {
-        "state": {name: p.detach() for name, p in model.named_parameters()},
-        "reports": reports,
-        "own": len(projector._shares[processes.rank]),
-    }
+    if spoil and processes.first:
+        method.model.bn.running_var.fill_(float("nan"))
+    before = copy.deepcopy(method.model.state_dict())
+    noise, reports = torch.Generator().manual_seed(7), []
+    for step in range(1, steps + 1):
+        for p in method.model.parameters():
+            p.data += 1e-3 * torch.randn(p.shape, generator=noise) * (not spoil)
+        try:
+            reports.append(method.after_step(step, 1, last=step == steps))
+        except ValueError as error:
+            assert all(torch.equal(p, before[name]) for name, p in method.model.named_parameters())
+            return str(error)
+    return {"state": {name: p.detach() for name, p in method.model.named_parameters()}, "reports": reports}
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("resnet8", {}), ("zoo", {}), ("zoo", {"bn_rectification": False}), ("resnet20", {"fast": True})],
-)
-def test_weights_and_reports_are_the_same_bits_in_every_process_after_a_projection(
-    tmp_path, world, name, options
-):
-    alone = project_together(Processes(), name, options, 3)
-    several = together(tmp_path, world, project_together, name, options, 3)
-    assert all(process["own"] < alone["own"] for process in several)  # the work was divided
-    assert_same([process["state"] for process in several])
-    assert {str(process["reports"]) for process in several} == {str(several[0]["reports"])}
-    for weight, expected in zip(
-        several[0]["state"].values(), alone["state"].values(), strict=True
-    ):  # stacks differ, so bits may
-        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
-    for projected, expected in zip(several[0]["reports"][-1], alone["reports"][-1], strict=True):
-        assert (projected.name, projected.rank, projected.action) == (
-            expected.name,
-            expected.rank,
-            expected.action,
-        )
-        assert projected.energy_kept == pytest.approx(expected.energy_kept, rel=1e-6, nan_ok=True)
-
-
-def project_few(processes, spoil):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3))
-    if spoil and processes.first:
-        model[1].running_var.fill_(float("nan"))
-    model[3].weight.data *= 1e-9  # dead
-    before = copy.deepcopy(model.state_dict())
-    try:
-        return LowRankProjector(model, {"0": 2, "2": 3, "3": 1}).step(), model.state_dict()
-    except ValueError as error:
-        assert all(torch.equal(model.state_dict()[name], before[name]) for name in ("0.weight", "2.weight"))
-        return str(error)
-
-
-def test_fewer_layers_than_processes_and_a_dead_one(tmp_path):
-    reports, states = zip(*together(tmp_path, 4, project_few, False), strict=True)
-    assert_same(states)
-    assert [(r.name, r.action) for r in reports[0]] == [
-        ("0", "projected"),
-        ("2", "projected"),
-        ("3", "left alone"),
-    ]
-    assert [str(r) for r in reports] == [str(reports[0])] * 4
+def test_weights_and_reports_of_a_projection_are_those_of_one_process_bit_for_bit(tmp_path, world):
+    alone = project_together(Processes(), "resnet8", False, 3)
+    several = together(tmp_path, world, project_together, "resnet8", False, 3)
+    assert_same([alone["state"], *(process["state"] for process in several)])
+    assert {str(process["reports"]) for process in several} == {str(alone["reports"])}
 
 
 def test_statistics_that_are_lost_are_an_error_in_every_process_and_nothing_is_projected(tmp_path):
-    errors = together(tmp_path, 3, project_few, True)
-    assert errors == ["NaN, infinity or overflow in the BatchNorm after layer '0'; nothing was projected"] * 3
+    errors = together(tmp_path, 3, project_together, "resnet8", True, 1)
+    assert errors == ["NaN, infinity or overflow in the BatchNorm after layer 'conv'; nothing was projected"] * 3
 
 
 # ---------------------------------------------------------------- data
