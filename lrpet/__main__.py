@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import yaml
 
 from lrpet.bench.loading import keep, measure, throughput_line
-from lrpet.config import PROFILES, RunConfig
+from lrpet.config import PROFILES, RunConfig, describe_fields
 from lrpet.data.load import load_images, make_batches
 from lrpet.deploy.export import FORMATS
 from lrpet.experiments import Experiment, load_profile, select
@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
     _add_training(sub)
     sub = verb("train", _train, "do one run of your own")
+    sub.epilog, sub.formatter_class = f"fields:\n{describe_fields()}", argparse.RawDescriptionHelpFormatter
     text = "fields of RunConfig, as dataset=imagefolder epochs=10"
     sub.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help=text)
     _add_training(sub)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import sys
@@ -10,69 +11,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrpet.models import MODELS
 from lrpet.paths import results_root
+from lrpet.registry import METHODS, MODELS, SMALLEST
 
-__all__ = ["DATASETS", "METHODS", "RANK_RULES", "RunConfig"]
+__all__ = ["DATASETS", "METHODS", "PROFILES", "RunConfig", "describe_fields"]
 DATASETS = {"digits": 8, "cifar10": 32, "imagefolder": 224}  # name → image size in pixels
-SIZE = {"prune_ratio": 0.57, "ranks": None, "layers": None}  # how compact the result is
-PROJECTION = {
-    "bn_rectification": True,
-    "residual": 0.0,
-    "row_eps": 1e-5,
-    "projection_interval": 1,
-    "projection_unit": "epoch",
-}
-PRETRAINING = {"pretrain_epochs": None, "finetune_learning_rate": None}
-METHODS = {  # which fields of a RunConfig a method reads besides those of training, and their defaults
-    "dense": {},
-    "lrp": SIZE | PROJECTION | PRETRAINING,
-    "lrpet": SIZE | PROJECTION | PRETRAINING,
-    "svd_finetune": SIZE | PRETRAINING,
-    "factorized": SIZE | {"product_decay": True},
-    "trp": {
-        "layers": None,
-        "energy_threshold": 0.02,
-        "nuclear_norm": 0.0003,
-        "projection_interval": 20,
-        "projection_unit": "iteration",
-    },
-    "warmup_switch": SIZE | {"pretrain_epochs": None, "rank_rule": "given"},
-    "svd_training": SIZE | PRETRAINING | {"orthogonality": 1.0, "sparsity": 0.01},
-    "filter_pruning": SIZE | PRETRAINING,
-    "narrow": SIZE,
-}
-METHOD_DEFAULTS = {
-    name: [reads[name] for reads in METHODS.values() if name in reads]
-    for reads in METHODS.values()
-    for name in reads
-}
-PRETRAINED_SHARE = {
-    "svd_finetune": 2,
-    "svd_training": 2,
-    "filter_pruning": 2,
-    "warmup_switch": 4,
-}  # epochs divided by this, unless given
-RANK_RULES = ("given", "stable_rank")
 PROFILES = ("smoke", "short", "scaled", "selection", "paper", "imagenette", "imagenet")
-SMALLEST = {"vgg16": 32, "vit": 32}  # pixels that a network needs
-RECIPES = ("sgd", "adamw")
-PRECISIONS = ("fp32", "tf32", "bf16")
-BOUNDS = {  # of the numbers that only some methods read
-    "residual": (0.0, 1.0),
-    "row_eps": (0.0, 1.0),
-    "projection_interval": (1, 1_000_000),
-    "finetune_learning_rate": (0.0, 100.0),
-    "energy_threshold": (0.0, 0.99),
-    "nuclear_norm": (0.0, 1.0),
-    "orthogonality": (0.0, 1000.0),
-    "sparsity": (0.0, 1000.0),
+SIZE = ("prune_ratio", "ranks", "layers")  # how compact the result is; ignored by methods that do not read it
+METHOD_DEFAULTS = {  # field that only some methods read → method → its default
+    field: {name: row.reads[field] for name, row in METHODS.items() if field in row.reads}
+    for row in METHODS.values()
+    for field in row.reads
 }
 
 
-def _later(absent):
-    """Return a field that came after the first runs; they had this value, and keep their names while it holds it."""
-    return dataclasses.field(default=absent, metadata={"absent": absent})
+def _field(default, help: str, **limits):
+    """Return a field with its help text and limits.
+
+    Args:
+        default: its value where none is given; None: what the method or another field says.
+        help: meaning, unit, source.
+        limits: ``choices``; ``low`` and ``high``, both allowed; ``below`` for ``high``, itself not allowed;
+            ``absent``, the value that describes runs from before the field came: they keep their names while
+            it holds it.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
@@ -87,7 +50,7 @@ class RunConfig:
 
     Raises:
         ValueError: a field of the wrong type or out of range, or fields that contradict each other; the
-            text names the field, what came, what is allowed and what to do.
+            text names the field, what was received, what is allowed and what to do.
 
     Source of the defaults that are the paper's: arXiv 2204.05566, experimental settings.
 
@@ -95,176 +58,192 @@ class RunConfig:
     'digits-resnet8-lrpet-0.57-s1-0aa7fc'
     """
 
-    dataset: str = "digits"  # digits | cifar10 | imagefolder
-    image_size: int | None = None  # pixels; null is the data set's own: 8, 32, 224
-    model: str = "resnet8"  # a name of build_model
-    method: str = "lrpet"  # dense | lrp | lrpet | svd_finetune | factorized | trp | warmup_switch | svd_training | filter_pruning | narrow
-    prune_ratio: float | None = None  # share of singular values removed; null with ranks, else 0.57
-    ranks: tuple[int, ...] | Mapping[str, int] | None = None  # one for each convolution, or layer name → rank
-    layers: str | None = _later(None)  # null: all convolutions; else names with *, Linear too
-    bn_rectification: bool | None = None  # project the weight as BatchNorm scales it; paper: true
-    residual: float | None = None  # q, share of each removed singular value that stays; paper's tables: 0
-    row_eps: float | None = None  # constant in undoing the BatchNorm scale; authors' code: 0.00001
-    projection_interval: int | None = None  # in projection_unit
-    projection_unit: str | None = None  # epoch | iteration
-    pretrain_epochs: int | None = dataclasses.field(
-        default=None, metadata={"absent": None}
-    )  # dense epochs first, of the total; null: none, or the method's
-    finetune_learning_rate: float | None = dataclasses.field(
-        default=None, metadata={"absent": None}
-    )  # start of the schedule after them; null: a tenth
-    product_decay: bool | None = dataclasses.field(
-        default=None, metadata={"absent": None}
-    )  # factorized: weight decay on the product, not the factors
-    rank_rule: str | None = _later(None)  # warmup_switch: given | stable_rank
-    energy_threshold: float | None = _later(None)  # trp: share of energy that may be cut
-    nuclear_norm: float | None = _later(None)  # trp: weight of the nuclear norm's subgradient; 0: none
-    orthogonality: float | None = _later(None)  # svd_training: weight of that penalty
-    sparsity: float | None = _later(None)  # svd_training: weight of the singular values' penalty
-    epochs: int = 20
-    batch_size: int = 64  # images
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 0.0001
-    normalized_weight_decay: float | None = _later(
-        None
-    )  # of weights that a BatchNorm follows, factors too; null: weight_decay
-    milestones: tuple[int, ...] = (10, 15)  # epochs at which the learning rate falls to a tenth
-    validation_fraction: float = (
-        0.0  # share of training images held out; above 0 they, not the test set, are scored
+    dataset: str = _field("digits", "the images", choices=DATASETS)
+    image_size: int | None = _field(None, "pixels; null: the data set's own, 8, 32, 224", low=4, high=1024)
+    model: str = _field("resnet8", "the network, a name of build_model", choices=MODELS)
+    method: str = _field("lrpet", "how the network becomes compact", choices=METHODS)
+    prune_ratio: float | None = _field(
+        None, "share of singular values removed; null where ranks are given", low=0.0, below=1.0
     )
-    crops: str | None = _later(
-        None
-    )  # imagefolder, training: square (null: of the central one, kept at 8/7 of image_size) | whole (as in the paper)
-    recipe: str = _later("sgd")  # sgd | adamw (with cosine, mixup, …; see recipes.py)
-    seed: int = 1
-    sync_batchnorm: bool = _later(
-        False
-    )  # BatchNorm statistics over the batches of all processes; false: over each one's part
-    precision: str = "fp32"  # fp32 | tf32 (CUDA) | bf16 (autocast)
-    profile: str = "smoke"  # smoke | short | scaled | selection | paper | imagenette | imagenet
+    ranks: tuple[int, ...] | Mapping[str, int] | None = _field(
+        None, "one rank per convolution, or layer name → rank; null: from prune_ratio"
+    )
+    layers: str | None = _field(
+        None, "names of layers, with *, Linear too; null: all convolutions", absent=None
+    )
+    bn_rectification: bool | None = _field(None, "project the weight as BatchNorm scales it, as in the paper")
+    residual: float | None = _field(
+        None, "q, share of each removed singular value that stays; the paper's tables: 0", low=0.0, high=1.0
+    )
+    row_eps: float | None = _field(
+        None, "constant in undoing the BatchNorm scale; the authors' code: 0.00001", low=0.0, high=1.0
+    )
+    projection_interval: int | None = _field(
+        None, "between projections, in projection_unit", low=1, high=1_000_000
+    )
+    projection_unit: str | None = _field(None, "of projection_interval", choices=("epoch", "iteration"))
+    pretrain_epochs: int | None = _field(
+        None, "dense epochs first, of the total; null: none, or the method's share", absent=None
+    )
+    finetune_learning_rate: float | None = _field(
+        None,
+        "start of the schedule after them; null: a tenth of learning_rate",
+        low=0.0,
+        high=100.0,
+        absent=None,
+    )
+    product_decay: bool | None = _field(
+        None, "weight decay acts on the product of the factors, not on each factor", absent=None
+    )
+    rank_rule: str | None = _field(
+        None, "where the ranks come from", choices=("given", "stable_rank"), absent=None
+    )
+    energy_threshold: float | None = _field(
+        None, "share of the energy that may be cut off", low=0.0, high=0.99, absent=None
+    )
+    nuclear_norm: float | None = _field(
+        None, "weight of the nuclear norm's subgradient; 0: none", low=0.0, high=1.0, absent=None
+    )
+    orthogonality: float | None = _field(
+        None, "weight of the orthogonality penalty", low=0.0, high=1000.0, absent=None
+    )
+    sparsity: float | None = _field(
+        None, "weight of the singular values' penalty", low=0.0, high=1000.0, absent=None
+    )
+    epochs: int = _field(20, "in total, dense ones first included", low=1, high=100_000)
+    batch_size: int = _field(64, "images per step, of all processes together", low=1, high=1_000_000)
+    learning_rate: float = _field(0.1, "at the start", low=0.0, high=100.0)
+    momentum: float = _field(0.9, "of SGD", low=0.0, high=0.9999)
+    weight_decay: float = _field(0.0001, "of all weights", low=0.0, high=1.0)
+    normalized_weight_decay: float | None = _field(
+        None,
+        "of weights that a BatchNorm follows, both factors too; null: weight_decay",
+        low=0.0,
+        high=1.0,
+        absent=None,
+    )
+    milestones: tuple[int, ...] = _field((10, 15), "epochs at which the learning rate falls to a tenth")
+    validation_fraction: float = _field(
+        0.0,
+        "share of training images held out; above 0 they, not the test images, are scored",
+        low=0.0,
+        high=0.9,
+    )
+    crops: str | None = _field(
+        None,
+        "imagefolder, training: of the central square, kept at 8/7 of image_size (square, null), or of the"
+        " whole image, as in the paper",
+        choices=("square", "whole"),
+        absent=None,
+    )
+    recipe: str = _field(
+        "sgd", "adamw comes with cosine schedule, mixup and more", choices=("sgd", "adamw"), absent="sgd"
+    )
+    seed: int = _field(1, "of all random numbers", low=0, high=2**31 - 1)
+    sync_batchnorm: bool = _field(
+        False, "BatchNorm statistics over the batches of all processes, not of each one's part", absent=False
+    )
+    precision: str = _field("fp32", "tf32 on CUDA only; bf16 is autocast", choices=("fp32", "tf32", "bf16"))
+    profile: str = _field("smoke", "whose table the run is for", choices=PROFILES)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
+        fields = dataclasses.fields(self)
+        for field in fields:
             _check_type(field.name, getattr(self, field.name), field.type)
-        self._choose("dataset", DATASETS)
-        self._choose("model", MODELS)
-        self._choose("method", METHODS)
-        self._choose("recipe", RECIPES)
-        self._choose("precision", PRECISIONS)
-        self._choose("profile", PROFILES)
+        for field in fields:
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                self._refuse(field.name, f"one of {', '.join(choices)}")
         self._normalize()
-        self._bound("image_size", 4, 1024)
-        self._bound("epochs", 1, 100_000)
-        self._bound("batch_size", 1, 1_000_000)
-        self._bound("seed", 0, 2**31 - 1)
-        self._bound("learning_rate", 0.0, 100.0)
-        self._bound("momentum", 0.0, 0.9999)
-        self._bound("weight_decay", 0.0, 1.0)
-        if self.normalized_weight_decay is not None:
-            self._bound("normalized_weight_decay", 0.0, 1.0)
-        self._bound("validation_fraction", 0.0, 0.9)
-        if self.dataset != "imagefolder" and self.image_size != DATASETS[self.dataset]:
-            self._refuse(
-                "image_size",
-                f"{DATASETS[self.dataset]} for {self.dataset}; another size needs dataset='imagefolder'",
-            )
-        if self.crops not in (None, "whole"):
-            self._refuse("crops", "one of square, whole")
-        if self.crops is not None and self.dataset != "imagefolder":
-            self._refuse(
-                "crops", "left out but for dataset='imagefolder'; the other data sets have crops of their own"
-            )
-        if self.image_size < SMALLEST.get(self.model, 0):
-            self._refuse(
-                "image_size",
-                f"{SMALLEST[self.model]} or more for {self.model}; take another model or dataset",
-            )
-        if any(b <= a for a, b in zip((0, *self.milestones), self.milestones, strict=False)) or any(
-            m >= self.epochs for m in self.milestones
-        ):
-            self._refuse(
-                "milestones",
-                f"rising epochs between 1 and {self.epochs - 1}; shorten them together with epochs",
-            )
-        for name in METHODS[self.method]:
-            if getattr(self, name) is not None and name in BOUNDS:
-                self._bound(name, *BOUNDS[name])
-        if self.prune_ratio is not None and not 0.0 <= self.prune_ratio < 1.0:
-            self._refuse("prune_ratio", "at least 0 and below 1")
-        if (
-            self.ranks is not None
-            and min(self.ranks.values() if isinstance(self.ranks, dict) else self.ranks, default=0) < 1
-        ):
+        for field in fields:
+            value, allowed = getattr(self, field.name), _bounds(field)
+            if allowed and value is not None and not _within(field, value):
+                self._refuse(field.name, allowed)
+        self._check_image_size()
+        self._check_schedule()
+        given = self.ranks.values() if isinstance(self.ranks, dict) else self.ranks
+        if given is not None and min(given, default=0) < 1:
             self._refuse("ranks", "one or more ranks of at least 1")
-        if self.projection_unit is not None:
-            self._choose("projection_unit", ("epoch", "iteration"))
-        if self.rank_rule is not None:
-            self._choose("rank_rule", RANK_RULES)
+
+    def _check_image_size(self) -> None:
+        if self.dataset != "imagefolder":
+            if self.image_size != DATASETS[self.dataset]:
+                own = f"{DATASETS[self.dataset]} for {self.dataset}"
+                self._refuse("image_size", f"{own}; another size needs dataset='imagefolder'")
+            if self.crops is not None:
+                own = "the other data sets have crops of their own"
+                self._refuse("crops", f"left out except for dataset='imagefolder'; {own}")
+        if self.image_size < SMALLEST.get(self.model, 0):
+            needed = f"{SMALLEST[self.model]} or more for {self.model}"
+            self._refuse("image_size", f"{needed}; take another model or dataset")
+
+    def _check_schedule(self) -> None:
+        ends = (0, *self.milestones, self.epochs)
+        if self.milestones and any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
+            allowed = f"rising epochs between 1 and {self.epochs - 1}"
+            self._refuse("milestones", f"{allowed}; shorten them together with epochs")
         if self.pretrain_epochs is not None and not 1 <= self.pretrain_epochs < self.epochs:
-            self._refuse(
-                "pretrain_epochs", f"between 1 and {self.epochs - 1}, one below epochs, which counts them too"
-            )
+            allowed = f"between 1 and {self.epochs - 1}, one below epochs, which counts them too"
+            self._refuse("pretrain_epochs", allowed)
+
+    def _put(self, name: str, value) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen for everybody else
 
     def _normalize(self) -> None:
         """Fill in what follows from other fields; null what the method does not read."""
-        put = lambda name, value: object.__setattr__(self, name, value)
         for field in dataclasses.fields(self):
             if "float" in field.type and getattr(self, field.name) is not None:
-                put(field.name, float(getattr(self, field.name)))
-        put("milestones", tuple(self.milestones) if self.recipe == "sgd" else ())
+                self._put(field.name, float(getattr(self, field.name)))
+        self._put("milestones", tuple(self.milestones) if self.recipe == "sgd" else ())
         if self.crops == "square":
-            put("crops", None)
+            self._put("crops", None)
         if self.image_size is None:
-            put("image_size", DATASETS[self.dataset])
-        reads = METHODS[self.method]
-        for name, values in METHOD_DEFAULTS.items():
-            value = getattr(self, name)
-            if name in reads or value is None:
-                continue
-            if name not in SIZE and value not in values and not (name == "pretrain_epochs" and value == 0):
-                readers = ", ".join(method for method in METHODS if name in METHODS[method])
-                self._refuse(
-                    name,
-                    f"left out with method={self.method!r}, which does not read it (those that do: {readers})",
-                )
-            put(name, None)
+            self._put("image_size", DATASETS[self.dataset])
+        self._drop_what_the_method_does_not_read()
         if self.ranks is not None:
             if self.prune_ratio is not None:
                 self._refuse("prune_ratio", "null when ranks are given; drop one of the two")
             if self.layers is not None:
                 self._refuse("layers", "null when ranks are given, which name their layers themselves")
-            put("ranks", dict(self.ranks) if isinstance(self.ranks, Mapping) else tuple(self.ranks))
+            self._put("ranks", dict(self.ranks) if isinstance(self.ranks, Mapping) else tuple(self.ranks))
         if self.rank_rule == "stable_rank" and (self.prune_ratio, self.ranks) != (None, None):
             self._refuse("rank_rule", "'given' when prune_ratio or ranks are; the stable rank sets its own")
-        if self.method in ("lrp", "lrpet") and self.pretrain_epochs == 0:
-            put("pretrain_epochs", None)  # from scratch, as every run was before this field came
-        for name, value in reads.items():
-            if getattr(self, name) is None and not (
-                name == "prune_ratio" and (self.ranks is not None or self.rank_rule == "stable_rank")
-            ):
-                put(name, value)
-        if self.pretrain_epochs is None and self.method in PRETRAINED_SHARE:
-            put("pretrain_epochs", max(1, self.epochs // PRETRAINED_SHARE[self.method]))
+        self._fill_in_the_method_s_defaults()
+
+    def _drop_what_the_method_does_not_read(self) -> None:
+        for name, defaults in METHOD_DEFAULTS.items():
+            value = getattr(self, name)
+            if self.method in defaults or value is None:
+                continue
+            meaningless = (
+                name in SIZE or value in defaults.values() or (name, value) == ("pretrain_epochs", 0)
+            )
+            if not meaningless:
+                reads = f"which does not read it (those that do: {', '.join(defaults)})"
+                self._refuse(name, f"left out with method={self.method!r}, {reads}")
+            self._put(name, None)
+
+    def _fill_in_the_method_s_defaults(self) -> None:
+        row = METHODS[self.method]
+        if self.pretrain_epochs == 0 and row.pretrained_share is None:
+            self._put("pretrain_epochs", None)  # from scratch, as every run was before this field came
+        for name, value in row.reads.items():
+            sized = name == "prune_ratio" and (self.ranks is not None or self.rank_rule == "stable_rank")
+            if getattr(self, name) is None and not sized:
+                self._put(name, value)
+        if self.pretrain_epochs is None and row.pretrained_share is not None:
+            self._put("pretrain_epochs", max(1, self.epochs // row.pretrained_share))
+        if self.finetune_learning_rate is not None and self.pretrain_epochs is None:
+            self._refuse("finetune_learning_rate", "left out without pretrain_epochs, after which it holds")
         if (
             self.finetune_learning_rate is None
             and self.pretrain_epochs is not None
-            and "finetune_learning_rate" in reads
+            and "finetune_learning_rate" in row.reads
         ):
-            put("finetune_learning_rate", self.learning_rate / 10)
-        if self.finetune_learning_rate is not None and self.pretrain_epochs is None:
-            self._refuse("finetune_learning_rate", "left out without pretrain_epochs, after which it holds")
+            self._put("finetune_learning_rate", self.learning_rate / 10)
 
     def _refuse(self, name: str, allowed: str):
         raise ValueError(f"{name} must be {allowed}; got {getattr(self, name)!r}")
-
-    def _choose(self, name: str, allowed) -> None:
-        if getattr(self, name) not in allowed:
-            self._refuse(name, f"one of {', '.join(allowed)}")
-
-    def _bound(self, name: str, low: float, high: float) -> None:
-        if not low <= getattr(self, name) <= high:
-            self._refuse(name, f"between {low:.10g} and {high:.10g}")
 
     def __hash__(self):
         return hash(self.run_id)  # a map of ranks has no hash of its own
@@ -278,12 +257,9 @@ class RunConfig:
         ...
         ValueError: 'prune_ration' is not a field of RunConfig; did you mean 'prune_ratio'?
         """
-        import difflib
-
         if not isinstance(values, Mapping):
-            raise ValueError(
-                f"a configuration must be a map of fields to values, as {{'seed': 1}}; got {values!r}"
-            )
+            allowed = "a map of fields to values, as {'seed': 1}"
+            raise ValueError(f"a configuration must be {allowed}; got {values!r}")
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
@@ -304,24 +280,60 @@ class RunConfig:
             if "absent" in field.metadata and values[field.name] == field.metadata["absent"]:
                 del values[field.name]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
-        size = (
-            ["ranks"]
-            if self.ranks is not None
-            else []
-            if self.prune_ratio is None
-            else [f"{self.prune_ratio:g}"]
-        )
-        return "-".join([self.dataset, self.model, self.method, *size, f"s{self.seed}", digest])
+        name = [self.dataset, self.model, self.method]
+        if self.ranks is not None:
+            name.append("ranks")
+        elif self.prune_ratio is not None:
+            name.append(f"{self.prune_ratio:g}")
+        return "-".join([*name, f"s{self.seed}", digest])
 
     def folder(self, results: Path | None = None) -> Path:
         """Return where the run lives: ``<results>/<profile>/runs/<run_id>``."""
         return (results or results_root()) / self.profile / "runs" / self.run_id
 
 
+def describe_fields() -> str:
+    """Return one paragraph per field of RunConfig: type, default, meaning, limits, the methods that read it.
+
+    >>> print(describe_fields().splitlines()[0])
+    dataset: str = 'digits'
+    """
+    lines = []
+    for field in dataclasses.fields(RunConfig):
+        about, readers = field.metadata, {}
+        for method, default in METHOD_DEFAULTS.get(field.name, {}).items():
+            readers.setdefault(default, []).append(method)
+        allowed = f"one of {', '.join(about['choices'])}" if "choices" in about else _bounds(field)
+        lines.append(f"{field.name}: {field.type} = {field.default!r}")
+        lines.append("    " + "; ".join(filter(None, [about["help"], allowed])))
+        if readers:
+            each = "; ".join(f"{', '.join(methods)} ({default!r})" for default, methods in readers.items())
+            lines.append(f"    read, with this default, by {each}")
+    return "\n".join(lines).replace("None", "null")
+
+
+def _within(field: dataclasses.Field, value: float) -> bool:
+    limits = field.metadata
+    if "below" in limits:
+        return limits["low"] <= value < limits["below"]
+    return limits["low"] <= value <= limits["high"]
+
+
+def _bounds(field: dataclasses.Field) -> str:
+    """Return the range of a field in words; empty where it has none."""
+    limits = field.metadata
+    if "low" not in limits:
+        return ""
+    if "below" in limits:
+        return f"at least {limits['low']:g} and below {limits['below']:g}"
+    return f"between {limits['low']:.10g} and {limits['high']:.10g}"
+
+
 def _check_type(name: str, value, annotation: str) -> None:
-    """Refuse a value of the wrong type; no conversion but int → float, which loses nothing."""
+    """Refuse a value of the wrong type; no conversion except int → float, which loses nothing."""
     if value is None and "None" in annotation:
         return
+    wanted = annotation.split(" ")[0]
     if annotation.startswith("tuple"):
         if isinstance(value, Mapping) and "Mapping" in annotation:
             items = value.values()
@@ -333,13 +345,10 @@ def _check_type(name: str, value, annotation: str) -> None:
             or_map = " or a map of layer names to them" if "Mapping" in annotation else ""
             raise ValueError(f"{name} must be a list of whole numbers{or_map}; got {value!r}")
         return
-    kind = {"str": str, "int": int, "float": (int, float), "bool": bool}[annotation.split(" ")[0]]
+    kind = {"str": str, "int": int, "float": (int, float), "bool": bool}[wanted]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        hint = (
-            " (YAML reads 1e-4 as text: write 0.0001)" if isinstance(value, str) and kind is not str else ""
-        )
-        raise ValueError(
-            f"{name} must be {annotation.split(' ')[0]}; got {type(value).__name__} {value!r}{hint}"
-        )
+        text = isinstance(value, str) and kind is not str
+        hint = " (YAML reads 1e-4 as text: write 0.0001)" if text else ""
+        raise ValueError(f"{name} must be {wanted}; got {type(value).__name__} {value!r}{hint}")
     if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite; got {value!r}")

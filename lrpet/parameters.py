@@ -1,4 +1,4 @@
-"""What the parameterized notebooks need beside the library: parameters that are checked before anything runs."""
+"""What the parameterized notebooks need: parameters that are checked before anything runs."""
 
 from __future__ import annotations
 

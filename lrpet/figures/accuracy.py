@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from lrpet.config import METHODS, RunConfig
+from lrpet.config import RunConfig
 from lrpet.figures.style import (
     METHOD_STYLES,
     PAPER,
@@ -23,6 +23,7 @@ from lrpet.figures.style import (
     method_style,
     say_in_panel,
 )
+from lrpet.registry import METHODS
 
 __all__ = ["plot_ablations", "plot_accuracy_against_macs", "plot_rank_search"]
 
@@ -31,14 +32,15 @@ __all__ = ["plot_ablations", "plot_accuracy_against_macs", "plot_rank_search"]
 def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | None = None) -> ProjectFigure:
     """Draw accuracy against cost: runs as full markers with mean and deviation over their seeds, published ones hollow.
 
-    Runs that differ in the seed only are one point: mean of the last epoch's accuracy and of the MACs, bars of
-    one standard deviation (n − 1) where there are two seeds or more. Points of equal cost stand side by side.
+    Runs that differ in the seed only are one point: mean of the last epoch's accuracy and of the MACs, bars
+    of one standard deviation (n − 1) where there are two seeds or more. Points of equal cost stand side by
+    side.
 
     Args:
         runs: rows of :func:`lrpet.load_runs`, of one data set and one profile; may be empty.
-        published: rows of ``paper/reported.csv``. Drawn are those of a data set and network that ``runs`` has, with an
-            accuracy and a cost. Where only the saved share of the MACs is published, the cost is what is left of the
-            dense network's as counted here; a baseline costs the dense network.
+        published: rows of ``paper/reported.csv``. Drawn are those of a data set and network that ``runs``
+            has, with an accuracy and a cost. Where only the saved share of the MACs is published, the cost is
+            what is left of the dense network's as counted here; a baseline costs the dense network.
 
     Returns:
         One panel: top-1 accuracy in % against MACs in millions, on a log scale if they span a factor of ten.
@@ -135,7 +137,8 @@ def plot_rank_search(candidates: pd.DataFrame, uniform: pd.DataFrame) -> Project
     """Draw accuracy against MACs of searched ranks, their Pareto front, and one ratio for all layers.
 
     Args:
-        candidates: ``top1_pct``, ``macs`` and ``pareto`` of each candidate, as :func:`lrpet.runs.search.trials_table` returns them.
+        candidates: ``top1_pct``, ``macs`` and ``pareto`` of each candidate, as
+            :func:`lrpet.runs.search.trials_table` returns them.
         uniform: the same without ``pareto``, a row a ratio.
 
     Returns:
@@ -217,7 +220,7 @@ def _series_of_runs(runs: pd.DataFrame) -> list[_Series]:
     for method in [*METHOD_STYLES, *sorted(set(key["method"]) - set(METHOD_STYLES))]:
         mine = key[key["method"] == method]
         differ = [f for f in fields if f not in ("model", "prune_ratio", "ranks") and mine[f].nunique() > 1]
-        usual = METHODS.get(method, {})
+        usual = METHODS[method].reads if method in METHODS else {}
         rows_of = mine[differ].drop_duplicates().sort_values(differ).itertuples(index=False) if differ else []
         variants = {
             tuple(row): [
@@ -303,8 +306,8 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
         runs: of :func:`lrpet.tables.rows.profile_runs`, from which it was made.
 
     Returns:
-        A panel a question, a line a setting; LRPET as it is has the filled marker, and a dotted line stands at its mean.
-        A setting that was not run says so, and so does a profile without ablations.
+        A panel a question, a line a setting; LRPET as it is has the filled marker, and a dotted line stands
+        at its mean. A setting that was not run says so, and so does a profile without ablations.
 
     >>> columns = ["question", "setting", "experiment", "verdict"]
     >>> rows = pd.DataFrame([["residual factor", "0", "a", "LRPET as it is"]], columns=columns)

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lrpet.config import PROFILES
 from lrpet.paths import figures_root, project_file
+from lrpet.registry import METHODS
 
 __all__ = [
     "METHOD_STYLES",
@@ -36,18 +37,8 @@ class MethodStyle(NamedTuple):
     linestyle: str | tuple
 
 
-# Okabe and Ito's colours, then three that are as far from them and each other as possible for each kind of colour blindness.
 METHOD_STYLES = {
-    "dense": MethodStyle("dense", "#222222", "s", "-"),
-    "lrp": MethodStyle("LRP", "#D55E00", "^", "--"),
-    "lrpet": MethodStyle("LRPET", "#0072B2", "o", "-"),
-    "svd_finetune": MethodStyle("SVD, then fine-tuned", "#009E73", "D", "-."),
-    "factorized": MethodStyle("trained as factors", "#CC79A7", "v", ":"),
-    "trp": MethodStyle("TRP", "#E69F00", "P", (0, (5, 1))),
-    "warmup_switch": MethodStyle("dense, then factors", "#56B4E9", "X", (0, (3, 1, 1, 1))),
-    "svd_training": MethodStyle("SVD training", "#AA55FF", "<", (0, (1, 1))),
-    "filter_pruning": MethodStyle("filter pruning", "#1515AA", ">", (0, (5, 1, 1, 1, 1, 1))),
-    "narrow": MethodStyle("narrow network", "#6A2A00", "d", (0, (8, 2))),
+    name: MethodStyle(row.label, row.color, row.marker, row.linestyle) for name, row in METHODS.items()
 }
 OTHER = MethodStyle("", "#777777", "h", (0, (2, 2)))  # a method that is not ours to run, with its own label
 INK, GRID, PAPER = "#222222", "#DDDDDD", "#FFFFFF"
@@ -84,7 +75,7 @@ STYLE = {
 
 
 def in_style():
-    """Return the style as a context manager, also usable as a decorator; whatever the caller has set stays out."""
+    """Return the style as a context manager or decorator; what the caller has set stays out."""
     return matplotlib.style.context(["default", STYLE])
 
 
@@ -125,11 +116,11 @@ class ProjectFigure(Figure):
 
 
 def method_style(name: str) -> MethodStyle:
-    """Return the style of a method by its name, by the name of a run or experiment, or by its name in a published table.
+    """Return the style of a method by its name, or by the name of a run, experiment or published row.
 
     Args:
-        name: a method of RunConfig, or a text with one in it ("resnet20-lrpet-s1", "TRP+nuclear (channel)"). "baseline"
-            means dense. Any other ("EViT") gets a style of its own.
+        name: a method of RunConfig, or a text with one in it ("resnet20-lrpet-s1", "TRP+nuclear (channel)").
+            "baseline" means dense. Any other ("EViT") gets a style of its own.
 
     >>> method_style("baseline (TRP)").color == METHOD_STYLES["dense"].color
     True
@@ -144,7 +135,7 @@ def method_style(name: str) -> MethodStyle:
 
 
 def add_legend(figure: Figure, *axes) -> None:
-    """Put one legend above the panels, where it hides no data: equal labels once, in as many columns as the page is wide."""
+    """Put one legend above the panels, where it hides no data: equal labels once, as many columns as fit."""
     entries = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -188,7 +179,7 @@ def say_in_panel(ax, text: str) -> None:
 
 
 def saved_figures(profile: str) -> list[tuple[str, Path]]:
-    """Return the PNG files of a profile with a caption each: by which notebook and from which runs, as ``figures/README.md`` says."""
+    """Return the PNG files of a profile with captions: which notebook, which runs; see figures/README.md."""
     rows = re.findall(
         r"\| `<profile>/([^`]+)` \| `([^`]+)` \| (.+) \|",
         project_file("figures/README.md").read_text(encoding="utf-8"),
@@ -208,12 +199,12 @@ def saved_figures(profile: str) -> list[tuple[str, Path]]:
 
 
 def save_figure(figure: ProjectFigure, name: str, profile: str) -> tuple[Path, Path]:
-    """Write a figure as PNG (150 dots an inch) and as SVG; the same figure gives the same bytes.
+    """Write a figure as PNG (150 dots per inch) and as SVG; the same figure gives the same bytes.
 
     Args:
         figure: of a function of this module.
         name: file name without its ending; letters, digits, "-", "_" and ".".
-        profile: smoke, short, paper, imagenette or imagenet; the folder below ``figures_root()``.
+        profile: one of ``lrpet.config.PROFILES``; the folder below ``figures_root()``.
 
     Returns:
         The paths of the PNG and of the SVG file.

@@ -11,7 +11,7 @@ from lrpet.lowrank.cost import cost
 from lrpet.lowrank.ranks import LayerReport, ranks_from_ratio, resolve_ranks
 from lrpet.models import build_model
 
-__all__ = ["Dense", "build_network", "is_due", "ranks_of", "target_macs"]
+__all__ = ["Dense", "Method", "build_network", "is_due", "ranks_of", "target_macs"]
 
 
 def ranks_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
@@ -22,15 +22,13 @@ def ranks_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
     """
     if config.ranks is not None:
         return resolve_ranks(model, config.ranks)
-    return (
-        {}
-        if config.prune_ratio is None
-        else ranks_from_ratio(model, config.prune_ratio, layers=config.layers)
-    )
+    if config.prune_ratio is None:
+        return {}
+    return ranks_from_ratio(model, config.prune_ratio, layers=config.layers)
 
 
 def target_macs(model: nn.Module, config: RunConfig) -> int:
-    """Return the multiply-adds of an image that a configuration's ranks lead to; methods without ranks aim at them too.
+    """Return the multiply-adds per image that a configuration's ranks lead to; others aim at them.
 
     >>> config = RunConfig(dataset="cifar10", model="resnet56", prune_ratio=0.57)
     >>> round(target_macs(build_model(config.model), config) / 1e6, 2)
@@ -40,7 +38,7 @@ def target_macs(model: nn.Module, config: RunConfig) -> int:
 
 
 def build_network(config: RunConfig, num_classes: int = 10) -> nn.Module:
-    """Return the fresh network that a run starts from: the named one, or for ``narrow`` one of fewer channels.
+    """Return the fresh network that a run starts from: the named one; for ``narrow`` one of fewer channels.
 
     The width is the one whose multiply-adds come closest to those of the low-rank network.
 
@@ -50,43 +48,45 @@ def build_network(config: RunConfig, num_classes: int = 10) -> nn.Module:
     if config.method != "narrow":
         return build_model(config.model, num_classes)
     state = torch.get_rng_state()  # the search draws none of the numbers that the network starts from
-    macs = lambda width: cost(build_model(config.model, num_classes, width), image_shape(config)).macs
+
+    def macs(width: float) -> int:
+        return cost(build_model(config.model, num_classes, width), image_shape(config)).macs
+
     width = closest_share(macs, target_macs(build_model(config.model, num_classes), config))
     torch.set_rng_state(state)
     return build_model(config.model, num_classes, width)
 
 
 def image_shape(config: RunConfig) -> tuple[int, int, int]:
+    """Return (C, H, W) of one image."""
     return (3, config.image_size, config.image_size)
 
 
-class Dense:
-    """Plain training of the network: the baseline, and ``narrow``, a network of fewer channels.
+class Method:
+    """What every method offers, and plain training: the baseline ``dense``; ``narrow``, of fewer channels.
 
     Cost: that of training. Source: He et al., arXiv 1512.03385.
 
-    >>> Dense(nn.Linear(2, 2)).ranks
+    >>> Method(nn.Linear(2, 2)).ranks
     {}
     """
 
     ranks: dict[str, int] = {}
     undecayed: tuple[Tensor, ...] = ()  # parameters that the optimizer's weight decay leaves alone
-    structure: dict | list | None = (
-        None  # what a checkpoint keeps besides weights: names, numbers, tensors; None: nothing yet
-    )
+    structure: dict | list | None = None  # what a checkpoint keeps besides weights; None: nothing yet
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, config: RunConfig | None = None):
+        self.model, self.config = model, config
 
     def begin_epoch(self, epoch: int) -> bool:
-        """Act before epoch number ``epoch`` (from 0); True where the network was replaced and needs a new optimizer."""
+        """Act before epoch ``epoch`` (from 0); True where a new network needs a new optimizer."""
         return False
 
     def regularize(self) -> None:
         """Add the gradients of penalties to those of the loss, before the optimizer's step."""
 
     def after_step(self, step: int, steps_per_epoch: int, last: bool) -> list[LayerReport] | None:
-        """Act after optimizer step number ``step`` (from 1); return the report of a projection, if one was made."""
+        """Act after optimizer step ``step`` (from 1); return the report of a projection, if one was made."""
         return None
 
     def compact(self) -> nn.Module:
@@ -94,18 +94,19 @@ class Dense:
         return self.model
 
     def restore(self, structure: dict | list | None) -> None:
-        """Bring the method and the structure of its network to where a checkpoint was written; weights are loaded afterwards."""
+        """Bring method and network to the structure that a checkpoint has; weights are loaded afterwards."""
+
+
+Dense = Method
 
 
 def is_due(config: RunConfig, step: int, steps_per_epoch: int) -> bool:
     """Tell whether the schedule of projections has one after optimizer step number ``step`` (from 1).
 
-    >>> is_due(RunConfig(), step=40, steps_per_epoch=20), is_due(RunConfig(method="dense"), step=40, steps_per_epoch=20)
-    (True, False)
+    >>> [is_due(RunConfig(method=method), step=40, steps_per_epoch=20) for method in ("lrpet", "dense")]
+    [True, False]
     """
     if config.projection_interval is None:
         return False
-    return (
-        step % (config.projection_interval * (steps_per_epoch if config.projection_unit == "epoch" else 1))
-        == 0
-    )
+    unit = steps_per_epoch if config.projection_unit == "epoch" else 1
+    return step % (config.projection_interval * unit) == 0

@@ -8,56 +8,56 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from lrpet.config import RunConfig
 from lrpet.lowrank.budget import closest_share
 from lrpet.lowrank.cost import cost
-from lrpet.methods.base import Dense, image_shape, target_macs
+from lrpet.methods.base import Method, image_shape, target_macs
 
 __all__ = ["FilterPruning", "keep_filters", "weakest_last"]
 
 
-class FilterPruning(Dense):
+class FilterPruning(Method):
     """Structured pruning of a trained network: the filters of smallest L1 norm go, the rest is fine-tuned.
 
-    Every convolution whose output channels no other layer shares loses the same share of its filters, so in a ResNet the first
-    of each block, as in the source. The share is the one whose multiply-adds come closest to those of the low-rank network.
+    Every convolution whose output channels no other layer shares loses the same share of its filters, so in a
+    ResNet the first of each block, as in the source. The share is the one whose multiply-adds come closest to
+    those of the low-rank network.
 
-    Cost: one pass over the weights. Source: Li et al., arXiv 1608.08710; carried out by Torch-Pruning, arXiv 2301.12900.
+    Cost: one pass over the weights. Source: Li et al., arXiv 1608.08710; carried out by Torch-Pruning, arXiv
+    2301.12900.
 
-    >>> from lrpet import build_model
-    >>> method = FilterPruning(build_model("resnet8"), RunConfig(method="filter_pruning", prune_ratio=0.57, epochs=2, milestones=[]))
-    >>> method.begin_epoch(1), method.model.blocks[0].conv1.out_channels, method.model.blocks[0].conv2.out_channels
-    (True, 7, 16)
+    >>> from lrpet import RunConfig, build_model
+    >>> config = RunConfig(method="filter_pruning", prune_ratio=0.57, epochs=2, milestones=[])
+    >>> method = FilterPruning(build_model("resnet8"), config)
+    >>> method.begin_epoch(1), method.model.blocks[0].conv1.out_channels
+    (True, 7)
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig):
-        super().__init__(model)
-        self.config = config
-
     def begin_epoch(self, epoch: int) -> bool:
-        """Prune when the dense epochs are over; see :class:`Dense`."""
+        """Prune when the dense epochs are over; see :class:`Method`."""
         if self.structure is not None or epoch < self.config.pretrain_epochs:
             return False
         shape = image_shape(self.config)
         order = weakest_last(self.model, shape)
-        kept = lambda share: {
-            name: sorted(filters[: max(1, round(share * len(filters)))]) for name, filters in order.items()
-        }
-        macs = lambda share: cost(keep_filters(self.model, kept(share), shape), shape).macs
+
+        def kept(share: float) -> dict[str, list[int]]:
+            counts = {name: max(1, round(share * len(filters))) for name, filters in order.items()}
+            return {name: sorted(order[name][:count]) for name, count in counts.items()}
+
+        def macs(share: float) -> int:
+            return cost(keep_filters(self.model, kept(share), shape), shape).macs
+
         self.restore(kept(closest_share(macs, target_macs(self.model, self.config))))
         return True
 
     def restore(self, structure: dict | None) -> None:
-        """See :class:`Dense`."""
+        """See :class:`Method`."""
         if structure is not None:
-            self.model, self.structure = (
-                keep_filters(self.model, structure, image_shape(self.config)),
-                structure,
-            )
+            self.model = keep_filters(self.model, structure, image_shape(self.config))
+            self.structure = structure
 
 
 def weakest_last(model: nn.Module, input_shape: Sequence[int]) -> dict[str, list[int]]:
-    """Return, for each convolution whose output channels no other layer shares, its filters in the order of falling L1 norm.
+    """Return the filters by falling L1 norm, per convolution whose output channels no other layer shares.
 
     Args:
         model: any module that Torch-Pruning can trace.
@@ -79,25 +79,15 @@ def weakest_last(model: nn.Module, input_shape: Sequence[int]) -> dict[str, list
         if not isinstance(module, nn.Conv2d) or module.groups > 1:
             continue
         group = graph.get_pruning_group(module, torch_pruning.prune_conv_out_channels, idxs=[0])
-        makers = [
-            d
-            for d, _ in group
-            if graph.is_out_channel_pruning_fn(d.handler)
-            and isinstance(d.target.module, (nn.Conv2d, nn.Linear))
-        ]
-        users = [
-            d
-            for d, _ in group
-            if graph.is_in_channel_pruning_fn(d.handler)
-            and isinstance(d.target.module, (nn.Conv2d, nn.Linear))
-        ]
+        weighted = [d for d, _ in group if isinstance(d.target.module, (nn.Conv2d, nn.Linear))]
+        makers = [d for d in weighted if graph.is_out_channel_pruning_fn(d.handler)]
+        users = [d for d in weighted if graph.is_in_channel_pruning_fn(d.handler)]
         if len(makers) == 1 and users:  # an output of the whole network has no user
             norms = module.weight.detach().abs().sum(dim=(1, 2, 3))  # (N,)
             order[name] = norms.argsort(descending=True, stable=True).tolist()
     if not order:
-        raise ValueError(
-            f"{type(model).__name__} has no convolution whose filters can go alone; filter_pruning needs one"
-        )
+        network = type(model).__name__
+        raise ValueError(f"{network} has no convolution whose filters can go alone; filter_pruning needs one")
     return order
 
 
@@ -132,9 +122,8 @@ def _trace(model: nn.Module, input_shape: Sequence[int]):
     try:
         import torch_pruning
     except ImportError as error:
-        raise ValueError(
-            "method 'filter_pruning' needs Torch-Pruning, which is not installed; run: pip install torch-pruning"
-        ) from error
+        needs = "method 'filter_pruning' needs Torch-Pruning, which is not installed"
+        raise ValueError(f"{needs}; run: pip install torch-pruning") from error
     was_training = model.training
     example = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
     graph = torch_pruning.DependencyGraph().build_dependency(model.eval(), example_inputs=example)

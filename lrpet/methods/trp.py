@@ -9,32 +9,31 @@ from lrpet.config import RunConfig
 from lrpet.lowrank.factorize import factorize
 from lrpet.lowrank.projection import truncated_svd
 from lrpet.lowrank.ranks import LayerReport, compressible_layers
-from lrpet.methods.base import Dense, is_due
+from lrpet.methods.base import Method, is_due
 
 __all__ = ["TrainedRankPruning"]
 
 
-class TrainedRankPruning(Dense):
-    """TRP: every few iterations each layer is cut to the smallest rank that leaves out at most a share of its energy.
+class TrainedRankPruning(Method):
+    """TRP: every few iterations each layer is cut to the smallest rank that drops at most a share of energy.
 
-    Between two cuts the subgradient of the nuclear norm, U·Vᵀ of the last cut, times ``nuclear_norm`` is added to the
-    gradient. The threshold decides the ranks, so multiply-adds come out as they come out. A layer whose factors would cost
-    no less than itself is deployed dense.
+    Between two cuts the subgradient of the nuclear norm, U·Vᵀ of the last cut, times ``nuclear_norm`` is
+    added to the gradient. The threshold decides the ranks, so multiply-adds come out as they come out. A
+    layer whose factors would cost no less than itself is deployed dense.
 
-    Cost: one SVD a layer every ``projection_interval`` iterations.
+    Cost: one SVD per layer every ``projection_interval`` iterations.
     Source: Xu et al., "TRP: Trained Rank Pruning for Efficient Deep Neural Networks", arXiv 2004.14566.
 
-    >>> method = TrainedRankPruning(nn.Sequential(nn.Conv2d(8, 16, 3)), RunConfig(method="trp", energy_threshold=0.5))
+    >>> config = RunConfig(method="trp", energy_threshold=0.5)
+    >>> method = TrainedRankPruning(nn.Sequential(nn.Conv2d(8, 16, 3)), config)
     >>> method.after_step(step=20, steps_per_epoch=20, last=False)[0].energy_kept >= 0.5
     True
     """
 
     def __init__(self, model: nn.Module, config: RunConfig):
-        super().__init__(model)
-        self.config = config
-        self.weights = {
-            name: model.get_submodule(name).weight for name in compressible_layers(model, config.layers)
-        }
+        super().__init__(model, config)
+        names = compressible_layers(model, config.layers)
+        self.weights = {name: model.get_submodule(name).weight for name in names}
         self.subgradients: dict[str, Tensor] = {}
 
     @property
@@ -43,18 +42,18 @@ class TrainedRankPruning(Dense):
         return {"ranks": self.ranks, "subgradients": self.subgradients}
 
     def restore(self, structure: dict) -> None:
-        """See :class:`Dense`."""
+        """See :class:`Method`."""
         self.ranks, self.subgradients = structure["ranks"], structure["subgradients"]
 
     @torch.no_grad()
     def regularize(self) -> None:
-        """Add λ·U·Vᵀ to the gradient of each layer; see :class:`Dense`."""
+        """Add λ·U·Vᵀ to the gradient of each layer; see :class:`Method`."""
         for name, subgradient in self.subgradients.items():
             self.weights[name].grad.add_(subgradient, alpha=self.config.nuclear_norm)
 
     @torch.no_grad()
     def after_step(self, step: int, steps_per_epoch: int, last: bool) -> list[LayerReport] | None:
-        """Cut each layer when the schedule says so and after the last step of all; see :class:`Dense`."""
+        """Cut each layer when the schedule says so and after the last step of all; see :class:`Method`."""
         if not last and not is_due(self.config, step, steps_per_epoch):
             return None
         reports = []

@@ -23,9 +23,8 @@ BUILDERS = {f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 20, 3
     "ghost_resnet56": partial(GhostResNet, 56),
     "vit": SmallViT,
 }
-SCALABLE = tuple(
-    name for name in BUILDERS if name not in ("ghost_resnet56", "vit")
-)  # those that build_model can make narrower
+# those that build_model can make narrower
+SCALABLE = tuple(name for name in BUILDERS if name not in ("ghost_resnet56", "vit"))
 MODELS = (*BUILDERS, *TORCHVISION)
 
 
@@ -33,10 +32,12 @@ def build_model(name: str, num_classes: int = 10, width: float = 1.0) -> nn.Modu
     """Build a network with fresh random weights.
 
     Args:
-        name: ``resnet8`` … ``resnet110``, ``vgg16``, ``googlenet``, ``plain20``, ``ghost_resnet56`` and ``vit`` for 32×32 images,
-            ``resnet18``, ``resnet34``, ``resnet50`` (torchvision's) for larger ones.
+        name: ``resnet8`` … ``resnet110``, ``vgg16``, ``googlenet``, ``plain20``, ``ghost_resnet56`` and
+            ``vit`` for 32×32 images, ``resnet18``, ``resnet34``, ``resnet50`` (torchvision's) for larger
+            ones.
         num_classes: width of the classifier.
-        width: factor on the number of channels of every layer, for the CIFAR ResNets, VGG-16, GoogLeNet and the plain network.
+        width: factor on the number of channels of every layer, for the CIFAR ResNets, VGG-16, GoogLeNet and
+            the plain network.
 
     Returns:
         A module that maps (B, 3, H, W) float images to (B, num_classes) logits.

@@ -1,6 +1,7 @@
-"""Ghost-ResNet-56 for 32×32 images: half of each convolution's channels are made from the other half by a cheap depthwise one.
+"""Ghost-ResNet-56 for 32×32 images: a cheap depthwise convolution makes half of each layer's channels.
 
-Source: Han et al., "GhostNet: More Features from Cheap Operations", arXiv 1911.11907, section 4.1 (s = 2, d = 3).
+It makes them from the other half, which a usual convolution computes. Source: Han et al., "GhostNet: More
+Features from Cheap Operations", arXiv 1911.11907, section 4.1 (s = 2, d = 3).
 """
 
 from __future__ import annotations

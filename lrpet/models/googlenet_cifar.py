@@ -1,7 +1,7 @@
-"""GoogLeNet for 32×32 images, in the variant that is widespread on CIFAR: 6.17 M parameters, 1.52 G multiply-adds.
+"""GoogLeNet for 32×32 images, the variant usual on CIFAR: 6.17 M parameters, 1.52 G multiply-adds.
 
 Source: Szegedy et al., arXiv 1409.4842, table 1; the CIFAR variant starts with one 3×3 convolution of 192
-channels, has BatchNorm behind each convolution, and two 3×3 convolutions in the place of each 5×5 one.
+channels, has BatchNorm after each convolution, and two 3×3 convolutions in the place of each 5×5 one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import nn
 
 __all__ = ["CifarGoogLeNet"]
 
-# Channels of each module: 1×1 branch; 3×3 branch (reduced, out); double 3×3 branch (reduced, out); pooled branch.
+# Channels of each module: 1×1; 3×3 (reduced, out); double 3×3 (reduced, out); pooled.
 STAGES = (
     ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64)),
     (

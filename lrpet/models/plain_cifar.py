@@ -1,6 +1,6 @@
-"""A deep chain of convolutions without shortcuts and without BatchNorm, in which the sizes of the layers multiply.
+"""A deep chain of convolutions without shortcuts and BatchNorm, in which the sizes of the layers multiply.
 
-Source: the plain network of 20 layers in He et al., arXiv 1512.03385, section 4.2. That one has BatchNorm and ReLU.
+Source: the plain network of 20 layers in He et al., arXiv 1512.03385, section 4.2; it has BatchNorm and ReLU.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from torch import nn
 
 __all__ = ["CifarPlain"]
 
-SLOPE = 0.25  # for negative inputs, as PReLU begins; with 0 nineteen layers make all images alike, and 20 epochs on digits teach nothing
+# For negative inputs, as PReLU begins; with 0 nineteen layers make all images alike, and 20 epochs on digits
+# teach nothing.
+SLOPE = 0.25
 
 
 class CifarPlain(nn.Module):
-    """ResNet-20 less its shortcuts and BatchNorms: nineteen 3×3 convolutions, in three stages of 16, 32 and 64 channels.
+    """ResNet-20 without shortcuts and BatchNorms: nineteen 3×3 convolutions of 16, 32 and 64 channels.
 
-    Weights are normal with variance 2 / (D·(1 + slope²)), so that each layer passes on the size of its input. With zeros around
-    the image they would not: at the edge a part of the kernel sees nothing. So the image goes on at its other side (circular
-    padding). Between the layers stands a leaky ReLU.
+    Weights are normal with variance 2 / (D·(1 + slope²)), so that each layer passes on the size of its input.
+    With zeros around the image they would not: at the edge a part of the kernel sees nothing. So the image
+    goes on at its other side (circular padding). Between the layers stands a leaky ReLU.
 
     Args:
         num_classes: width of the classifier.

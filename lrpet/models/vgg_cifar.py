@@ -1,6 +1,7 @@
 """VGG-16 with BatchNorm for 32×32 images: thirteen 3×3 convolutions and one Linear layer.
 
-Source: Simonyan and Zisserman, arXiv 1409.1556, configuration D, with the single classifier that is usual on CIFAR.
+Source: Simonyan and Zisserman, arXiv 1409.1556, configuration D, with the single classifier that is usual on
+CIFAR.
 """
 
 from __future__ import annotations

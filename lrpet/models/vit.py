@@ -1,6 +1,7 @@
 """A small vision transformer for 32×32 images: patch 4, width 192, depth 9, 12 heads, MLP ratio 2.
 
-Source: Dosovitskiy et al., arXiv 2010.11929; the sizes are those of the LRPET authors' README (2.69 M parameters, 174 M multiply-adds).
+Source: Dosovitskiy et al., arXiv 2010.11929; the sizes are those of the LRPET authors' README (2.69 M
+parameters, 174 M multiply-adds).
 """
 
 from __future__ import annotations

@@ -2,74 +2,65 @@
 
 from __future__ import annotations
 
-from lrpet.config import METHODS, RunConfig
+from lrpet.config import RunConfig
+from lrpet.registry import METHODS
 
-METHOD_NAMES = {
-    "dense": "dense",
-    "lrp": "LRP",
-    "lrpet": "LRPET",
-    "svd_finetune": "SVD, then fine-tuned",
-    "factorized": "trained as factors",
-    "trp": "TRP",
-    "warmup_switch": "dense, then factors",
-    "svd_training": "SVD training",
-    "filter_pruning": "filter pruning",
-    "narrow": "narrow network",
-}
-USUAL_INTERVALS = {
-    "imagenet": (250, "iteration"),
-    "imagenette": (50, "iteration"),
-}  # between projections, where it is not the methods' own
+# between projections, where it is not the methods' own
+USUAL_INTERVALS = {"imagenet": (250, "iteration"), "imagenette": (50, "iteration")}
 PUBLISHED_NAMES = {"dense": "baseline"}  # where the published tables use another word
+
+
+SAID_ELSEWHERE = ("prune_ratio", "ranks", "layers", "finetune_learning_rate")  # in columns of their own
+IN_WORDS = {
+    ("bn_rectification", False): "without BN rectification",
+    ("row_eps", 0.0): "exact inverse of the scale",
+    ("product_decay", False): "decay on each factor",
+    ("rank_rule", "stable_rank"): "stable rank",
+    ("nuclear_norm", 0.0): "no nuclear norm",
+}
 
 
 def label_of(config: RunConfig) -> str:
     """Return the method as tables name it, with every setting of it that is not the default."""
-    return ", ".join([METHOD_NAMES[config.method], *_variant(config)]).replace(", without BN", " without BN")
+    label = METHODS[config.method].label
+    return ", ".join([label, *_variant(config)]).replace(", without BN", " without BN")
 
 
 def _variant(config: RunConfig) -> list[str]:
-    defaults = METHODS[config.method]
-    differs = lambda name: name in defaults and getattr(config, name) != defaults[name]
-    words = []
-    if config.bn_rectification is False:
-        words.append("without BN rectification")
-    if config.method in ("lrp", "lrpet") and config.pretrain_epochs:
-        words.append("from a trained network")
-    usual = USUAL_INTERVALS.get(
-        config.profile, (defaults.get("projection_interval"), defaults.get("projection_unit"))
-    )
-    if config.projection_unit is not None and (config.projection_interval, config.projection_unit) != usual:
-        words.append(
-            f"every {config.projection_interval} {config.projection_unit}s".replace(
-                "every 1 epochs", "every epoch"
-            )
-        )
-    if differs("residual"):
-        words.append(f"residual {config.residual:g}")
-    if differs("row_eps"):
-        words.append(f"row_eps {config.row_eps:g}" if config.row_eps else "exact inverse of the scale")
-    if config.product_decay is False:
-        words.append("decay on each factor")
-    if config.rank_rule == "stable_rank":
-        words.append("stable rank")
-    if differs("nuclear_norm"):
-        words.append(f"nuclear norm {config.nuclear_norm:g}" if config.nuclear_norm else "no nuclear norm")
+    row, words = METHODS[config.method], []
+    for name, default in row.reads.items():
+        value = getattr(config, name)
+        if value == default or name in (*SAID_ELSEWHERE, "projection_interval", "projection_unit"):
+            continue
+        if name != "pretrain_epochs":
+            words.append(IN_WORDS.get((name, value), f"{name} {value}"))
+        elif row.pretrained_share is None:
+            words.append("from a trained network")
+    own = (row.reads.get("projection_interval"), row.reads.get("projection_unit"))
+    interval = (config.projection_interval, config.projection_unit)
+    if config.projection_unit is not None and interval != USUAL_INTERVALS.get(config.profile, own):
+        words.append(_every(config))
     return words
+
+
+def _every(config: RunConfig) -> str:
+    if config.projection_interval == 1:
+        return f"every {config.projection_unit}"
+    return f"every {config.projection_interval} {config.projection_unit}s"
 
 
 def setting_of(config: RunConfig, free: tuple[str, ...]) -> str:
     """Write the value that an ablation varies."""
     if "method" in free:
-        words = {True: "with", False: "without"}
-        return f"{words[config.method == 'lrpet']} energy transfer, {words[config.bn_rectification]} BN rectification"
+        parts = {"energy transfer": config.method == "lrpet", "BN rectification": config.bn_rectification}
+        return ", ".join(f"{'with' if has else 'without'} {part}" for part, has in parts.items())
     if "projection_unit" in free:
-        every = f"every {config.projection_interval} {config.projection_unit}s"
-        return every.replace("every 1 epochs", "every epoch")
+        return _every(config)
     if "pretrain_epochs" in free:
         if not config.pretrain_epochs:
             return "from scratch"
-        return f"after {config.pretrain_epochs} dense epochs, learning rate {config.finetune_learning_rate:g} again"
+        rate = config.finetune_learning_rate
+        return f"after {config.pretrain_epochs} dense epochs, learning rate {rate:g} again"
     if "row_eps" in free:
         return f"{config.row_eps:g}" if config.row_eps else "0, the exact inverse"
     return f"{getattr(config, free[0]):g}"

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from lrpet import RunConfig
-from lrpet.config import METHODS
-from lrpet.models import MODELS
+from lrpet.config import METHODS, describe_fields
+from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT, figures_root, results_root
+from lrpet.registry import MODELS
 
 LRPET = {"method": "lrpet", "prune_ratio": 0.57, "seed": 1}
 
@@ -138,6 +139,33 @@ def test_run_ids_are_pinned():  # results and notebooks name runs by them
     assert RunConfig(**LRPET).run_id == "digits-resnet8-lrpet-0.57-s1-0aa7fc"
 
 
+RUN_IDS = json.loads((Path(__file__).parent / "run_ids.json").read_text())  # "profile/experiment" → run_id
+
+
+@pytest.mark.parametrize("profile", sorted({name.split("/")[0] for name in RUN_IDS}))
+def test_no_run_of_a_profile_changes_its_name(profile):
+    now = {f"{profile}/{e.name}": e.config.run_id for e in load_profile(profile).experiments}
+    before = {name: run_id for name, run_id in RUN_IDS.items() if name.startswith(f"{profile}/")}
+    assert now.items() >= before.items()
+
+
+def test_committed_runs_keep_their_names():
+    folders = [path.parent for path in PROJECT.glob("results/*/runs/*/config.json")]
+    assert folders
+    for folder in folders:
+        config = RunConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        assert (config.profile, config.run_id) == (folder.parts[-3], folder.name)
+
+
+def test_every_field_is_described_with_type_default_and_limits():
+    text = describe_fields()
+    for field in dataclasses.fields(RunConfig):
+        assert field.metadata["help"] in text
+        assert f"{field.name}: " in text
+    assert "momentum: float = 0.9\n    of SGD; between 0 and 0.9999\n" in text
+    assert "read, with this default, by lrp, lrpet (1); trp (20)" in text
+
+
 def test_defaults_can_be_spelled_out_in_any_type_that_means_the_same():
     spelled_out = {
         "learning_rate": 0.1,
@@ -260,10 +288,8 @@ def test_how_compact_a_result_is_means_nothing_to_the_dense_network():
     ],
 )
 def test_a_setting_of_another_method_is_refused(method, field, value, readers):
-    with pytest.raises(
-        ValueError,
-        match=rf"{field} must be left out with method='{method}', .*those that do: {readers}\); got {value!r}",
-    ):
+    text = rf"{field} must be left out with method='{method}', .*those that do: {readers}\); got {value!r}"
+    with pytest.raises(ValueError, match=text):
         RunConfig(method=method, **{field: value})
 
 

@@ -6,6 +6,11 @@ from torch import nn
 from lrpet import build_model
 from lrpet.models import MODELS, TORCHVISION
 from lrpet.models.resnet_cifar import Block, CifarResNet
+from lrpet.registry import MODELS as REGISTERED
+
+
+def test_the_registry_names_the_networks_that_can_be_built():
+    assert set(REGISTERED) == set(MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)

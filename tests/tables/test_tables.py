@@ -119,12 +119,6 @@ def test_every_experiment_of_a_profile_has_a_name_of_its_own_in_the_tables():
         assert len(names) == len(set(names))
 
 
-def test_figures_and_tables_call_the_methods_alike():
-    from lrpet.figures.style import METHOD_STYLES
-
-    assert {name: style.label for name, style in METHOD_STYLES.items()} == names.METHOD_NAMES
-
-
 CLAIM = {
     "energy transfer helps": "lrp",
     "BN rectification helps": "lrpet-no-bn",
