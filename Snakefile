@@ -1,6 +1,7 @@
-# One job a run of the profile, then the tables. Started by run_all.sh; by hand: snakemake --cores 2 --config profile=smoke
-# What Snakemake calls a core is a place for one run; the runs of one time share the machine's cores and its GPUs.
-# With profiles/slurm each job is one of Slurm's, and this file is read again where it runs.
+# One job per run of the profile, then the tables. run_all.sh starts this; by hand:
+# snakemake --cores 2 --config profile=smoke
+# What Snakemake calls a core is a place for one run; all runs share the machine's cores and its GPUs.
+# With profiles/slurm each job is a Slurm job, and this file is read again where it runs.
 import os
 import shlex
 import sys
@@ -14,24 +15,26 @@ from lrpet.experiments import MAIN, load_profile
 # What every job inherits.
 os.environ["PYTHON"] = sys.executable
 os.environ["LRPET_RESULTS"] = str(results_root().absolute())  # the same folder from wherever a notebook runs
-os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel "python3" is that of this Python, not one of the user's
-GPUS = int(config.get("gpus", 1))  # a run; with several, torchrun starts a process on each
+os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel "python3" is this Python's, not the user's
+GPUS = int(config.get("gpus", 1))  # per run; with several, torchrun starts a process on each
 CLUSTER, IN_JOB = config.get("cluster"), "SLURM_CPUS_ON_NODE" in os.environ
 if not CLUSTER:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ((workflow.cores or 1) * max(1, GPUS)))))
+    at_a_time = (workflow.cores or 1) * max(1, GPUS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_a_time)))
 elif IN_JOB:
     os.environ["OMP_NUM_THREADS"] = str(max(1, int(os.environ["SLURM_CPUS_ON_NODE"]) // max(1, GPUS)))
 
 PROFILE = load_profile(config.get("profile", "smoke"))
 EXECUTED = results_root() / PROFILE.name / "notebooks"
-RUNS = {experiment.config.run_id: experiment for experiment in reversed(PROFILE.experiments)}  # once, if two names mean one run
-ALONE = ["00_method"] + ["02_imagenet", "06_rank_search"] * (PROFILE.name == "smoke")  # with no run of the grid behind them; they cost hours elsewhere
+RUNS = {e.config.run_id: e for e in reversed(PROFILE.experiments)}  # once, if two names mean one run
+# Notebooks that read no run of the grid; the last two take hours except in smoke.
+ALONE = ["00_method"] + ["02_imagenet", "06_rank_search"] * (PROFILE.name == "smoke")
 STORE = ["03_ablations", "04_singular_values", "05_gradient_norms", "08_tables"]
 SUMMARIES = [experiment.config.folder() / "summary.json" for experiment in RUNS.values()]
 
 
 def in_notebook(experiment):
-    """Runs of the main table leave an executed notebook; all others do without, which saves each of them ten seconds, and so must torchrun."""
+    """Runs of the main table leave an executed notebook, which costs ten seconds and torchrun cannot do."""
     return experiment.feeds in MAIN and GPUS <= 1
 
 
@@ -42,10 +45,12 @@ def trace_of(experiment):
 def command_of(experiment):
     if not in_notebook(experiment):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", GPUS] if GPUS > 1 else []
-        command = ["scripts/told.sh", trace_of(experiment), sys.executable, *launch, "-m", "lrpet", "run", experiment.name, "--profile", PROFILE.name]
-    else:  # YAML and not JSON, whose 1e-05 papermill reads as text. All fields: nothing depends on a notebook's defaults.
+        run = [sys.executable, *launch, "-m", "lrpet", "run", experiment.name, "--profile", PROFILE.name]
+        command = ["scripts/told.sh", trace_of(experiment), *run]
+    else:  # YAML: papermill reads JSON's 1e-05 as text. All fields: no default of a notebook matters
         fields = yaml.safe_dump(experiment.config.to_dict(), default_flow_style=True, width=10**6).strip()
-        command = ["scripts/execute.sh", f"notebooks/{MAIN[experiment.feeds]}.ipynb", trace_of(experiment), "-y", fields]
+        notebook = f"notebooks/{MAIN[experiment.feeds]}.ipynb"
+        command = ["scripts/execute.sh", notebook, trace_of(experiment), "-y", fields]
     return shlex.join(map(str, command))
 
 
@@ -94,8 +99,8 @@ rule store:  # notebooks that read what the runs left
 
 
 # A run has no input: it is done when its summary.json is there, whatever has changed since.
-# update() keeps Snakemake from deleting the summary of a finished run when something behind it fails.
-for place, experiment in enumerate(RUNS.values()):  # the last first: what experiments.yaml names first has priority
+# update() keeps Snakemake from deleting the summary of a finished run when something after it fails.
+for place, experiment in enumerate(RUNS.values()):  # reversed: what experiments.yaml names first has priority
 
     rule:
         name:
@@ -108,6 +113,6 @@ for place, experiment in enumerate(RUNS.values()):  # the last first: what exper
             command=command_of(experiment),
         priority: place + 1
         resources:
-            gpu=GPUS,  # on one machine shares of its devices, not devices: run_all.sh gives out as many as it runs at a time
+            gpu=GPUS,  # on one machine a share of its devices; run_all.sh has as many as runs at a time
         shell:
             "{params.command}"

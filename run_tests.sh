@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Set up what is missing, then lint, test the code, and execute the committed notebooks and compare their outputs.
-# Arguments go to pytest: ./run_tests.sh -k projection. Exit status 0 means that everything passed.
+# Set up what is missing, then lint and run the tests that are not marked slow. With --all run every test,
+# then the notebooks that are committed with outputs, and compare these. Other arguments go to pytest:
+# ./run_tests.sh -k projection. Exit status 0 means that everything passed.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
@@ -9,6 +10,12 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 cd "$ROOT"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two processes, and the same sums on every machine
 export JUPYTER_PREFER_ENV_PATH=1             # notebooks run in this environment's kernel
+
+notebooks=""
+case ${1:-} in
+    "") set -- -m "not slow" ;;
+    --all) shift && notebooks=yes ;;
+esac
 
 failed=""
 step() {
@@ -20,12 +27,13 @@ step() {
 
 step ruff "$PYTHON" -m ruff check .
 step pytest "$PYTHON" -m pytest -n 2 --dist loadscope "$@"
-if [ $# = 0 ]; then # arguments choose among the tests of the code
-    # Compared with their committed outputs. Figures go elsewhere: their bytes differ from machine to machine.
-    LRPET_FIGURES=$(mktemp -d)
+if [ -n "$notebooks" ]; then
+    LRPET_FIGURES=$(mktemp -d) # not the committed figures, whose bytes differ from machine to machine
     export LRPET_FIGURES
     trap 'rm -rf "$LRPET_FIGURES"' EXIT
-    step notebooks "$PYTHON" -m pytest --nbval --nbval-current-env notebooks/00_method.ipynb notebooks/08_tables.ipynb
+    # shellcheck disable=SC2046 # a list of names without spaces
+    step notebooks "$PYTHON" -m pytest --nbval --nbval-current-env \
+        $(grep -lE '"execution_count": [0-9]' notebooks/*.ipynb)
 fi
 
 echo "== $((SECONDS / 60)) min $((SECONDS % 60)) s"

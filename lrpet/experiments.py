@@ -122,7 +122,7 @@ def _read_profile(name: str, path: Path) -> dict:
 
 
 def _check_experiment(stem: str, given: dict, settings: dict, name: str) -> dict:
-    """Return the settings of a profile with those of one experiment, after checking what RunConfig does not."""
+    """Return the settings of one experiment with its profile's, after checking what RunConfig does not."""
     if not isinstance(stem, str) or not re.fullmatch(r"\w[\w.-]*", stem):
         raise ValueError(
             f"the name of an experiment of profile {name!r} must be letters, digits, '-', '_' and '.';"

@@ -24,8 +24,8 @@ def project_file(name: str, instead: str = "work in a clone of the project") -> 
     """
     if not (PROJECT / "experiments.yaml").is_file():
         raise ValueError(
-            f"{name} belongs to a checkout of the project, and this lrpet is installed by itself in {PROJECT};"
-            f" {instead}"
+            f"{name} belongs to a checkout of the project, and this lrpet is installed by itself in {PROJECT}"
+            f"; {instead}"
         )
     return PROJECT / name
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Look every package of requirements.lock up in the public database of known vulnerabilities; needs the network.
-# Exit status 0 means that each was found there and none is known to be vulnerable. pip-audit itself lives in a
-# folder of its own, which goes afterwards: it is no dependency of this project.
+# Look every package of requirements.lock up in the database of known vulnerabilities; needs the network. Exit
+# status 0 means that each was found there and none is known to be vulnerable. pip-audit itself is installed
+# into a folder of its own, deleted afterwards: it is no dependency of this project.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -12,4 +12,5 @@ trap 'rm -rf "$tools"' EXIT
 "$PYTHON" -m venv "$tools"
 "$tools/bin/python" -m pip --disable-pip-version-check install --quiet "pip-audit>=2.10"
 # --strict: a package that could not be looked up is a failure, not a pass
-"$tools/bin/pip-audit" --strict --no-deps --disable-pip --progress-spinner off --requirement "$ROOT/requirements.lock" "$@"
+"$tools/bin/pip-audit" --strict --no-deps --disable-pip --progress-spinner off \
+    --requirement "$ROOT/requirements.lock" "$@"

@@ -15,7 +15,8 @@ stamp() {
 }
 
 is_whole() {
-    [ ! -e "$VENV/unfinished" ] && [ -x "$VENV/bin/python" ] && [ -f "$VENV/stamp" ] && stamp | cmp -s - "$VENV/stamp"
+    [ ! -e "$VENV/unfinished" ] && [ -x "$VENV/bin/python" ] && [ -f "$VENV/stamp" ] &&
+        stamp | cmp -s - "$VENV/stamp"
 }
 
 find_python() {
@@ -47,12 +48,14 @@ use_given_python() {
 import importlib.metadata, re, sys, tomllib
 
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
-wanted = [re.match(r"[\w.-]+", text)[0] for text in sum(project["optional-dependencies"].values(), project["dependencies"])]
+texts = sum(project["optional-dependencies"].values(), project["dependencies"])
+wanted = [re.match(r"[\w.-]+", text)[0] for text in texts]
 installed = {re.sub("[-_.]+", "-", found.name).lower() for found in importlib.metadata.distributions()}
 print(*(name for name in wanted if name not in installed))' "$ROOT/pyproject.toml") ||
         die "LRPET_PYTHON=$LRPET_PYTHON does not run, or is older than Python 3.11"
     [ -z "$missing" ] ||
-        die "LRPET_PYTHON=$LRPET_PYTHON lacks $missing; do: $LRPET_PYTHON -m pip install -r $ROOT/requirements.lock"
+        die "LRPET_PYTHON=$LRPET_PYTHON lacks $missing;" \
+            "do: $LRPET_PYTHON -m pip install -r $ROOT/requirements.lock"
 }
 
 install() {
@@ -62,7 +65,7 @@ install() {
 
 make_environment() {
     find_python
-    # Two scripts started at once must not both install. The kernel frees the lock with this shell, however it ends.
+    # Two scripts started at once must not both install. The kernel frees the lock when this shell ends.
     exec 8>"$ROOT/.venv.lock"
     "$BASE" -c 'import fcntl; fcntl.flock(8, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null || {
         echo "waiting for another installation in $VENV"
@@ -81,7 +84,7 @@ make_environment() {
             touch "$VENV/unfinished"
             "$BASE" -m venv "$VENV" || die "$BASE cannot make a virtual environment"
         fi
-        touch "$VENV/unfinished" # stays behind if anything below is interrupted; the next start then begins anew
+        touch "$VENV/unfinished" # stays if anything below is interrupted; the next start then begins anew
         install -r "$ROOT/requirements.lock"
         install --no-build-isolation -e "$ROOT"
         stamp >"$VENV/stamp"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# For a GPU that is lent for minutes: the tests of what runs on GPUs, the benchmarks, then the runs of a profile, several at a time.
-# Everything lands in one archive; started again with that archive, on this machine or another, it goes on where it stopped.
-# No Jupyter, no Snakemake, nothing to install but what runs need. Exit status 0 means that the archive is written.
+# For a GPU that is lent for minutes: the tests of what runs on GPUs, the benchmarks, then the runs of a
+# profile, several at a time. Everything goes into one archive; started again with that archive, on this
+# machine or another, it resumes where it stopped. Needs only what runs need, neither Jupyter nor Snakemake.
+# Exit status 0 means that the archive is written.
 set -euo pipefail
 
 [ $# -ge 3 ] && [ $# -le 5 ] || {
@@ -18,11 +19,13 @@ trap 'rm -rf "$LRPET_RESULTS"' EXIT
 mkdir -p "$LRPET_RESULTS/bench"
 left() { echo $((seconds - SECONDS)); }
 
-# Each of these once, finished or not, as what it left says. None may take more than a quarter of the time that is left, or end the session.
+# Each of these once, finished or not, as what it left says. None may end the session or take more than a
+# quarter of the time that is left.
 once() {
     local file=$LRPET_RESULTS/bench/$1
     shift
-    [ -e "$file" ] || [ "$(left)" -lt 60 ] || timeout "$(($(left) / 4))" "$@" >"$file" 2>&1 || echo "status $?: $*" | tee -a "$file"
+    [ -e "$file" ] || [ "$(left)" -lt 60 ] || timeout "$(($(left) / 4))" "$@" >"$file" 2>&1 ||
+        echo "status $?: $*" | tee -a "$file"
 }
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     once cuda-tests.log "$PYTHON" -m pytest -q -p no:cacheprovider tests/lowrank tests/training/test_step.py
@@ -36,8 +39,9 @@ else
 fi
 
 status=0
-"$PYTHON" -m lrpet run --profile "$profile" --jobs "$jobs" --data "$data" --time-budget "$(($(left) > 30 ? $(left) - 30 : 0))" || status=$?
-rm -f "$LRPET_RESULTS/$profile"/runs/*/checkpoint.previous # half of the bytes, and of no use once the newer one is whole
+"$PYTHON" -m lrpet run --profile "$profile" --jobs "$jobs" --data "$data" \
+    --time-budget "$(($(left) > 30 ? $(left) - 30 : 0))" || status=$?
+rm -f "$LRPET_RESULTS/$profile"/runs/*/checkpoint.previous # half of the bytes; the newer one is whole
 tar -cf "$archive.part" -C "$LRPET_RESULTS" .
 mv "$archive.part" "$archive"
 "$PYTHON" -m lrpet list --profile "$profile" | tail -n 1

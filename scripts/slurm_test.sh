@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Submit runs to a real Slurm of one node, which this starts on the loopback interface and ends again: run_all.sh with one job a run,
-# with two processes a run, and both sbatch examples of profiles/slurm. Exit status 0 means that all of it went as it should.
-# Needs root, and Debian's packages: apt-get install -y --no-install-recommends slurm-wlm munge. Everything but two links in /etc/slurm
-# stays in one folder, WORK (default: a new one, deleted at the end). The two GPUs of its node are made up: what was asked for counts, not they.
+# Submit runs to a real Slurm of one node, which this starts on the loopback interface and ends again:
+# run_all.sh with one job per run, with two processes per run, and both sbatch examples of profiles/slurm.
+# Exit status 0 means that all of it went as it should. Needs root, and Debian's packages: apt-get install -y
+# --no-install-recommends slurm-wlm munge. Everything except two links in /etc/slurm stays in one folder, WORK
+# (default: a new one, deleted at the end). The two GPUs of its node are made up: what was asked for counts.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -10,9 +11,11 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 . "$ROOT/scripts/environment.sh"
 [ "$(id -u)" = 0 ] || die "this must be root, as slurmd is, which starts jobs as their users"
 for command in munged slurmctld slurmd sbatch; do
-    command -v "$command" >/dev/null || die "$command is not here; do: apt-get install -y --no-install-recommends slurm-wlm munge"
+    command -v "$command" >/dev/null ||
+        die "$command is not here; do: apt-get install -y --no-install-recommends slurm-wlm munge"
 done
-[ ! -e /etc/slurm/slurm.conf ] || die "/etc/slurm/slurm.conf is there already: this is for machines without a Slurm of their own"
+[ ! -e /etc/slurm/slurm.conf ] ||
+    die "/etc/slurm/slurm.conf is there already: this is for machines without a Slurm of their own"
 work=${WORK:-$(mktemp -d)}
 mkdir -p "$work"/{munge,state,spool}
 export PYTHON LRPET_PYTHON=$PYTHON LRPET_RESULTS=$work/results LRPET_FIGURES=$work/figures
@@ -56,11 +59,12 @@ PartitionName=all Nodes=$node Default=YES MaxTime=INFINITE State=UP OverSubscrib
 TEXT
 printf "Name=gpu File=%s\n" /dev/null /dev/zero >"$work/gres.conf"
 mkdir -p /etc/slurm
-ln -s "$work"/{slurm,gres}.conf /etc/slurm # where the plugin's jobs look for it: they drop what SLURM_CONF says
+ln -s "$work"/{slurm,gres}.conf /etc/slurm # where the plugin's jobs look: they drop SLURM_CONF
 chmod 700 "$work/munge"
 head -c 1024 /dev/urandom >"$work/munge/key"
 chmod 400 "$work/munge/key"
-munged --force --socket="$work/munge/socket" --key-file="$work/munge/key" --pid-file="$work/munged.pid" --log-file="$work/munge/log" \
+munged --force --socket="$work/munge/socket" --key-file="$work/munge/key" \
+    --pid-file="$work/munged.pid" --log-file="$work/munge/log" \
     --seed-file="$work/munge/seed"
 slurmctld
 slurmd -N "$node"
@@ -70,7 +74,8 @@ for _ in $(seq 30); do
 done
 sinfo --noheader --format "%N %T, %c CPUs, %G"
 
-# A copy of the project with a grid of three short runs, one of which leaves a notebook, and with notebooks that do nothing but theirs.
+# A copy of the project with a grid of three short runs, one of which leaves a notebook, and with empty
+# notebooks.
 project=$work/project
 mkdir -p "$project/notebooks"
 cp -r "$ROOT"/{lrpet,profiles,scripts,paper,Snakefile,run_all.sh,pyproject.toml} "$project"
@@ -87,7 +92,8 @@ for path in root.glob("notebooks/*.ipynb"):
     if path.stem != "01_cifar10":
         cell = nbformat.v4.new_code_cell("profile = ''", metadata={"tags": ["parameters"]})
         kernel = {"name": "python3", "display_name": "", "language": "python"}
-        nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), project / "notebooks" / path.name)
+        notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
+        nbformat.write(notebook, project / "notebooks" / path.name)
 grid = {
     "note": "three runs",
     "cost": "seconds",
@@ -101,7 +107,8 @@ grid = {
 }
 (project / "experiments.yaml").write_text(yaml.safe_dump({"smoke": grid}))
 TEXT
-sed -i -e 's/mem_mb: .*/mem_mb: 2000/' -e 's/cpus_per_gpu: .*/cpus_per_gpu: 1/' "$project/profiles/slurm/config.yaml"
+sed -i -e 's/mem_mb: .*/mem_mb: 2000/' -e 's/cpus_per_gpu: .*/cpus_per_gpu: 1/' \
+    "$project/profiles/slurm/config.yaml"
 cd "$project"
 export PYTHONPATH=$project
 
@@ -110,7 +117,8 @@ submitted() {
 }
 
 processes() {
-    "$PYTHON" -c 'import json, sys; print(*sorted({json.load(open(name))["processes"] for name in sys.argv[1:]}))' "$work"/results/smoke/runs/*/environment.json
+    "$PYTHON" -c 'import json, sys; print(*sorted({json.load(open(f))["processes"] for f in sys.argv[1:]}))' \
+        "$work"/results/smoke/runs/*/environment.json
 }
 
 expect() {
@@ -130,7 +138,8 @@ expect "runs for which Slurm gave two GPUs" "$(scontrol show jobs | grep -c 'Tre
 
 options=(--wait --gpus-per-node=2 --cpus-per-task=1 --output "$work/sbatch.log")
 rm -r "$work/results"
-sbatch "${options[@]}" profiles/slurm/one_node.sbatch lrpet-s1 --device cpu || die "one_node.sbatch failed: $(cat "$work/sbatch.log")"
+sbatch "${options[@]}" profiles/slurm/one_node.sbatch lrpet-s1 --device cpu ||
+    die "one_node.sbatch failed: $(cat "$work/sbatch.log")"
 expect "processes of one_node.sbatch" "$(processes)" 2
 
 # There is one node, so the two machines are two tasks on it.

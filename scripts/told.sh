@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run a command and tell when it begins and how it ends: told.sh LOG COMMAND…. What it prints goes to LOG, to be watched with tail -f.
+# Run a command and say when it begins and how it ends: told.sh LOG COMMAND…. What it prints goes to LOG, to
+# be watched with tail -f.
 set -euo pipefail
 
 log=$1

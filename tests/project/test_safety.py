@@ -1,4 +1,4 @@
-"""Nothing unsafe: no code from files, no notebook server without its token, dependencies that can be audited."""
+"""Nothing unsafe: no code from files, no notebook server without its token, audited dependencies."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""The library from a wheel, away from any checkout: README's example runs; what needs the checkout says so."""
+"""The library from a wheel, away from a checkout: README's example runs; what needs the checkout says so."""
 
 import os
 import re
