@@ -14,6 +14,7 @@ from lrpet.lowrank.factorize import DEAD_AT_FACTORIZATION, factorize
 from lrpet.lowrank.factors import ConstantOutput, rebuild
 from lrpet.lowrank.follow import follow_basis
 from lrpet.lowrank.gains import measure_gains
+from lrpet.lowrank.gradient_projection import GradientProjection, projection_groups
 from lrpet.lowrank.projection import (
     Basis,
     gram_matrices,
@@ -39,6 +40,7 @@ __all__ = [
     "Basis",
     "ConstantOutput",
     "Cost",
+    "GradientProjection",
     "LayerCost",
     "LayerReport",
     "LowRankProjector",
@@ -59,6 +61,7 @@ __all__ = [
     "project",
     "project_and_measure",
     "project_on_basis_",
+    "projection_groups",
     "rank_from_ratio",
     "ranks_for_budget",
     "ranks_from_ratio",

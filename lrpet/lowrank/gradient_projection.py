@@ -1,0 +1,679 @@
+"""Low-rank gradient projection: GaLore, GaLore 2, Lotus, VLoRP and a random control as one PyTorch optimizer.
+
+The weights stay dense; the optimizer's state becomes small. Notation: ``G`` is a gradient as an N×D matrix, ``K = min(N, D)``,
+``L = max(N, D)``, ``r`` the rank of the *gradient's* subspace, ``P`` (K×r) its basis on the short side, and ``S`` the projected
+gradient: Pᵀ·G for N < D (wide), G·P for N ≥ D (tall; a square matrix counts as tall). One step, with η the learning rate,
+α the scale, λ the weight decay and t from 1::
+
+    m ← β₁·m + (1 − β₁)·S        v ← β₂·v + (1 − β₂)·S²        U = (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
+    M ← (1 − η·λ)·M − η·α·(P·U or U·Pᵀ)
+
+Basis, moments and all arithmetic are float32, also for weights in bfloat16, and float64 for weights in float64. ε and weight
+decay stand where ``torch.optim.AdamW`` has them; the authors of GaLore and VLoRP apply weight decay after the update, and GaLore
+adds ε before bias correction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Generator, Tensor, nn
+
+from lrpet.lowrank.projection import truncated_svd
+from lrpet.lowrank.ranks import compressible_layers
+
+__all__ = ["STRATEGIES", "GradientProjection", "projection_groups"]
+REQUIRED = object()  # a setting without a default
+_SUBSPACE = {"rank": REQUIRED, "scale": 0.25, "carry": "keep"}
+_SKETCH = {"oversample": 10, "iterations": 2}
+# The settings of each strategy and their defaults, as published where something is.
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "galore": _SUBSPACE | {"every": 200},
+    "galore2": _SUBSPACE | {"every": 200} | _SKETCH,
+    "lotus": _SUBSPACE | {"threshold": 0.01, "check": 50} | _SKETCH,
+    "vlorp": {"rank": REQUIRED, "grain": REQUIRED, "every": 100, "distribution": "normal"},
+    "random": _SUBSPACE | {"every": 200},
+}
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int  # neither True nor a NumPy number, which a checkpoint would refuse
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "rank": ("a whole number of 1 or more", lambda v: _is_whole(v) and v >= 1),
+    "every": ("a whole number of steps, 1 or more", lambda v: _is_whole(v) and v >= 1),
+    "check": ("a whole number of steps, 1 or more", lambda v: _is_whole(v) and v >= 1),
+    "oversample": ("a whole number of 0 or more", lambda v: _is_whole(v) and v >= 0),
+    "iterations": ("a whole number of 0 or more", lambda v: _is_whole(v) and v >= 0),
+    "scale": ("a positive number", lambda v: _is_number(v) and v > 0),
+    "grain": ("a positive number", lambda v: _is_number(v) and v > 0),
+    "threshold": ("a number of 0 or more", lambda v: _is_number(v) and v >= 0),
+    "carry": ("keep, rotate or reset", lambda v: v in ("keep", "rotate", "reset")),
+    "distribution": ("normal or sign", lambda v: v in ("normal", "sign")),
+}
+
+
+def projection_groups(
+    model: nn.Module, strategy: str, *, layers: str, **settings: Any
+) -> list[dict[str, Any]]:
+    """Divide a model's trainable parameters into a group whose gradients are projected and a plain one for Adam.
+
+    Only the weights of matching layers are projected. Published choices are the block matrices: attention and MLP, never
+    embeddings, norms, biases or the output head.
+
+    Args:
+        model: the network. Of one that DistributedDataParallel wraps, give the network inside.
+        strategy: ``galore``, ``galore2``, ``lotus``, ``vlorp`` or ``random``.
+        layers: pattern of names of Linear layers and ungrouped convolutions, as ``blocks.*``.
+        **settings: of the strategy, see :class:`GradientProjection`; ``rank`` is required. Also settings that any group of an
+            optimizer may have, as ``lr``, for the projected layers.
+
+    Returns:
+        Parameter groups with names, for :class:`GradientProjection`; the plain group is left out where it would be empty.
+
+    Raises:
+        ValueError: no trainable layer matches. Settings are checked by the optimizer.
+
+    Source: arXiv 2403.03507, experimental settings.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> [group["params"][0][0] for group in projection_groups(model, "galore", layers="0", rank=2)]
+    ['0.weight', '0.bias']
+    """
+    weights = {f"{name}.weight".lstrip(".") for name in compressible_layers(model, layers)}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    projected = [(name, p) for name, p in trained if name in weights]
+    plain = [(name, p) for name, p in trained if name not in weights]
+    if not projected:
+        raise ValueError(
+            f"layers={layers!r} matches no trainable Linear layer or ungrouped convolution of {type(model).__name__}; "
+            "names are those of model.named_modules()"
+        )
+    groups = [{"params": projected, "strategy": strategy, **settings}, {"params": plain}]
+    return groups if plain else groups[:1]
+
+
+class GradientProjection(torch.optim.Optimizer):
+    """AdamW whose moments live in a low-rank subspace of the gradient, for the groups that have a ``strategy``; AdamW for all others.
+
+    Settings of a group, beside ``lr``, ``betas``, ``eps`` and ``weight_decay``, with defaults in ``STRATEGIES``:
+
+    ============== ======================================= ==========================================================
+    strategy       basis P                                 new basis
+    ============== ======================================= ==========================================================
+    ``galore``     leading singular vectors of G           every ``every`` steps
+    ``galore2``    the same by randomized SVD              every ``every`` steps
+    ``lotus``      the same by randomized SVD              where the projected gradient's direction stands still
+    ``vlorp``      random entries, drawn, never stored     every ``every`` steps
+    ``random``     orthonormal, independent of G: control  every ``every`` steps
+    ============== ======================================= ==========================================================
+
+    - ``rank``: r; at most the short side is used.
+    - ``scale``: α, a factor on the learning rate of the projected layers.
+    - ``carry``: the moments at a new basis: ``keep`` as they are, ``rotate`` into the new basis, or ``reset`` to zero, with t.
+    - ``oversample``, ``iterations``: of the randomized SVD.
+    - ``threshold``, ``check``: Lotus asks every ``check`` steps whether ‖S/‖S‖ − S₀/‖S₀‖‖ / n < threshold, where S₀ is the
+      first projected gradient of the basis and n counts the steps that used it; the next step then has a new basis.
+    - ``grain``: VLoRP cuts each row of a tall G into c pieces, or for c < 1 joins 1/c rows; a wide G the other way round.
+      The first moment has N·c·r or D·c·r numbers and the second is factored as in Adafactor, N + D numbers.
+    - ``distribution``: of VLoRP's entries, ``normal`` or ``sign`` (±1). Take ``sign`` where processes run on different CPUs:
+      normal numbers are not promised to be the same bits everywhere.
+
+    Weights of more than two axes are read as N×D with N the first axis. A parameter without a gradient is left out of a step.
+
+    Args:
+        params: parameters or groups; :func:`projection_groups` makes groups with names, which errors then carry.
+        lr: η, a number or a tensor of one element.
+        betas: β₁ and β₂, in [0, 1).
+        eps: ε.
+        weight_decay: λ, decoupled.
+        seed: of the random numbers: a whole number. A draw depends on seed, the parameter's position and the number of the basis
+            alone; the global generator is not used.
+        group: the torch.distributed group whose processes train together and hold the *same* gradients, as DDP leaves them; each
+            then computes the bases of some layers and sends them to the others. None: every process computes all.
+
+    Raises:
+        ValueError: a setting is unknown or out of range, or a weight cannot be projected; the message names the layer.
+
+    Source: arXiv 2403.03507 (GaLore), 2504.20437 (GaLore 2; our reading of a summary), 2602.01233, algorithm 1 (Lotus),
+    2505.01744 and the authors' code (VLoRP).
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> optimizer = GradientProjection(projection_groups(model, "galore", layers="0", rank=2, every=50), lr=0.01)
+    >>> model(torch.ones(4, 8)).square().mean().backward()
+    >>> optimizer.step()
+    >>> optimizer.state_bytes()  # float32: basis 8×2 and two moments 16×2 of the layer "0", two moments of all else
+    856
+    """
+
+    process_group = None  # copies and unpickled optimizers have none
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        seed: int = 0,
+        group: Any = None,
+    ):
+        self.process_group = group
+        # The seed is a group's setting, so that it is in the checkpoint.
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"seed": seed, "strategy": None})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; see :class:`GradientProjection` for its settings.
+
+        Args:
+            param_group: ``params`` and settings.
+
+        Raises:
+            ValueError: as :class:`GradientProjection`; the group is then not added.
+
+        >>> optimizer = GradientProjection([nn.Parameter(torch.ones(4, 6))])
+        >>> optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 6))], "strategy": "galore", "rank": 2})
+        >>> optimizer.param_groups[1]["every"]
+        200
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check(self, group: dict[str, Any]) -> None:
+        first = next((item.name for item in self._items() if item.group is group), "an empty group")
+        strategy = group["strategy"]
+        if strategy is not None and strategy not in STRATEGIES:
+            raise ValueError(f"{first}: strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+        known = STRATEGIES.get(strategy, {})
+        # Schedulers that resume are given initial_lr.
+        others = {"params", "param_names", "initial_lr", *self.defaults}
+        if unknown := sorted(group.keys() - known.keys() - others):
+            raise ValueError(
+                f"{first}: unknown setting {', '.join(unknown)}; strategy {strategy} has {', '.join(known) or 'none'}"
+            )
+        for name, default in known.items():
+            value = group.setdefault(name, default)
+            wanted, allowed = _ALLOWED[name]
+            if not allowed(value):
+                got = "none" if value is REQUIRED else repr(value)
+                raise ValueError(f"{first}: {name} must be {wanted}; got {got}")
+        if not _is_whole(group["seed"]):
+            raise ValueError(f"{first}: seed must be a whole number; got {group['seed']!r}")
+        for name, good in {
+            "lr": group["lr"] >= 0,
+            "betas": len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"]),
+            "eps": group["eps"] >= 0,
+            "weight_decay": group["weight_decay"] >= 0,
+        }.items():
+            if not good:
+                raise ValueError(f"{first}: {name} is out of range; got {group[name]!r}")
+        for item in self._items():
+            if item.group is group and strategy:
+                item.frame()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, after :meth:`prepare`.
+
+        Args:
+            closure: computes the loss anew, or None.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: as :meth:`prepare`; nothing is changed then.
+
+        >>> weight = nn.Parameter(torch.ones(2, 3))
+        >>> optimizer = GradientProjection([{"params": [weight], "strategy": "galore", "rank": 1, "scale": 1.0}], lr=0.1)
+        >>> weight.grad = torch.ones(2, 3)
+        >>> optimizer.step()
+        >>> weight[0]  # 1 − 0.1 · 1/√2
+        tensor([0.9293, 0.9293, 0.9293], grad_fn=<SelectBackward0>)
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.prepare()
+        for item in self._items():
+            if item.parameter.grad is not None:
+                self._update(item)
+        return loss
+
+    def prepare(self) -> None:
+        """Check the gradients and compute the bases that are due; :meth:`step` calls it, and a second call before a step changes nothing.
+
+        With processes told as ``group``, all of them must call it with the same gradients.
+
+        Raises:
+            ValueError: a gradient is sparse or complex, or one that is projected holds NaN or infinite values. The message names
+                the layer, and no basis has been computed.
+
+        >>> weight = nn.Parameter(torch.ones(2, 3))
+        >>> optimizer = GradientProjection([{"params": [weight], "strategy": "galore", "rank": 1}])
+        >>> weight.grad = torch.full((2, 3), torch.nan)
+        >>> optimizer.prepare()
+        Traceback (most recent call last):
+        ValueError: parameter 0: the gradient holds NaN or infinite values; look at the loss, or skip this step
+        """
+        self._prepare([item for item in self._items() if item.parameter.grad is not None])
+
+    def refresh_next(self) -> None:
+        """Let every projected layer have a new basis at the next step, as after an LRPET projection of the weights.
+
+        >>> weight = nn.Parameter(torch.ones(2, 3))
+        >>> optimizer = GradientProjection([{"params": [weight], "strategy": "galore", "rank": 1}])
+        >>> for _ in range(2):
+        ...     weight.grad = torch.ones(2, 3)
+        ...     optimizer.step()
+        ...     optimizer.refresh_next()
+        >>> optimizer.report()[0]["refreshes"]
+        2
+        """
+        for state in self.state.values():
+            if "due" in state:
+                state["due"] = True
+
+    def state_bytes(self) -> int:
+        """Return the bytes of the state that the optimizer holds between two steps: the sum over its tensors' storages.
+
+        In numbers, four bytes each: rK + 2rL for a layer of ``galore``, ``galore2`` and ``random``, rK + 3rL for ``lotus``,
+        c·r·L + N + D for ``vlorp``, and 2·N·D for a plain parameter. Zero before the first step.
+
+        >>> weight = nn.Parameter(torch.ones(2, 3))
+        >>> optimizer = GradientProjection([{"params": [weight], "strategy": "lotus", "rank": 1}])
+        >>> weight.grad = torch.ones(2, 3)
+        >>> optimizer.step()
+        >>> optimizer.state_bytes() == 4 * (1 * 2 + 3 * 1 * 3)
+        True
+        """
+        tensors = [value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    def report(self) -> list[dict[str, Any]]:
+        """Return a row for each projected layer; ``pandas.DataFrame`` makes a table of them.
+
+        Returns:
+            ``name``; ``side`` of the basis, ``left`` (wide) or ``right`` (tall); ``rank`` that is used; ``refreshes``, the number
+            of bases so far; ``since``, the steps that used the current one; ``energy``, ‖S‖²/‖G‖² of the gradient that it was
+            made from, in [0, 1] (None for VLoRP, whose basis is not orthonormal, and before the first); ``note``.
+
+        >>> weight = nn.Parameter(torch.ones(2, 3))
+        >>> optimizer = GradientProjection([{"params": [weight], "strategy": "galore", "rank": 1}])
+        >>> optimizer.report()
+        [{'name': 'parameter 0', 'side': 'left', 'rank': 1, 'refreshes': 0, 'since': 0, 'energy': None, 'note': ''}]
+        """
+        rows = []
+        for item in self._items():
+            if item.group["strategy"] is None:
+                continue
+            frame, state, note = item.frame(), self.state.get(item.parameter, {}), ""
+            if frame.rank == frame.side:
+                note = "rank ≥ short side: Adam in rotated coordinates, more state than Adam"
+                if item.group["strategy"] == "vlorp":
+                    note = "grain · rank ≥ short side: the first moment is as large as the gradient"
+            row = {"name": item.name, "side": "right" if frame.tall else "left", "rank": frame.rank}
+            row |= {"refreshes": state.get("refreshes", 0), "since": state.get("since", 0)}
+            rows.append(row | {"energy": state.get("energy"), "note": note})
+        return rows
+
+    @contextmanager
+    def in_backward(self, *, pieces: int = 1, clip: float | None = None) -> Iterator[None]:
+        """Update each parameter as soon as its gradient is complete and free that gradient, so that only one is alive at a time.
+
+        The block holds one ``loss.backward()``. Leaving it counts as the step; a further ``step()`` finds no gradient.
+        What needs all gradients at once is refused: several processes, accumulation, clipping by the norm of all. An error in the
+        middle leaves those layers updated that backward had reached. Each process sees its own gradient only, not DDP's mean.
+
+        Args:
+            pieces: into how many pieces your loop cuts a batch: 1.
+            clip: the norm to which your loop clips: None.
+
+        Raises:
+            ValueError: torch.distributed runs several processes, ``pieces`` or ``clip`` is anything else, a parameter has a gradient
+                already, or backward reaches one twice; as :meth:`prepare` too.
+
+        Source: the per-layer updates of the authors of arXiv 2403.03507.
+
+        >>> model = nn.Linear(4, 6)
+        >>> optimizer = GradientProjection(projection_groups(model, "galore", layers="*", rank=2))
+        >>> with optimizer.in_backward():
+        ...     model(torch.ones(1, 4)).sum().backward()
+        >>> model.weight.grad is None, optimizer.report()[0]["since"]
+        (True, 1)
+        """
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
+        for name, refused in {
+            "several processes: a layer's gradient is not yet their mean": several,
+            f"pieces={pieces}: a layer is updated with its first piece": pieces != 1,
+            f"clip={clip}: the norm of all gradients is not yet known": clip is not None,
+        }.items():
+            if refused:
+                raise ValueError(f"in_backward does not go with {name}; use step()")
+        items, done = {item.parameter: item for item in self._items()}, set()
+
+        def update(parameter: Tensor) -> None:
+            item = items[parameter]
+            if parameter in done:
+                raise ValueError(f"{item.name}: a second gradient in one in_backward block; use step() for accumulation")
+            done.add(parameter)
+            self._prepare([item])
+            self._update(item)
+            parameter.grad = None
+
+        for item in items.values():
+            if item.parameter.grad is not None:
+                raise ValueError(f"{item.name} has a gradient before in_backward; call zero_grad(), or step() for accumulation")
+        hooks = [p.register_post_accumulate_grad_hook(update) for p in items if p.requires_grad]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.step()  # finds no gradient, but schedulers want to have seen it
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state, also one from ``torch.load(…, weights_only=True)``, with its tensors' own types.
+
+        ``Optimizer.load_state_dict`` alone would round float32 bases and moments to the type of bfloat16 weights.
+
+        Args:
+            state_dict: from :meth:`state_dict` of an optimizer with the same groups; settings come from it too.
+
+        Raises:
+            ValueError: the groups differ in number or size.
+
+        >>> weight = nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
+        >>> optimizer = GradientProjection([{"params": [weight], "strategy": "galore", "rank": 1}])
+        >>> weight.grad = torch.ones_like(weight)
+        >>> optimizer.step()
+        >>> optimizer.load_state_dict(optimizer.state_dict())
+        >>> optimizer.state[weight]["basis"].dtype
+        torch.float32
+        """
+        super().load_state_dict(state_dict)
+        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for number, item in zip(numbers, self._items(), strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[item.parameter][name] = value.to(item.parameter.device, copy=True)
+
+    def _items(self) -> Iterator[_Item]:
+        number = 0
+        for group in self.param_groups:
+            for name, parameter in zip(group.get("param_names", group["params"]), group["params"], strict=True):
+                yield _Item(number, name if isinstance(name, str) else f"parameter {number}", parameter, group)
+                number += 1
+
+    @torch.no_grad()
+    def _prepare(self, items: Sequence[_Item]) -> None:
+        for item in items:
+            G = item.parameter.grad
+            if G.layout != torch.strided or G.is_complex():
+                kind = "complex" if G.is_complex() else "sparse"
+                raise ValueError(f"{item.name}: the gradient is {kind}; give dense real ones, or another optimizer")
+        items = [item for item in items if item.group["strategy"] is not None]
+        finite = [item.parameter.grad.isfinite().all() for item in items]
+        if finite and not torch.stack([good.to(finite[0].device) for good in finite]).all():  # one wait for the GPU
+            name = next(item.name for item, good in zip(items, finite, strict=True) if not good)
+            raise ValueError(f"{name}: the gradient holds NaN or infinite values; look at the loss, or skip this step")
+        due = [item for item in items if self._state(item)["due"]]
+        for item in due:
+            state = self.state[item.parameter]
+            state["refreshes"] += 1  # also the number of VLoRP's draw, which is all that changes there
+            state["since"], state["due"] = 0, False
+        due = [item for item in due if item.group["strategy"] != "vlorp"]
+        for item, basis in zip(due, self._new_bases(due), strict=True):
+            state, frame, G = self.state[item.parameter], item.frame(), item.gradient()
+            if item.group["carry"] == "rotate":
+                C = _product(state["basis"].mT, basis)  # (r, r)
+                for name, turn in (("exp_avg", C), ("exp_avg_sq", C.square())):
+                    moment = state[name]
+                    moment.copy_(_product(moment, turn) if frame.tall else _product(turn.mT, moment))
+            elif item.group["carry"] == "reset":  # t too: without bias correction the next updates were too large
+                state["step"] = 0
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+            state["basis"].copy_(basis)
+            kept, energy = (_size(matrix).square().item() for matrix in (frame.down(G, basis), G))
+            state["energy"] = min(1.0, kept / energy) if energy else 1.0
+
+    def _new_bases(self, items: Sequence[_Item]) -> list[Tensor]:
+        """Return a basis (K, r) for each layer, computed by one process each and sent to the others."""
+        alone = self.process_group is None
+        rank, world = (0, 1) if alone else (dist.get_rank(self.process_group), dist.get_world_size(self.process_group))
+        load, owner = [0] * world, {}
+        costs = {item: item.frame().side * item.parameter.numel() for item in items}  # K²·L
+        for item in sorted(costs, key=costs.get, reverse=True):  # the largest first, each to whom has the least to do
+            owner[item] = load.index(min(load))
+            load[owner[item]] += costs[item]
+        bases = []
+        for item in items:
+            state = self.state[item.parameter]
+            own = owner[item] == rank
+            bases.append(item.new_basis(state["refreshes"]) if own else torch.empty_like(state["basis"]))
+        for sender in range(world if world > 1 else 0):
+            sent = [basis for item, basis in zip(items, bases, strict=True) if owner[item] == sender]
+            if sent:
+                flat = torch.cat([basis.flatten() for basis in sent])
+                dist.broadcast(flat, group=self.process_group, group_src=sender)
+                for basis, part in zip(sent, flat.split([basis.numel() for basis in sent]), strict=True):
+                    basis.copy_(part.view_as(basis))
+        return bases
+
+    def _state(self, item: _Item) -> dict[str, Any]:
+        """Return the state of a parameter, made where there is none: counters are Python numbers, which loading does not cast."""
+        state, p, strategy = self.state[item.parameter], item.parameter, item.group["strategy"]
+        if state:
+            return state
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=item.dtype, device=p.device)
+
+        state["step"] = 0
+        shape = p.shape
+        if strategy is not None:
+            # Beyond the specification: "due", one flag for the first step, `every`, Lotus's test and refresh_next, and "energy".
+            state |= {"refreshes": 0, "since": 0, "due": True, "energy": None}
+            frame = item.frame()
+            shape = (frame.rows, frame.rank) if frame.tall else (frame.rank, frame.columns)
+        state["exp_avg"] = zeros(*shape)
+        if strategy == "vlorp":
+            state["row"], state["col"] = zeros(len(p)), zeros(p.numel() // len(p))
+            return state
+        state["exp_avg_sq"] = zeros(*shape)
+        if strategy is not None:
+            state["basis"] = zeros(frame.side, frame.rank)
+        if strategy == "lotus":
+            state["first"] = zeros(*shape)
+        return state
+
+    @torch.no_grad()
+    def _update(self, item: _Item) -> None:
+        p, group, state = item.parameter, item.group, self._state(item)
+        strategy, G = group["strategy"], item.gradient()
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        state["step"] += 1
+        if strategy is None:
+            update = _adam(G, state, group)
+        else:
+            frame = item.frame()
+            basis = item.drawn_basis(state["refreshes"]) if strategy == "vlorp" else state["basis"]
+            S = frame.down(G, basis)
+            state["since"] += 1
+            state["due"] |= _due(S, state, group)
+            if strategy == "vlorp":
+                update = _projfactor(S, lambda X: frame.up(X, basis).reshape(len(p), -1), state, group)
+            else:
+                update = group["scale"] * frame.up(_adam(S, state, group), basis)
+        p.sub_(group["lr"] * update.view(p.shape))
+
+
+class _Frame(NamedTuple):
+    """How a gradient is read as a matrix, rows×columns, and projected: from the right (tall) or from the left."""
+
+    rows: int
+    columns: int
+    tall: bool
+    rank: int
+
+    @property
+    def side(self) -> int:
+        return self.columns if self.tall else self.rows
+
+    def down(self, G: Tensor, basis: Tensor) -> Tensor:
+        return _product(G, basis) if self.tall else _product(basis.mT, G)
+
+    def up(self, S: Tensor, basis: Tensor) -> Tensor:
+        return _product(S, basis.mT) if self.tall else _product(basis, S)
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """A parameter of the optimizer, with its position among all, the name that errors give it, and its group."""
+
+    number: int
+    name: str
+    parameter: Tensor
+    group: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.parameter.dtype, torch.float32)
+
+    def frame(self) -> _Frame:
+        """Return how this parameter's gradient is read; decided by shape and settings alone."""
+        p, grain = self.parameter, self.group.get("grain", 1)
+        if p.ndim < 2 or not p.numel():
+            raise ValueError(f"{self.name}: a weight of shape {tuple(p.shape)} cannot be projected; it needs two axes and entries")
+        N, D = len(p), p.numel() // len(p)
+        tall, c = N >= D, Fraction(grain).limit_denominator(2**20)  # 1/3 as a float is close enough
+        rows, columns = (N * c, D / c) if tall else (N / c, D * c)
+        if rows.denominator > 1 or columns.denominator > 1:
+            raise ValueError(
+                f"{self.name}: grain must divide the short side of the {N}×{D} gradient, or 1/grain the long one; got {grain}"
+            )
+        side = int(columns if tall else rows)
+        return _Frame(int(rows), int(columns), tall, min(self.group["rank"], side))
+
+    def gradient(self) -> Tensor:
+        """Return the gradient in the optimizer's precision, as the matrix that is projected where it is."""
+        G = self.parameter.grad.to(self.dtype)
+        return G if self.group["strategy"] is None else G.reshape(self.frame()[:2])
+
+    def generator(self, draw: int) -> Generator:
+        """Return a generator on the CPU for one draw: the seed is mixed as by SplitMix64, since neighbours must not be alike."""
+        x = 0
+        for part in (self.group["seed"], self.number, draw):
+            x = (x + part + 0x9E3779B97F4A7C15) % 2**64
+            x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+            x ^= x >> 31
+        return Generator().manual_seed(x)
+
+    def new_basis(self, draw: int) -> Tensor:
+        """Return orthonormal columns (K, r) for the gradient of now; in each, the entry of largest magnitude is positive."""
+        frame, strategy, generator = self.frame(), self.group["strategy"], self.generator(draw)
+        G = self.gradient()
+        X = G.mT if frame.tall else G  # (K, L): its left vectors, also of a square matrix, are eigenvectors and so orthonormal
+        if strategy == "galore":
+            P = truncated_svd(X, frame.rank)[0]
+        elif strategy == "random":
+            P = torch.linalg.qr(torch.randn(frame.side, frame.rank, generator=generator, dtype=torch.float64)).Q
+        else:
+            P = _sketched_vectors(X, frame.rank, self.group["oversample"], self.group["iterations"], generator)
+        P = P * P.gather(0, P.abs().argmax(dim=0, keepdim=True)).sign()
+        return P.to(X).contiguous()
+
+    def drawn_basis(self, draw: int) -> Tensor:
+        """Return VLoRP's B, (side, r), with entries of mean 0 and variance 1/r; the same whenever it is drawn again."""
+        frame, generator = self.frame(), self.generator(draw)
+        shape = (frame.side, frame.rank)
+        if self.group["distribution"] == "sign":
+            B = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
+        else:
+            B = torch.randn(shape, generator=generator)
+        return B.to(self.parameter.device, self.dtype) / math.sqrt(frame.rank)
+
+
+def _sketched_vectors(X: Tensor, rank: int, oversample: int, iterations: int, generator: Generator) -> Tensor:
+    """Return approximate leading left singular vectors of a K×L matrix. Source: Halko, Martinsson and Tropp, arXiv 0909.4061."""
+    X = X / X.abs().max().clamp(min=torch.finfo(X.dtype).tiny)  # tiny gradients have products that vanish
+    samples = min(rank + oversample, len(X))
+    Q = torch.linalg.qr(_product(X, torch.randn(X.shape[1], samples, generator=generator).to(X))).Q  # (K, s)
+    for _ in range(iterations):
+        Z = torch.linalg.qr(_product(X.mT, Q)).Q  # (L, s)
+        Q = torch.linalg.qr(_product(X, Z)).Q
+    return _product(Q, truncated_svd(_product(Q.mT, X), rank)[0].to(X.dtype))
+
+
+def _due(S: Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
+    """Return whether the next step needs a new basis; n, the steps that used this one, is 1 after the step that made it."""
+    if "every" in group:
+        return state["step"] % group["every"] == 0
+    n, first = state["since"], state["first"]
+    if n > 1 and n % group["check"]:
+        return False
+    size = _size(S)
+    direction = S / size.where(size > 0, 1.0)
+    if n == 1:
+        first.copy_(direction)
+    if n % group["check"]:
+        return False
+    moved = _size(direction - first).item() if size > 0 and first.any() else 0.0  # a zero gradient counts as no movement
+    return moved / n < group["threshold"]
+
+
+def _adam(S: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """Advance Adam's moments and return U."""
+    (beta1, beta2), t = group["betas"], state["step"]
+    m = state["exp_avg"].lerp_(S, 1 - beta1)
+    v = state["exp_avg_sq"].mul_(beta2).addcmul_(S, S, value=1 - beta2)
+    return (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
+
+
+def _projfactor(
+    S: Tensor, up: Callable[[Tensor], Tensor], state: dict[str, Any], group: dict[str, Any]
+) -> Tensor:
+    """Advance VLoRP's first moment, in the subspace, and Adafactor's row and column sums of the second; return the update, (N, D)."""
+    (beta1, beta2), t = group["betas"], state["step"]
+    m = state["exp_avg"].lerp_(S, 1 - beta1)
+    square = up(S).square()  # (N, D)
+    row = state["row"].lerp_(square.sum(dim=1), 1 - beta2)
+    col = state["col"].lerp_(square.sum(dim=0), 1 - beta2)
+    total = row.sum()
+    V = torch.outer(row / total.where(total > 0, 1.0), col)  # 0, not 0/0, where no gradient came yet
+    return math.sqrt(1 - beta2**t) / (1 - beta1**t) * up(m) / (V.sqrt() + group["eps"])
+
+
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    """Return A·B in the precision of both, also within an autocast block."""
+    with torch.autocast(A.device.type, enabled=False):
+        return A @ B
+
+
+def _size(matrix: Tensor) -> Tensor:
+    """Return the Frobenius norm, in float64."""
+    return torch.linalg.vector_norm(matrix, dtype=torch.float64)
