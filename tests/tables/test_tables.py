@@ -7,7 +7,7 @@ from helpers import experiment, put
 from lrpet import tables
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT
-from lrpet.tables import claims, costs, names, pages
+from lrpet.tables import claims, costs, pages
 from lrpet.tables.names import label_of
 
 
