@@ -92,6 +92,11 @@ class RunConfig:
         high=100.0,
         absent=None,
     )
+    matched_steps: bool | None = _field(
+        None,
+        "the steps that LRPET's larger weights would make: the control of LRP against LRPET",
+        absent=None,
+    )
     product_decay: bool | None = _field(
         None, "weight decay acts on the product of the factors, not on each factor", absent=None
     )
@@ -186,6 +191,9 @@ class RunConfig:
             allowed = f"between 1 and {self.epochs - 1}, one below epochs, which counts them too"
             self._refuse("pretrain_epochs", allowed)
 
+        if self.matched_steps and (self.recipe != "sgd" or self.residual):
+            self._refuse("matched_steps", "left out except with recipe='sgd' and residual 0")
+
     def _put(self, name: str, value) -> None:
         object.__setattr__(self, name, value)  # the class is frozen for everybody else
 
@@ -225,6 +233,8 @@ class RunConfig:
 
     def _fill_in_the_method_s_defaults(self) -> None:
         row = METHODS[self.method]
+        if self.matched_steps is False:
+            self._put("matched_steps", None)  # as every run was before this field came
         if self.pretrain_epochs == 0 and row.pretrained_share is None:
             self._put("pretrain_epochs", None)  # from scratch, as every run was before this field came
         for name, value in row.reads.items():

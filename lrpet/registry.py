@@ -38,7 +38,9 @@ TRP |= {"projection_interval": 20, "projection_unit": "iteration"}
 METHODS = {
     "dense": MethodRow("lrpet.methods.base:Method", "dense", "#222222", "s", "-", {}),
     "lrp": MethodRow(
-        "lrpet.methods.lrpet:LowRankProjection", "LRP", "#D55E00", "^", "--", SIZE | PROJECTION | PRETRAINING
+        "lrpet.methods.lrpet:LowRankProjection",
+        *("LRP", "#D55E00", "^", "--"),
+        SIZE | PROJECTION | PRETRAINING | {"matched_steps": None},
     ),
     "lrpet": MethodRow(
         "lrpet.methods.lrpet:LowRankProjection", "LRPET", "#0072B2", "o", "-", SIZE | PROJECTION | PRETRAINING

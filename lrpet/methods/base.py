@@ -73,6 +73,7 @@ class Method:
 
     ranks: dict[str, int] = {}
     undecayed: tuple[Tensor, ...] = ()  # parameters that the optimizer's weight decay leaves alone
+    alone: tuple[Tensor, ...] = ()  # parameters that are each a group of their own in the optimizer
     structure: dict | list | None = None  # what a checkpoint keeps besides weights; None: nothing yet
 
     def __init__(self, model: nn.Module, config: RunConfig | None = None):
@@ -88,6 +89,9 @@ class Method:
     def after_step(self, step: int, steps_per_epoch: int, last: bool) -> list[LayerReport] | None:
         """Act after optimizer step ``step`` (from 1); return the report of a projection, if one was made."""
         return None
+
+    def adapt(self, optimizer: torch.optim.Optimizer, reports: list[LayerReport]) -> None:
+        """Act on the optimizer after a projection."""
 
     def compact(self) -> nn.Module:
         """Return the network that is deployed."""

@@ -9,6 +9,7 @@ from lrpet.lowrank.factorize import factorize
 from lrpet.lowrank.projector import LowRankProjector
 from lrpet.lowrank.ranks import LayerReport
 from lrpet.methods.base import Dense, is_due, ranks_of
+from lrpet.methods.matched_steps import match_steps
 from lrpet.processes import Processes
 
 __all__ = ["LowRankProjection"]
@@ -41,6 +42,8 @@ class LowRankProjection(Dense):
             row_eps=config.row_eps,
         )
         self.config = config
+        if config.matched_steps:
+            self.alone = tuple(model.get_submodule(name).weight for name in self.ranks)
 
     def after_step(self, step: int, steps_per_epoch: int, last: bool) -> list[LayerReport] | None:
         """Project when the schedule says so and after the last step of all; see :class:`Dense`."""
@@ -63,6 +66,13 @@ class LowRankProjection(Dense):
             raise error
         processes.copy_from(0, [self.model.get_submodule(name).weight for name in self.ranks])
         return reports
+
+    def adapt(self, optimizer: torch.optim.SGD, reports: list[LayerReport]) -> None:
+        """With ``matched_steps``, let the next steps be LRPET's, whose weights are sqrt(E / Σ_{i≤R} s_i²) as large."""
+        if self.config.matched_steps:
+            projected = [report for report in reports if report.action == "projected"]
+            weights = {report.name: self.model.get_submodule(report.name).weight for report in projected}
+            match_steps(optimizer, {weights[report.name]: report.energy_kept**-0.5 for report in projected})
 
     def compact(self) -> nn.Module:
         """Return the factorized network."""

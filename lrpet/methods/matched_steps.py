@@ -46,7 +46,7 @@ def match_steps(optimizer: torch.optim.SGD, factors: Mapping[nn.Parameter, float
             )
         group = groups[weight]
         group["lr_scale"] = group.get("lr_scale", 1.0) / f**2
-        group["lr"] = group["lr"] / f**2
+        group["lr"] = group["lr"] / f**2  # a tensor on a GPU
         group["weight_decay"] = group["weight_decay"] * f**2
         buffer = optimizer.state[weight].get("momentum_buffer")
         if buffer is not None:

@@ -14,6 +14,7 @@ SAID_ELSEWHERE = ("prune_ratio", "ranks", "layers", "finetune_learning_rate")  #
 IN_WORDS = {
     ("bn_rectification", False): "without BN rectification",
     ("row_eps", 0.0): "exact inverse of the scale",
+    ("matched_steps", True): "with LRPET's steps",
     ("product_decay", False): "decay on each factor",
     ("rank_rule", "stable_rank"): "stable rank",
     ("nuclear_norm", 0.0): "no nuclear norm",

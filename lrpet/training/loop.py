@@ -123,6 +123,7 @@ def train(
                         reports = method.after_step(state.step, steps, state.step == last_step)
                     state.projected = reports is not None
                     if reports is not None:
+                        method.adapt(state.optimizer, reports)
                         state.layers = [vars(report) for report in reports]
                         state.projections += 1
                         if last_of_epoch:
@@ -171,7 +172,8 @@ def _make_step(config: RunConfig, state: State, session: Session, processes: Pro
         processes.parallel(state.method.model),
         state.optimizer,
         state.totals,
-        graphs=state.device.type == "cuda" and processes.world == 1,
+        # a graph has the weight decay in it, which matched steps change
+        graphs=state.device.type == "cuda" and processes.world == 1 and not config.matched_steps,
         world=processes.world,
         device_batch=session.device_batch,
     )

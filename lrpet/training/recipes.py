@@ -55,12 +55,17 @@ def learning_rate(config: RunConfig, epoch: int) -> float:
 
 
 def make_optimizer(
-    config: RunConfig, model: nn.Module, device: torch.device, undecayed: Collection[Tensor] = ()
+    config: RunConfig,
+    model: nn.Module,
+    device: torch.device,
+    undecayed: Collection[Tensor] = (),
+    alone: Collection[Tensor] = (),
 ) -> torch.optim.Optimizer:
     """Return SGD with momentum over all parameters alike, or AdamW that spares vectors (biases, norms) the weight decay.
 
     Parameters in ``undecayed`` are spared it too; their method has a decay of its own. Weights that a BatchNorm follows take
     ``normalized_weight_decay`` where it is given: their norm changes nothing but the size of a step relative to it.
+    Parameters in ``alone`` are each a group of their own.
 
     >>> type(make_optimizer(RunConfig(), nn.Linear(2, 2), torch.device("cpu"))).__name__
     'SGD'
@@ -73,17 +78,22 @@ def make_optimizer(
     if config.normalized_weight_decay is not None:
         decays |= dict.fromkeys(normalized_weights(model), config.normalized_weight_decay)
     decays |= {p: 0.0 for p in model.parameters() if id(p) in spared}
+    own = {id(p) for p in alone}
     groups = [
-        {"params": [p for p in decays if decays[p] == decay], "weight_decay": decay}
+        {"params": [p for p in decays if decays[p] == decay and id(p) not in own], "weight_decay": decay}
         for decay in dict.fromkeys(decays.values())
     ]
+    groups += [{"params": [p], "weight_decay": decays[p]} for p in alone]
+    groups = [group for group in groups if group["params"]]
     if config.recipe == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, capturable=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float, device: torch.device) -> None:
-    """Set the learning rate of all parameters; on a GPU as a tensor, which a recorded step reads anew each time.
+    """Set the learning rate of all parameters, times the ``lr_scale`` of their group where it has one.
+
+    On a GPU it is a tensor, which a recorded step reads anew each time.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     >>> set_learning_rate(optimizer, 0.01, torch.device("cpu"))
@@ -91,12 +101,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float, device: to
     0.01
     """
     for group in optimizer.param_groups:
+        rate = value * group.get("lr_scale", 1.0)
         if device.type == "cpu":
-            group["lr"] = value
+            group["lr"] = rate
         elif isinstance(group["lr"], Tensor):
-            group["lr"].fill_(value)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = torch.tensor(value, device=device)
+            group["lr"] = torch.tensor(rate, device=device)
 
 
 def make_mixer(config: RunConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

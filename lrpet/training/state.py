@@ -49,7 +49,8 @@ class State:
     def new_optimizer(self) -> None:
         """Make the optimizer of the network that the method has now."""
         method = self.method
-        self.optimizer = make_optimizer(self.config, method.model, self.device, method.undecayed)
+        groups = method.undecayed, method.alone
+        self.optimizer = make_optimizer(self.config, method.model, self.device, *groups)
 
     def load(self, path: Path) -> None:
         """Take over the newest whole checkpoint, where there is one; see :func:`load_checkpoint`."""

@@ -193,6 +193,7 @@ OTHER = {
     "projection_unit": {"projection_unit": "iteration"},
     "pretrain_epochs": {"pretrain_epochs": 5},
     "finetune_learning_rate": {"pretrain_epochs": 5, "finetune_learning_rate": 0.05},
+    "matched_steps": {"method": "lrp", "matched_steps": True},
     "product_decay": {"method": "factorized", "product_decay": False},
     "rank_rule": {"method": "warmup_switch", "prune_ratio": None, "rank_rule": "stable_rank"},
     "energy_threshold": {"method": "trp", "energy_threshold": 0.1},

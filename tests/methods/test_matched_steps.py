@@ -3,10 +3,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TINY
 from torch import nn
 
-from lrpet import LowRankProjector
+from lrpet import LowRankProjector, RunConfig, run
 from lrpet.methods.matched_steps import match_steps
+from lrpet.training import Paused
 
 RANKS = {"0": 3, "3": 3}
 
@@ -66,6 +68,31 @@ def test_without_a_batchnorm_matched_steps_do_not_help():
     matched = (losses_of(copy.deepcopy(model), False, matched=True) - reference).abs().mean()
     assert plain > 0.001
     assert matched > 0.5 * plain
+
+
+def test_a_run_of_lrp_takes_them_and_resumes_with_them(tmp_path, monkeypatch):
+    config = RunConfig(method="lrp", matched_steps=True, prune_ratio=0.57, **TINY)
+    whole = run(config, results=tmp_path / "whole", device="cpu", progress="off")
+    with pytest.raises(Paused):
+        run(config, results=tmp_path / "parts", device="cpu", progress="off", time_budget=0)
+    parts = run(config, results=tmp_path / "parts", device="cpu", progress="off")
+    plain = RunConfig(method="lrp", prune_ratio=0.57, **TINY)
+    other = run(plain, results=tmp_path / "plain", device="cpu", progress="off")
+    columns = ["train_loss", "loss"]
+    assert whole.history[columns].equals(parts.history[columns])
+    assert whole.history[columns].iloc[0].equals(other.history[columns].iloc[0])  # until the first projection
+    assert not whole.history[columns].iloc[1].equals(other.history[columns].iloc[1])
+
+
+def test_what_has_another_step_is_refused():
+    assert RunConfig(method="lrp", matched_steps=False).run_id == RunConfig(method="lrp").run_id
+    for fields in (
+        {"method": "lrpet"},
+        {"method": "lrp", "residual": 0.3},
+        {"method": "lrp", "recipe": "adamw"},
+    ):
+        with pytest.raises(ValueError, match="matched_steps must be"):
+            RunConfig(matched_steps=True, **fields)
 
 
 def test_a_weight_that_shares_its_group_is_refused():
