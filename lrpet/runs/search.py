@@ -7,24 +7,21 @@ initialization as all others, and is scored on images held out from the training
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 import pandas as pd
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
-from lrpet.config import DATASETS, RunConfig
+from lrpet.config import RunConfig
 from lrpet.lowrank.budget import ranks_for_budget
 from lrpet.lowrank.cost import cost
 from lrpet.lowrank.ranks import compressible_layers, rank_from_ratio
 from lrpet.models import build_model
-from lrpet.paths import results_root
 from lrpet.runs.run import run
 from lrpet.runs.store import load_network
+from lrpet.runs.study import open_study, optimize, side_by_side
 
 __all__ = [
     "NOTEBOOK_PARAMETERS",
@@ -103,10 +100,10 @@ def search(
     workers: int = 1,
     do_run: Callable = run,
 ) -> optuna.Study:
-    """Search ranks until a study holds the given number of finished trials; started again, it goes on.
+    """Search ranks until a study holds the given number of finished trials; started again, it resumes.
 
-    Several processes, on one machine or more, may work on one study: all write to one journal. Each trial is an ordinary run of the
-    store, so that a trial which was interrupted, or asked for twice, is resumed or loaded.
+    Several processes, on one machine or more, may work on one study: all write to one journal. Each trial is an
+    ordinary run of the store, so that a trial which was interrupted, or asked for twice, is resumed or loaded.
 
     Args:
         config: of one brief training; its ``validation_fraction`` must be above 0, its ratio and ranks are replaced.
@@ -130,96 +127,67 @@ def search(
     """
     if not config.validation_fraction:
         raise ValueError(
-            "validation_fraction must be above 0: ranks are chosen on images held out from the training set, never on the test set"
+            "validation_fraction must be above 0: ranks are chosen on images held out from the training set, "
+            "never on the test set"
         )
     if objectives not in (1, 2) or sampler not in ("tpe", "gp") or trials < 1:
         raise ValueError(
-            f"objectives must be 1 or 2, sampler tpe or gp, trials at least 1; got {objectives!r}, {sampler!r}, {trials!r}"
+            "objectives must be 1 or 2, sampler tpe or gp, trials at least 1; "
+            f"got {objectives!r}, {sampler!r}, {trials!r}"
         )
-    root = Path(results or results_root()) / config.profile / "search"
-    root.mkdir(parents=True, exist_ok=True)
-    model = build_model(config.model)
-    groups = group_layers(model, per_layer)
-    dense = dataclasses.replace(config, method="dense", prune_ratio=None, ranks=None)
-    name = f"{dense.run_id}-{sampler}-{objectives}-{'layer' if per_layer else 'stage'}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        journal = JournalStorage(JournalFileBackend(str(root / f"{name}.journal")))
-        seed = (
-            config.seed if workers == 1 and multiprocessing.parent_process() is None else None
-        )  # workers must not draw the same
-        choose = (
-            optuna.samplers.TPESampler(seed=seed, multivariate=True)
-            if sampler == "tpe"
-            else optuna.samplers.GPSampler(seed=seed)
-        )
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name=name,
-        storage=journal,
-        sampler=choose,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
-        directions=["minimize"] if objectives == 1 else ["maximize", "minimize"],
-        load_if_exists=True,
-    )
+    where = {"data": data, "device": device, "results": results}
+    study = open_study(config, sampler, objectives, per_layer, results, alone=workers == 1)
+    if workers > 1:
+        same = {"objectives": objectives, "per_layer": per_layer, "sampler": sampler, "weight": weight}
+        side_by_side(workers, search, config, trials, do_run=do_run, **same, **where)
+    candidates = _Candidates(config, objectives == 1, per_layer, weight, do_run, where)
+    optimize(study, candidates, trials)
+    return study
 
-    def objective(trial: optuna.Trial):
+
+@dataclass(frozen=True)
+class _Candidates:
+    """What a study asks for: ranks are drawn, a network is trained briefly with them and scored.
+
+    Args:
+        config, per_layer, weight, do_run: as in :func:`search`.
+        by_fitness: return the fitness, else accuracy in percent and share of MACs.
+        where: ``data``, ``device`` and ``results`` of a run.
+    """
+
+    config: RunConfig
+    by_fitness: bool
+    per_layer: bool
+    weight: float
+    do_run: Callable
+    where: Mapping
+
+    def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
+        model = build_model(self.config.model)
+        groups = group_layers(model, self.per_layer)
         ratios = {group: trial.suggest_float(group, LOWEST, HIGHEST, log=True) for group in groups}
-        ranks = ranks_from_group_ratios(model, ratios, per_layer)
-        counted = cost(model, (3, DATASETS[config.dataset], DATASETS[config.dataset]), ranks)
+        ranks = ranks_from_group_ratios(model, ratios, self.per_layer)
+        size = self.config.image_size
+        counted = cost(model, (3, size, size), ranks)
         share = counted.macs / counted.dense_macs
 
         def watch(row: dict) -> None:
             """Give a hopeless candidate up: its fitness so far is worse than the median at this epoch."""
-            trial.report(-2 * row["top1_pct"] / 100 + weight * share, row["epoch"])
+            trial.report(-2 * row["top1_pct"] / 100 + self.weight * share, row["epoch"])
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        candidate = dataclasses.replace(config, prune_ratio=None, ranks=ranks)
-        done = do_run(
-            candidate,
-            data=data,
-            device=device,
-            results=results,
-            progress="off",
-            on_epoch=watch if objectives == 1 else None,
-        )
+        candidate = dataclasses.replace(self.config, prune_ratio=None, ranks=ranks)
+        watching = watch if self.by_fitness else None
+        summary = self.do_run(candidate, progress="off", on_epoch=watching, **self.where).summary
         trial.set_user_attr("ranks", ranks)
-        trial.set_user_attr("top1_pct", done.summary["top1_pct"])
-        trial.set_user_attr("macs", done.summary["macs"])
-        return fitness(done.summary, weight) if objectives == 1 else (done.summary["top1_pct"], share)
-
-    if workers > 1:
-        settings = {
-            "objectives": objectives,
-            "per_layer": per_layer,
-            "sampler": sampler,
-            "weight": weight,
-            "data": data,
-            "device": device,
-        }
-        settings |= {"results": results, "do_run": do_run}
-        start = multiprocessing.get_context("spawn").Process
-        processes = [start(target=search, args=(config, trials), kwargs=settings) for _ in range(workers)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    over = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    study.optimize(
-        objective,
-        callbacks=[optuna.study.MaxTrialsCallback(trials, states=over)],
-        n_trials=_missing(study, trials, over),
-    )
-    return study
-
-
-def _missing(study, trials, over) -> int:
-    return max(0, trials - len(study.get_trials(deepcopy=False, states=over)))
+        trial.set_user_attr("top1_pct", summary["top1_pct"])
+        trial.set_user_attr("macs", summary["macs"])
+        return fitness(summary, self.weight) if self.by_fitness else (summary["top1_pct"], share)
 
 
 def trials_table(study: optuna.Study) -> pd.DataFrame:
-    """Return a row a finished trial: its ratios, accuracy on the held-out images in percent, MACs, and whether it is Pareto-optimal.
+    """Return one row per finished trial: its ratios, accuracy on the held-out images in percent, MACs, and whether it is Pareto-optimal.
 
     A trial is Pareto-optimal when no other is at least as good in both and better in one.
     """
@@ -269,7 +237,7 @@ def groups_of(config: RunConfig, per_layer: bool = False) -> dict[str, list[str]
 
 
 def uniform_trials(config: RunConfig, ratios=(0.5, 0.6, 0.7, 0.8, 0.9), **where) -> pd.DataFrame:
-    """Train one ratio for all layers, as briefly as a candidate; return a row a ratio, as :func:`trials_table`."""
+    """Train one ratio for all layers, as briefly as a candidate; return one row per ratio, as :func:`trials_table`."""
     rows = []
     for ratio in ratios:
         summary = run(dataclasses.replace(config, prune_ratio=ratio), progress="off", **where).summary
@@ -297,9 +265,8 @@ def compare_final(study: optuna.Study, config: RunConfig, epochs: int, **where) 
         where: ``data``, ``device`` and ``results`` of :func:`lrpet.run`.
 
     Returns:
-        A row an allocation: MACs in millions and accuracy on the test images in percent, one seed.
+        One row per allocation: MACs in millions and accuracy on the test images in percent, one seed.
     """
-    size = DATASETS[config.dataset]
     full = dataclasses.replace(
         config,
         epochs=epochs,
@@ -308,13 +275,14 @@ def compare_final(study: optuna.Study, config: RunConfig, epochs: int, **where) 
     )
     searched = study.best_trial.user_attrs["ranks"]
     model = build_model(config.model)
-    saved = cost(model, (3, size, size), searched)
+    shape = (3, config.image_size, config.image_size)
+    saved = cost(model, shape, searched)
     reduction = 1 - saved.macs / saved.dense_macs
     dense = run(dataclasses.replace(config, method="dense", prune_ratio=None), progress="off", **where)
     allocations = {
         "searched": searched,
-        "one ratio": ranks_for_budget(model, (3, size, size), reduction),
-        "by spectra": ranks_for_budget(load_network(dense), (3, size, size), reduction, allocation="energy"),
+        "one ratio": ranks_for_budget(model, shape, reduction),
+        "by spectra": ranks_for_budget(load_network(dense), shape, reduction, allocation="energy"),
     }
     rows = []
     for name, ranks in allocations.items():

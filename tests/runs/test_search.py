@@ -1,10 +1,19 @@
 import dataclasses
+from importlib import import_module
+from types import SimpleNamespace
 
 import optuna
 import pytest
 
-from lrpet import RunConfig, build_model
-from lrpet.runs.search import fitness, group_layers, ranks_from_group_ratios, search, trials_table
+from lrpet import RunConfig, build_model, cost
+from lrpet.runs.search import (
+    compare_final,
+    fitness,
+    group_layers,
+    ranks_from_group_ratios,
+    search,
+    trials_table,
+)
 from lrpet.runs.store import Run
 
 BRIEF = RunConfig(epochs=2, milestones=[], validation_fraction=0.2)
@@ -74,6 +83,22 @@ def test_bad_trials_are_given_up_early(tmp_path):
     log = []
     study = search(BRIEF, 16, results=tmp_path, do_run=pretend(log))
     assert any(t.state == optuna.trial.TrialState.PRUNED for t in study.trials)
+
+
+def test_multiply_adds_are_counted_at_the_size_of_the_images(monkeypatch, tmp_path):
+    small = dataclasses.replace(BRIEF, dataset="imagefolder", image_size=64, model="resnet18")
+    study = search(small, 1, objectives=2, results=tmp_path, do_run=pretend([]))
+    ranks = study.trials[0].user_attrs["ranks"]
+    counted = cost(build_model("resnet18"), (3, 64, 64), ranks)
+    assert study.trials[0].values[1] == counted.macs / counted.dense_macs
+    budgets = []
+    module = import_module("lrpet.runs.search")
+    monkeypatch.setattr(module, "run", lambda config, **_: Run(config, {"macs": 1, "top1_pct": 2}, *[None] * 4))
+    monkeypatch.setattr(module, "load_network", lambda _: None)
+    monkeypatch.setattr(module, "ranks_for_budget", lambda _, *given, **__: budgets.append(given) or ranks)
+    best = SimpleNamespace(best_trial=study.trials[0])
+    assert len(compare_final(best, small, epochs=1)) == 3
+    assert budgets == [((3, 64, 64), 1 - counted.macs / counted.dense_macs)] * 2
 
 
 def test_workers_share_one_study(tmp_path):
