@@ -86,60 +86,46 @@ def beginning(folder):
     return None
 
 
-def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_bits(undisturbed):
-    draw, kills, seconds = random.Random(3), 0, undisturbed[LONG].summary["train_seconds"]
-    folder = LONG.folder()
+def killed_at_random_moments(config, seconds):
+    """Kill a run twenty times: three of four times while it trains, the others as it starts."""
+    draw, kills, folder = random.Random(3), 0, config.folder()
     while kills < 20:
-        if is_complete(folder):  # once more from the start, until it was killed often enough
-            run(
-                LONG, device="cpu", progress="off"
-            )  # which loads it, and tidies up where it was killed behind its summary
-            assert_as_undisturbed(folder, undisturbed[LONG])
-            shutil.rmtree(folder)
         before = beginning(folder)
-        process = start(command, ["train", *fields(LONG), "--device", "cpu"])
-        while (
-            kills % 4 and beginning(folder) == before and process.is_alive()
-        ):  # three of four while it trains, the others as it starts
+        process = start(command, ["train", *fields(config), "--device", "cpu"])
+        while kills % 4 and beginning(folder) == before and process.is_alive():
             time.sleep(0.001)
         process.join(draw.uniform(0, seconds / 2))
         process.kill()
         process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
         kills += process.exitcode == -signal.SIGKILL
-    process = start(command, ["train", *fields(LONG), "--device", "cpu"])
-    process.join()
-    assert process.exitcode == 0
-    assert_as_undisturbed(folder, undisturbed[LONG])
+        yield process.exitcode
 
 
-def test_a_run_killed_at_every_change_of_a_file_ends_with_the_same_bits(undisturbed, capfd):
-    folder, kills = CONFIG.folder(), 0
-    for die_at in (
-        1,
-        3,
-        5,
-        *range(7, 17),
-        19,
-        22,
-        26,
-        30,
-        34,
-        38,
-        42,
-        60,
-    ):  # the n-th change after the start; what was done stays done
-        if is_complete(folder):
-            run(CONFIG, device="cpu", progress="off")
-            assert_as_undisturbed(folder, undisturbed[CONFIG])
-            shutil.rmtree(folder)
-        process = start(command, ["train", *fields(CONFIG), "--device", "cpu"], die_at)
+def killed_at_changes_of_a_file(config, _seconds):
+    """Kill a run at its n-th change of a file after each start, before the change is made."""
+    for die_at in (1, 3, 5, *range(7, 17), 19, 22, 26, 30, 34, 38, 42, 60):
+        process = start(command, ["train", *fields(config), "--device", "cpu"], die_at)
         process.join()
-        kills += process.exitcode == -signal.SIGKILL
+        yield process.exitcode
+
+
+@pytest.mark.parametrize(
+    ("config", "killed", "least"),
+    [(LONG, killed_at_random_moments, 20), (CONFIG, killed_at_changes_of_a_file, 8)],
+    ids=["random moments", "changes of a file"],
+)
+def test_a_run_killed_again_and_again_ends_with_the_same_bits(undisturbed, capfd, config, killed, least):
+    folder, statuses = config.folder(), []
+    for status in killed(config, undisturbed[config].summary["train_seconds"]):
+        statuses.append(status)
         main(["list"])  # says what is there, whatever is there
-    assert kills >= 8
-    assert process.exitcode == 0
-    assert_as_undisturbed(folder, undisturbed[CONFIG])
+        if is_complete(folder):  # once more from the start, until it was killed often enough
+            run(config, device="cpu", progress="off")  # loads it, and tidies up where it was killed after its summary
+            assert_as_undisturbed(folder, undisturbed[config])
+            shutil.rmtree(folder)
+    assert set(statuses) <= {0, -signal.SIGKILL} and statuses.count(-signal.SIGKILL) >= least
+    run(config, device="cpu", progress="off")
+    assert_as_undisturbed(folder, undisturbed[config])
 
 
 @pytest.mark.parametrize("before", [0, 1, 2])

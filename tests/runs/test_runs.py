@@ -2,10 +2,7 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
-import random
 import shutil
-import signal
-import time
 from importlib import import_module
 
 import pandas as pd
@@ -335,29 +332,6 @@ def received(reader):
         while True:
             rows.append(reader.recv())
     return rows
-
-
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_result(tmp_path):
-    config = RunConfig(epochs=7, milestones=[4], batch_size=128)
-    undisturbed = run(config, results=tmp_path / "undisturbed", device="cpu", progress="off")
-    results, draw = tmp_path / "killed", random.Random(1)
-    kills, rows = 0, []
-    while not is_complete(config.folder(results)):
-        process, reader = start(config, results)
-        if kills > 0:
-            with contextlib.suppress(EOFError):  # it had nothing left to train
-                rows.append(reader.recv())
-        time.sleep(
-            draw.uniform(0, undisturbed.summary["train_seconds"] / 7)
-        )  # somewhere in its next epoch, or at the end
-        process.kill()
-        process.join()
-        rows += received(reader)
-        kills += process.exitcode == -signal.SIGKILL
-    epochs = [row["epoch"] for row in rows if "epoch" in row]
-    assert kills >= 3
-    assert epochs == sorted(set(epochs))  # none is trained again once it is told
-    assert outcome(config.folder(results)) == outcome(undisturbed.folder)
 
 
 def test_two_processes_asked_for_the_same_run_train_it_once(undisturbed, tmp_path):

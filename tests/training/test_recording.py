@@ -10,7 +10,6 @@ from torch import nn
 from lrpet import RunConfig, build_model, factorize, ranks_from_ratio, run
 from lrpet.methods import make_method
 from lrpet.methods.filter_pruning import keep_filters
-from lrpet.training.loop import Paused
 from lrpet.training.recording import (
     Recorder,
     load_gradients,
@@ -229,25 +228,6 @@ def test_weights_made_of_factors_have_no_gradient_of_their_own_and_none_is_recor
     table = load_gradients(done.folder)
     assert set(table.epoch) == {2}  # the second epoch trains two factors a layer
     assert all(name.endswith((".0", ".1")) for name in table.layer)
-
-
-# ---------------------------------------------------------------- pauses
-
-
-@pytest.mark.parametrize("method", ["lrpet", "svd_finetune"])
-@pytest.mark.parametrize("pauses", [[2], [7], [3, 6, 9]])
-def test_a_run_that_paused_records_the_same(method, pauses, tmp_path, monkeypatch):
-    config = RunConfig(method=method, **TINY)
-    whole = run(config, results=tmp_path / "whole", progress="off").folder
-    calls = []
-    monkeypatch.setattr("time.monotonic", lambda: calls.append(1) or float(len(calls)))
-    for pause in [*np.diff([0, *pauses])]:
-        with pytest.raises(Paused):
-            run(config, results=tmp_path / "paused", progress="off", time_budget=float(pause))
-    monkeypatch.undo()
-    paused = run(config, results=tmp_path / "paused", progress="off").folder
-    for name in ("gradients.csv", "spectra.npz"):
-        assert (paused / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("load", [load_spectra, load_gradients])
