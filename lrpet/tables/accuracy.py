@@ -26,15 +26,15 @@ __all__ = ["accuracy_table", "imagenet_table"]
 
 
 def accuracy_table(runs: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
-    """Return accuracy and cost of each experiment of a profile beside the published row of the same network, method and ratio.
+    """Return accuracy and cost of each experiment of a profile and the published row, if any.
 
     Args:
         runs: of :func:`profile_runs`, for one profile.
         reported: of :func:`published`.
 
     Returns:
-        A row an experiment. ``top1_pct`` is the last epoch's, mean ± sample standard deviation over seeds. What was not
-        run says so. The difference to the paper is given for the paper's own schedule only.
+        A row per experiment. ``top1_pct`` is the last epoch's, mean and 95 % interval over seeds.
+        What was not run says so. The difference to the paper is given for the paper's own schedule only.
     """
     rows = []
     target = lrpet_targets(runs)
@@ -76,7 +76,7 @@ IMAGENET_IMAGES = 1_281_167  # training images of ILSVRC 2012
 
 
 def imagenet_table(runs: pd.DataFrame, reported: pd.DataFrame, results: Path | None = None) -> pd.DataFrame:
-    """Return top-1 and top-5 accuracy and cost of each experiment on larger images; for ImageNet beside the published numbers.
+    """Return accuracy and cost of each experiment on larger images; for ImageNet with the published numbers.
 
     Args:
         runs: of :func:`profile_runs`, for profile imagenet or imagenette.
@@ -84,9 +84,10 @@ def imagenet_table(runs: pd.DataFrame, reported: pd.DataFrame, results: Path | N
         results: root of the store, in whose ``bench`` measured throughputs are.
 
     Returns:
-        A row an experiment: exact multiply-adds and parameters, accuracy of the last epoch as mean ± sample standard deviation (n).
-        For profile imagenet also the published accuracies with the difference, and the command of the row with the hours it takes,
-        estimated from the throughput that was measured on a GPU; "not measured" where none was.
+        A row per experiment: exact multiply-adds and parameters, accuracy of the last epoch as mean and 95 %
+        interval (n). For profile imagenet also the published accuracies with the difference, and
+        the command of the row with the hours it takes, estimated from the throughput that was measured on a
+        GPU; "not measured" where none was.
     """
     rows = []
     for name, seeds in runs.groupby("experiment", sort=False):
@@ -126,7 +127,7 @@ def imagenet_table(runs: pd.DataFrame, reported: pd.DataFrame, results: Path | N
 
 
 def _estimated_hours(config: RunConfig, results: Path | None) -> str:
-    """Return how long a run would train on ImageNet at the highest throughput that was measured for it on a GPU."""
+    """Return the hours of a run on ImageNet at the highest throughput that was measured for it on a GPU."""
     kept = ((results or results_root()) / "bench").glob(
         f"throughput-{config.model}-{config.method}-{config.image_size}-*.json"
     )
@@ -139,11 +140,12 @@ def _estimated_hours(config: RunConfig, results: Path | None) -> str:
         return "not measured"
     best = max(measured, key=lambda result: result["both_images_per_second"])
     hours = config.epochs * IMAGENET_IMAGES / best["both_images_per_second"] / 3600
-    return f"{hours:.0f}, estimated from {best['both_images_per_second']:.0f} images/s measured on one {best['device']}, training alone counted"
+    measured = f"{best['both_images_per_second']:.0f} images/s measured on one {best['device']}"
+    return f"{hours:.0f}, estimated from {measured}, training alone counted"
 
 
 def related_table() -> pd.DataFrame:
-    """Return the published CIFAR-10 rows of Trained Rank Pruning; other schedule, other authors, for orientation only."""
+    """Return the published CIFAR-10 rows of Trained Rank Pruning; other schedule and authors, for orientation."""
     rows = published().query("table == 'related' and dataset == 'cifar10'")
     rows = rows[["model", "method", "params_m", "macs_reduction_pct", "top1_pct", "source"]].rename(
         columns={"model": "network"}

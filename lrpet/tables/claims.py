@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,72 +11,71 @@ import pandas as pd
 from lrpet.config import RunConfig
 from lrpet.experiments import MAIN
 from lrpet.tables.names import setting_of
-from lrpet.tables.rows import ABLATIONS, NOT_RUN, counted_cost, spread
+from lrpet.tables.rows import ABLATIONS, counted_cost, spread
+from lrpet.tables.statistics import Words, decide
 from lrpet.training.recording import load_gradients
 
 __all__ = ["ablation_table", "claims_table", "differences", "summary_of_ablations"]
+HIGHER = Words("higher", "lower")
+HOLDS = Words("holds", "does not hold")
+TEST_IMAGES = {"cifar10": 10_000}
+AS_IT_IS = "LRPET as it is"
+DECIDED = ("difference", "ci95", "p", "p_holm", "n", "detectable", "verdict", "remark")
 
 
 def _paired(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
-    """Return the differences in last-epoch accuracy of two experiments, one for each seed that both have finished."""
-    by_seed = lambda side: pd.Series(
-        side.top1_pct.values, index=[config.seed for config in side.config], dtype=float
+    """Return the differences in last-epoch accuracy of two experiments, one per seed that both have finished."""
+    left, right = (
+        pd.Series(side.top1_pct.values, index=[config.seed for config in side.config], dtype=float)
+        for side in (left, right)
     )
-    return (by_seed(left) - by_seed(right)).dropna()
+    return (left - right).dropna()
 
 
-def _decide(d: pd.Series, words: tuple[str, str, str, str]) -> dict:
-    """Apply the rule of all tables to differences over seeds: decided where the mean exceeds twice its standard error, n ≥ 3.
+def _remark(d: pd.Series, runs: pd.DataFrame) -> str:
+    """Say so where a mean difference in accuracy is below the sampling error of one accuracy, √(p(1 − p)/images)."""
+    images, p = TEST_IMAGES.get(runs.iloc[0].config.dataset), runs.top1_pct.mean() / 100
+    if not images or d.empty:
+        return ""
+    error = 100 * math.sqrt(p * (1 - p) / images)
+    if abs(d.mean()) >= error:
+        return ""
+    return f"below the sampling error of {images:,} test images, {error:.2f}"
 
-    ``words`` are the verdicts for: above zero, below zero, undecided, nothing to decide on.
-    """
-    error = d.std(ddof=1) / np.sqrt(len(d)) if len(d) > 1 else np.nan
-    decided = len(d) >= 3 and abs(d.mean()) > 2 * error
-    verdict = words[3] if d.empty else words[2] if not decided else words[0] if d.mean() > 0 else words[1]
-    return {
-        "difference": NOT_RUN if d.empty else f"{d.mean():+.2f}",
-        "standard_error": f"{error:.2f}" if len(d) > 1 else "",
-        "n": len(d),
-        "verdict": verdict,
-    }
+
+def _decided(names: list[dict], samples: list[pd.Series | None], words: Words) -> pd.DataFrame:
+    """Return a table of rows with the columns of :func:`lrpet.tables.statistics.decide`, ``remark`` last."""
+    rows = [name | decision for name, decision in zip(names, decide(samples, words), strict=True)]
+    table = pd.DataFrame(rows)
+    return table[[*(c for c in table.columns if c != "remark"), "remark"]] if rows else table
 
 
 def differences(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the difference in last-epoch accuracy between pairs of experiments, seed by seed, with its standard error.
+    """Return the difference in last-epoch accuracy between pairs of experiments, in points, paired by seed.
 
     Args:
         runs: of :func:`profile_runs`, for one profile.
 
     Returns:
-        A row for each pair that shares a network and, between low-rank methods, a ratio. The verdict is "higher" or
-        "lower" where the difference exceeds twice its standard error over at least three common seeds, "undecided" otherwise.
+        A row per pair that shares a network and, between low-rank methods, a ratio: mean difference, 95 % interval,
+        p, p adjusted by Holm over the table, n, the difference that n seeds could have shown (80 % power), and the
+        verdict "higher", "lower" or "undecided" of :mod:`lrpet.tables.statistics`.
     """
-    rows = []
+    names, samples = [], []
     for network, group in runs.groupby("network", sort=False):
-        names = list(dict.fromkeys(group[group.feeds != ABLATIONS].label))
+        labels = list(dict.fromkeys(group[group.feeds != ABLATIONS].label))
         main = group[(group.label == "LRPET") & group.feeds.isin(MAIN)].ratio.dropna()
-        pairs = [("LRPET", name) for name in names if name != "LRPET"] + [("LRP", "dense")]
-        for a, b in pairs:
+        for a, b in [("LRPET", label) for label in labels if label != "LRPET"] + [("LRP", "dense")]:
             for ratio, left in group[group.label == a].groupby("ratio"):
-                alone = (b == "dense") | (
-                    group.ratio.isna() & main.eq(ratio).any()
-                )  # what has no ratio stands beside the main one
+                # what has no ratio is compared with the main one
+                alone = (b == "dense") | (group.ratio.isna() & main.eq(ratio).any())
                 right = group[(group.label == b) & ((group.ratio == ratio) | alone)]
-                if right.empty:
-                    continue
-                result = _decide(_paired(left, right), ("higher", "lower", "undecided", "not tested"))
-                rows.append(
-                    {
-                        "network": network,
-                        "difference": f"{a} − {b}",
-                        "prune_ratio": f"{ratio:g}",
-                        "top1_difference_pct": result["difference"],
-                        "standard_error_pct": result["standard_error"],
-                        "n": result["n"],
-                        "verdict": result["verdict"],
-                    }
-                )
-    return pd.DataFrame(rows)
+                if len(right):
+                    d = _paired(left, right)
+                    row = {"network": network, "pair": f"{a} − {b}", "prune_ratio": f"{ratio:g}"}
+                    names.append(row | {"remark": _remark(d, left)})
+                    samples.append(d)
+    return _decided(names, samples, HIGHER)
 
 
 # What each ablation varies, as fields of RunConfig; all other settings are those of LRPET at the ratio of the main table.
@@ -90,65 +90,50 @@ ABLATED = {
 
 
 def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return each ablation: LRPET as it is beside LRPET with one thing changed, on the network that has ablations.
+    """Return each ablation: LRPET as it is and LRPET with one thing changed, on the network that has ablations.
 
     Args:
         runs: of :func:`profile_runs`, for one profile.
 
     Returns:
-        A row a setting, grouped by question: ``setting``, cost, accuracy as mean ± sample standard deviation (n), and the
-        difference to LRPET as it is, over common seeds, with its standard error.
+        A row per setting, grouped by question: ``setting``, cost, accuracy as mean and 95 % interval (n), and the
+        difference to LRPET as it is, decided as in :func:`differences`.
     """
-    columns = [
-        "question",
-        "experiment",
-        "setting",
-        "prune_ratio",
-        "macs_m",
-        "top1_pct",
-        "difference_pct",
-        "standard_error_pct",
-        "n",
-        "verdict",
-    ]
-    rows = []
+    names, samples = [], []
     for network in dict.fromkeys(runs[runs.feeds == ABLATIONS].network):
         group = runs[runs.network == network]
         base = group[(group.label == "LRPET") & group.feeds.isin(MAIN)]
-        if base.empty:
-            continue
-        for question, free in ABLATED.items():
-            fits = [
-                config.method in ("lrp", "lrpet") and _same_but(free, config, base.iloc[0].config)
-                for config in group.config
-            ]
-            by_value = lambda seeds, free=free: [
-                getattr(seeds.iloc[0].config, name) or 0 for name in reversed(free)
-            ]
-            for seeds in sorted(
-                (seeds for _, seeds in group[fits].groupby("experiment", sort=False)), key=by_value
-            ):
-                config = seeds.iloc[0].config
-                macs = counted_cost(seeds.iloc[0])[0]
-                is_base = (
-                    seeds.iloc[0].label == "LRPET" and config.prune_ratio == base.iloc[0].config.prune_ratio
-                )
-                result = _decide(_paired(seeds, base), ("higher", "lower", "undecided", "not tested"))
-                rows.append(
+        for question, free in ABLATED.items() if len(base) else ():
+            for seeds in _settings(group, free, base.iloc[0].config):
+                first = seeds.iloc[0]
+                same = first.label == "LRPET" and first.ratio == base.iloc[0].ratio
+                samples.append(None if same else _paired(seeds, base))
+                names.append(
                     {
                         "question": question,
-                        "experiment": seeds.iloc[0].experiment,
-                        "setting": setting_of(config, free),
-                        "prune_ratio": f"{config.prune_ratio:g}",
-                        "macs_m": f"{macs / 1e6:.2f}",
+                        "experiment": first.experiment,
+                        "setting": setting_of(first.config, free),
+                        "prune_ratio": f"{first.ratio:g}",
+                        "macs_m": f"{counted_cost(first)[0] / 1e6:.2f}",
                         "top1_pct": spread(seeds.top1_pct),
-                        "difference_pct": "" if is_base else result["difference"],
-                        "standard_error_pct": "" if is_base else result["standard_error"],
-                        "n": seeds.top1_pct.notna().sum() if is_base else result["n"],
-                        "verdict": "LRPET as it is" if is_base else result["verdict"],
+                        "remark": "" if same else _remark(samples[-1], base),
                     }
                 )
-    return pd.DataFrame(rows, columns=columns)
+    columns = ["question", "experiment", "setting", "prune_ratio", "macs_m", "top1_pct", *DECIDED]
+    table = _decided(names, samples, HIGHER).reindex(columns=columns)
+    as_it_is = [d is None for d in samples]
+    table.loc[as_it_is, "verdict"] = AS_IT_IS
+    return table
+
+
+def _settings(group: pd.DataFrame, free: tuple[str, ...], base: RunConfig) -> list[pd.DataFrame]:
+    """Return the runs of each experiment that differs from LRPET as it is in some fields only, by their values."""
+
+    def values(seeds: pd.DataFrame) -> list:
+        return [getattr(seeds.iloc[0].config, name) or 0 for name in reversed(free)]
+
+    fits = [config.method in ("lrp", "lrpet") and _same_but(free, config, base) for config in group.config]
+    return sorted((seeds for _, seeds in group[fits].groupby("experiment", sort=False)), key=values)
 
 
 def _same_but(free: tuple[str, ...], a: RunConfig, b: RunConfig) -> bool:
@@ -159,19 +144,20 @@ def _same_but(free: tuple[str, ...], a: RunConfig, b: RunConfig) -> bool:
 
 def summary_of_ablations(table: pd.DataFrame) -> str:
     """Return in words what the ablations of a profile decide, computed from :func:`ablation_table`."""
-    changed = table[table.verdict != "LRPET as it is"]
-    lines = []
-    for row in changed.itertuples():
-        if row.verdict in ("higher", "lower"):
-            how = f"{row.difference_pct} points, standard error {row.standard_error_pct}, n={row.n}"
-            lines.append(f"- {row.question}, {row.setting}: {row.verdict} than LRPET as it is ({how}).")
-    tested = (changed.verdict != "not tested").sum()
-    lines.append(
-        f"- {len(lines)} of {len(changed)} changed settings differ from LRPET by more than chance; {tested} of them were run."
-    )
-    if len(lines) == 1:
+    changed = table[table.verdict != AS_IT_IS]
+    decided = changed[changed.verdict.isin((HIGHER.above, HIGHER.below))]
+    lines = [
+        f"- {row.question}, {row.setting}: {row.verdict} than LRPET as it is"
+        f" ({row.difference} points, 95 % interval {row.ci95}, p = {row.p_holm} after Holm, n={row.n})."
+        for row in decided.itertuples()
+    ]
+    tested = (changed.verdict != HIGHER.not_tested).sum()
+    count = f"- {len(decided)} of {len(changed)} changed settings differ from LRPET by more than chance"
+    lines.append(f"{count}; {tested} of them were run.")
+    if decided.empty:
         lines.append(
-            "- The paper reports that energy transfer and BN rectification help: neither shown nor refuted by these runs."
+            "- The paper reports that energy transfer and BN rectification help: neither shown nor refuted by"
+            " these runs."
         )
     return "\n".join(lines)
 
@@ -189,18 +175,18 @@ CLAIMS = {
 def claims_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the claims of the paper with evidence and verdict, computed from the store by one rule.
 
-    A claim holds where the mean difference over at least three seeds is above twice its standard error, it does not hold here where
-    it is below minus that, is undecided between or with fewer seeds, and not tested without a run. Accuracy is compared
-    in points of the last epoch, gradients in the decimal logarithm of the ratio LRPET to LRP of the first layer's
-    ‖M‖·‖∂L/∂M‖, averaged over the recorded epochs; the gradient alone would grow where a BatchNorm follows a smaller M.
+    A claim holds, or does not hold, where the p of the mean difference over three seeds or more, adjusted by Holm over
+    the claims of the table, is below 0.05; it is undecided otherwise, and not tested without a run. Accuracy is
+    compared in points of the last epoch, gradients in the decimal logarithm of the ratio LRPET to LRP of the first
+    layer's ‖M‖·‖∂L/∂M‖, averaged over the recorded epochs; the gradient alone would grow where a BatchNorm follows a
+    smaller M.
 
     Args:
         runs: of :func:`profile_runs`, for one profile.
 
     Source: arXiv 2204.05566, the claims; the rule is ours.
     """
-    words = ("holds", "does not hold here", "undecided", "not tested")
-    rows = []
+    names, samples = [], []
     for network in dict.fromkeys(runs[runs.feeds.isin(MAIN)].network):
         group = runs[runs.network == network]
         base = group[(group.label == "LRPET") & group.feeds.isin(MAIN) & group.ratio.notna()]
@@ -210,34 +196,21 @@ def claims_table(runs: pd.DataFrame) -> pd.DataFrame:
         for claim, label in CLAIMS.items():
             other = group[(group.label == label) & (group.ratio == base.iloc[0].ratio)]
             if len(other) or network == runs.iloc[0].network:
-                result = _decide(_paired(base, other) if len(other) else pd.Series(dtype=float), words)
-                rows.append(
-                    {
-                        "claim": claim,
-                        "network": network,
-                        "evidence": f"top-1, points: LRPET − {label}",
-                        **result,
-                    }
-                )
+                samples.append(_paired(base, other))
+                row = {"claim": claim, "network": network, "evidence": f"top-1, points: LRPET − {label}"}
+                names.append(row | {"remark": _remark(samples[-1], base)})
     for network in dict.fromkeys(runs.network):
         both = [runs[(runs.network == network) & (runs.label == label)] for label in ("LRPET", "LRP")]
         if all(map(len, both)) and both[0].iloc[0].feeds in (*MAIN, "gradients"):
-            result = _decide(_gradient_ratios(*both), words)
-            rows.append(
-                {
-                    "claim": "gradients fade less",
-                    "network": network,
-                    "evidence": "log10 of ‖M‖·‖∂L/∂M‖, first layer: LRPET − LRP",
-                    **result,
-                }
-            )
-    return pd.DataFrame(
-        rows, columns=["claim", "network", "evidence", "difference", "standard_error", "n", "verdict"]
-    )
+            samples.append(_gradient_ratios(*both))
+            evidence = "log10 of ‖M‖·‖∂L/∂M‖, first layer: LRPET − LRP"
+            row = {"claim": "gradients fade less", "network": network, "evidence": evidence, "remark": ""}
+            names.append(row)
+    return _decided(names, samples, HOLDS).reindex(columns=["claim", "network", "evidence", *DECIDED])
 
 
 def _gradient_ratios(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
-    """Return the mean difference of the logarithm of the first layer's ‖M‖·‖∂L/∂M‖, for each seed that recorded it on both sides."""
+    """Return the mean difference of log10 of the first layer's ‖M‖·‖∂L/∂M‖, per seed recorded on both sides."""
 
     def logarithms(side: pd.DataFrame) -> dict[int, float]:
         values = {}

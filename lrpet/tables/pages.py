@@ -20,7 +20,7 @@ __all__ = ["headline", "summary_of", "write_pages", "write_tables"]
 
 
 def headline(profile: str) -> str:
-    """Return the numbers of a profile that matter most, for a terminal: accuracy and cost of each main row, and the claims' verdicts."""
+    """Return the numbers of a profile that matter most: accuracy and cost of each main row, claims' verdicts."""
     runs = profile_runs(profile)
     table = accuracy_table(runs[runs.feeds.isin(MAIN)], published())
     lines = [
@@ -42,9 +42,9 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
     ]
     for row in decided.itertuples():
         if row.n:
-            error = f", standard error {row.standard_error_pct}" if row.standard_error_pct else ""
-            pair = f"{row.network}, {row.difference}, ratio {row.prune_ratio}"
-            lines.append(f"- {pair}: {row.top1_difference_pct} points (n={row.n}{error}): {row.verdict}.")
+            interval = f", 95 % interval {row.ci95}" if row.ci95 else ""
+            pair = f"{row.network}, {row.pair}, ratio {row.prune_ratio}"
+            lines.append(f"- {pair}: {row.difference} points (n={row.n}{interval}): {row.verdict}.")
     cost = tables["cost"]
     known = cost[(cost.paper_macs_m != "") & ~cost.macs_m.isin((NOT_HERE, NO_RANKS))]
     off = [(float(r.macs_m) / float(r.paper_macs_m) - 1) * 100 for r in known.itertuples()]
@@ -55,7 +55,7 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
 
 
 def write_tables(profile: str, results: Path | None = None) -> dict[str, pd.DataFrame]:
-    """Write every table of a profile as Markdown and CSV to ``results/<profile>/tables`` and return them by name."""
+    """Write every table of a profile as Markdown and CSV to ``results/<profile>/tables``; return them by name."""
     runs, reported = profile_runs(profile, results), published()
     tables = {
         "accuracy": accuracy_table(runs, reported),
@@ -87,8 +87,8 @@ PAGES = (PROJECT / "README.md", PROJECT / "REPRODUCING.md")  # whose tables come
 def write_pages(pages: Sequence[Path] | None = None) -> list[str]:
     """Put the tables of the store where README.md and REPRODUCING.md have a marker for them; return the new texts.
 
-    A marker is ``<!-- table: short accuracy -->``, closed by ``<!-- end -->``; ``<!-- table: short accuracy: method top1_pct -->`` shows
-    only these columns.
+    A marker is ``<!-- table: short accuracy -->``, closed by ``<!-- end -->``; with columns,
+    ``<!-- table: short accuracy: method top1_pct -->``, it shows these alone.
     """
     pages = pages or [project_file(page.name) for page in PAGES]
     tables: dict[str, dict[str, pd.DataFrame]] = {}

@@ -15,9 +15,9 @@ from lrpet.models import build_model
 from lrpet.paths import project_file, results_root
 from lrpet.runs.store import load_runs
 from lrpet.tables.names import PUBLISHED_NAMES, label_of
+from lrpet.tables.statistics import NOT_RUN, half_width
 
 __all__ = ["profile_runs", "published"]
-NOT_RUN = "not run"
 COMPETITORS, ABLATIONS = "competitors", "ablations"  # what experiments beside the main table feed
 MACS_TOLERANCE = 0.02  # two networks whose multiply-adds differ by less are compared as equal
 
@@ -32,15 +32,15 @@ def published() -> pd.DataFrame:
 
 
 def profile_runs(profile: str, results: Path | None = None) -> pd.DataFrame:
-    """Return a row for every run a profile asks for, finished or not, in the order of ``experiments.yaml``.
+    """Return a row per run that a profile asks for, finished or not, in the order of ``experiments.yaml``.
 
     Args:
-        profile: smoke, short, paper, imagenette or imagenet.
+        profile: one of ``lrpet.config.PROFILES``.
         results: root of the store.
 
     Returns:
-        ``experiment``, ``feeds``, ``network``, ``label``, ``run_id`` and, where the run is finished, every column of
-        :func:`lrpet.load_runs`; missing values elsewhere.
+        ``experiment``, ``feeds``, ``network``, ``label``, ``run_id`` and, where the run is finished, every
+        column of :func:`lrpet.load_runs`; missing values elsewhere.
     """
     store = load_runs((results or results_root()) / profile)
     wanted = pd.DataFrame(
@@ -68,19 +68,17 @@ def profile_runs(profile: str, results: Path | None = None) -> pd.DataFrame:
 
 
 def spread(values: pd.Series) -> str:
-    """Format seeds as "mean ± sample standard deviation (n)"; one seed has no deviation."""
+    """Format seeds as "mean [95 % interval by Student's t] (n)"; one seed has no interval."""
     values = values.dropna()
     if values.empty:
         return NOT_RUN
-    return (
-        f"{values.mean():.2f} (n=1)"
-        if len(values) == 1
-        else f"{values.mean():.2f} ± {values.std(ddof=1):.2f} (n={len(values)})"
-    )
+    mean, half = values.mean(), half_width(values) if len(values) > 1 else 0.0
+    interval = f" [{mean - half:.2f}, {mean + half:.2f}]" if len(values) > 1 else ""
+    return f"{mean:.2f}{interval} (n={len(values)})"
 
 
 def counted_cost(row: pd.Series) -> tuple[int | None, int | None, int]:
-    """Return MACs, parameters and dense MACs: measured on the finished network, else by rank; None where only training tells."""
+    """Return MACs, parameters and dense MACs, measured or else by rank; None where only training tells."""
     if not pd.isna(row.macs):
         return row.macs, row.params, row.dense_macs
     return _expected(row.config)
@@ -103,7 +101,7 @@ def _expected(config: RunConfig) -> tuple[int | None, int | None, int]:
 
 
 def lrpet_targets(runs: pd.DataFrame) -> dict[str, int]:
-    """Return the multiply-adds of each network's LRPET at the ratio of the main table, which competitors aim at."""
+    """Return the multiply-adds of each network's LRPET at the main table's ratio, which competitors aim at."""
     mains = runs[runs.feeds.isin(MAIN) & (runs.label == "LRPET")].drop_duplicates("network")
     return {
         row.network: target_macs(build_model(row.network, _num_classes(row.config)), row.config)
@@ -112,6 +110,7 @@ def lrpet_targets(runs: pd.DataFrame) -> dict[str, int]:
 
 
 def off_target(feeds: str, macs: int | None, target: int | None) -> str:
+    """Say how far a competitor's multiply-adds are from those of LRPET; empty for all others."""
     if feeds != COMPETITORS or not target or not macs:
         return ""
     return "equal" if abs(macs / target - 1) <= MACS_TOLERANCE else f"{100 * (macs / target - 1):+.0f} %"
@@ -136,7 +135,7 @@ def as_published(done: pd.DataFrame) -> bool:
 
 
 def published_row(reported: pd.DataFrame, config: RunConfig, macs: float) -> pd.DataFrame:
-    """Return the published rows of the same data, network and method whose multiply-adds are within 1 % of ours."""
+    """Return the published rows of the same data, network, method and multiply-adds, these within 1 %."""
     if not macs:
         return reported.iloc[:0]
     dataset, label = "imagenet" if of_imagenet(config) else config.dataset, label_of(config)

@@ -32,8 +32,8 @@ def replication_cost(runs: pd.DataFrame) -> pd.DataFrame:
         runs: of :func:`profile_runs`, for one profile.
 
     Returns:
-        A row an experiment with ``device_hours`` (training, projections, evaluation, recording; all finished seeds) and the
-        mean seconds of one run's parts; "not run" where nothing has finished.
+        A row an experiment with ``device_hours`` (training, projections, evaluation, recording; all finished
+        seeds) and the mean seconds of one run's parts; "not run" where nothing has finished.
     """
     rows = []
     parts = ["train_seconds", "projection_seconds", "evaluation_seconds", "recording_seconds"]

@@ -7,7 +7,7 @@ from helpers import experiment, put
 from lrpet import tables
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT
-from lrpet.tables import claims, costs, pages
+from lrpet.tables import claims, costs, pages, statistics
 from lrpet.tables.names import label_of
 
 
@@ -22,11 +22,12 @@ def test_mean_and_spread_over_seeds_and_difference_to_the_paper(tmp_path):
     for seed, value in ((1, 93.0), (2, 93.4), (3, 93.5)):
         put(tmp_path, experiment("paper", f"resnet56-lrpet-s{seed}"), value)
     row = tables.accuracy_table(tables.profile_runs("paper", tmp_path), tables.published()).iloc[2]
-    assert row.top1_pct == "93.30 ± 0.26 (n=3)" and row.best_epoch_top1_pct == "93.80 ± 0.26 (n=3)"
+    assert row.top1_pct == "93.30 [92.64, 93.96] (n=3)"  # sd 0.2646, half width 4.303 · 0.2646 / √3 = 0.657
+    assert row.best_epoch_top1_pct == "93.80 [93.14, 94.46] (n=3)"
     assert row.difference_pct == "+0.03"
 
 
-def test_one_seed_has_no_deviation_and_short_runs_no_difference_to_the_paper(tmp_path):
+def test_one_seed_has_no_interval_and_short_runs_no_difference_to_the_paper(tmp_path):
     put(tmp_path, experiment("short", "resnet20-lrpet-s1"), 88.0)
     row = tables.accuracy_table(tables.profile_runs("short", tmp_path), tables.published()).iloc[2]
     assert row.top1_pct == "88.00 (n=1)" and row.difference_pct == "" and row.seeds == "1 of 3"
@@ -37,6 +38,7 @@ def test_one_seed_has_no_deviation_and_short_runs_no_difference_to_the_paper(tmp
     [
         ((87.0, 87.1, 87.2), "higher"),
         ((89.0, 89.1, 89.2), "lower"),
+        ((87.7, 88.0, 87.7), "undecided"),  # 3.5 times the standard error, but p = 0.074
         ((88.0, 87.0, 89.2), "undecided"),
         ((87.0, 87.1), "undecided"),
         ((), "not tested"),
@@ -49,10 +51,37 @@ def test_verdicts_follow_the_stated_rule(tmp_path, lrp, verdict):
         put(tmp_path, experiment("short", f"resnet20-lrp-s{seed}"), value)
     row = (
         tables.differences(tables.profile_runs("short", tmp_path))
-        .query("difference == 'LRPET − LRP'")
+        .query("pair == 'LRPET − LRP'")
         .iloc[0]
     )
     assert row.verdict == verdict and row.n == len(lrp)
+
+
+def test_statistics_by_hand():
+    d = pd.Series([0.2, 0.4, 0.9])  # mean 0.5, sd √0.13, standard error √(0.13 / 3) = 0.2082, t = 2.402
+    assert statistics.half_width(d) == pytest.approx(4.3027 * 0.2082, abs=1e-3)
+    p = 1 - 2.402 / (2 + 2.402**2) ** 0.5  # of Student's t with two degrees of freedom
+    assert statistics.p_value(d) == pytest.approx(p, abs=1e-4)
+    assert statistics.p_value([1.0, 1.0, 1.0]) == 0 and statistics.p_value([0.0, 0.0, 0.0]) == 1
+    assert statistics.detectable(d) == pytest.approx(3.264 * 0.13**0.5, abs=1e-3)
+    ten = pd.Series([-1.0, 1.0] * 5)
+    assert statistics.detectable(ten) == pytest.approx(0.996 * ten.std(), abs=1e-3)  # as in tables of power
+
+
+def test_holm_adjusts_over_rows_of_three_seeds_alone():
+    assert statistics.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0] and statistics.holm([]) == []
+    clear, weak = pd.Series([1.0, 1.1, 1.2]), pd.Series([1.0, 1.2, 1.5])
+    words = statistics.Words("above", "below")
+    few, none = pd.Series([1.0, 1.1]), pd.Series(dtype=float)
+    rows = statistics.decide([clear, weak, -clear, few, none, None], words)
+    assert [row["verdict"] for row in rows] == ["above", "above", "below", "undecided", "not tested", ""]
+    p = [statistics.p_value(d) for d in (clear, weak)]
+    assert [row["p_holm"] for row in rows[:2]] == [f"{3 * p[0]:.2g}", f"{p[1]:.2g}"]
+    assert [(row["p"], row["n"]) for row in rows[3:]] == [("", 2), ("", 0), ("", "")]
+    assert rows[3]["ci95"] == "[+0.41, +1.69]"  # 12.706 · 0.05 on both sides of 1.05
+    crowd = statistics.decide([weak] * 5, words)
+    assert {row["verdict"] for row in crowd} == {"undecided"}
 
 
 def test_runs_of_another_configuration_do_not_enter_a_table(tmp_path):
@@ -135,7 +164,7 @@ CLAIM |= {
     ("values", "verdict"),
     [
         ((87.0, 87.1, 87.2), "holds"),
-        ((89.0, 89.1, 89.2), "does not hold here"),
+        ((89.0, 89.1, 89.2), "does not hold"),
         ((88.0, 87.0, 89.2), "undecided"),
         ((87.0, 87.1), "undecided"),
         ((), "not tested"),
@@ -196,7 +225,7 @@ def test_ablations_differ_from_lrpet_in_what_their_question_names_and_nothing_el
         "residual factor": 3,
     }
     row = table.set_index("setting").loc["every 5 epochs"]
-    assert (row.top1_pct, row.difference_pct, row.n, row.verdict) == ("88.50 (n=1)", "-1.50", 1, "undecided")
+    assert (row.top1_pct, row.difference, row.n, row.verdict) == ("88.50 (n=1)", "-1.50", 1, "undecided")
     assert list(table[table.question == "prune ratio"].setting) == ["0.3", "0.57", "0.7", "0.8"]
     assert "1 of 16 changed settings" not in tables.summary_of_ablations(table)
     assert "0 of 16 changed settings differ" in tables.summary_of_ablations(table)
@@ -256,10 +285,10 @@ def test_tables_are_written_as_markdown_and_csv(tmp_path):
 
 def test_readme_gets_the_tables_it_asks_for(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- table: smoke accuracy -->\nold\n<!-- end -->\nafter\n")
+    readme.write_text("before\n<!-- table: smoke accuracy -->\noutdated\n<!-- end -->\nafter\n")
     (text,) = tables.write_pages([readme])
     assert (
-        "old" not in text
+        "outdated" not in text
         and "| resnet8" in text
         and text.startswith("before\n")
         and text.endswith("<!-- end -->\nafter\n")
