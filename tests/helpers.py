@@ -1,4 +1,4 @@
-"""What several test files need: networks, runs as processes and in the store, notebooks, colours as they are seen."""
+"""What several test files need: networks, refusals, runs as processes and in the store, notebooks."""
 
 import ast
 import itertools
@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,6 +22,29 @@ from lrpet.paths import PROJECT
 from lrpet.training.checkpoint import save_checkpoint
 
 TINY = {"epochs": 2, "milestones": (1,), "batch_size": 256}  # a run of 12 steps on the digits
+
+
+PROFILE_YAML = """
+smoke:
+  note: a note
+  cost: nothing
+  settings: {epochs: 2, milestones: [1]}
+  seeds: [1, 2]
+  experiments:
+    a: {feeds: x, method: dense}
+    b: {feeds: x, method: lrp, seeds: [2]}
+"""
+
+
+def refused(call, *words, kind=ValueError):
+    """Assert that a call is refused in such words: argument, what came, what to do; of a set, one."""
+    with pytest.raises(kind) as caught:
+        call()
+    error = caught.value
+    text = str(error)
+    assert type(error) is kind or type(error).__module__.startswith("lrpet")  # no UnicodeError by chance
+    for word in words:
+        assert any(choice in text for choice in word) if isinstance(word, set) else word in text, (word, text)
 
 
 def relative_error(value, reference):
@@ -44,7 +68,7 @@ def randomize_batchnorms(model):
 
 
 class Zoo(nn.Module):
-    """Convolutions of every kind: 3×3, 1×1, 5×1, strided, dilated, with bias, N > D, N < D, grouped, depthwise."""
+    """Convolutions of all kinds: 3×3, 1×1, 5×1, strided, dilated, bias, N > D, N < D, grouped, depthwise."""
 
     def __init__(self):
         super().__init__()
@@ -84,13 +108,13 @@ def outcome(folder):
 
 
 def run_and_report(fields, results, pipe):
-    """Do a run, sending the row of each epoch it trains and then its summary; for a process that a test starts."""
+    """Do a run, sending the row of each trained epoch, then its summary; for a process that a test starts."""
     done = run(RunConfig.from_dict(fields), results=results, device="cpu", progress="off", on_epoch=pipe.send)
     pipe.send(done.summary)
 
 
 def die_at_change(number):
-    """Let this process be killed at the n-th moment, counted from here, at which a file is about to change."""
+    """Let this process be killed at the n-th moment from now at which a file is about to change."""
     left = itertools.count(1)
 
     def deadly(function):
@@ -145,7 +169,7 @@ def parameters(path):
 
 
 def execute(name, folder, parameters):
-    """Execute a notebook as the Snakefile does, with parameters in YAML; return its process and the executed notebook."""
+    """Execute a notebook as the Snakefile does, with parameters in YAML; return process and result."""
     out = folder / f"{name}.ipynb"
     done = subprocess.run(
         [PROJECT / "scripts" / "execute.sh", f"notebooks/{name}.ipynb", out, "-y", parameters],

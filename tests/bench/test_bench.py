@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers import refused
 
 import lrpet.bench.inference
 import lrpet.bench.scaling
@@ -68,65 +69,36 @@ def test_tables_hold_what_was_measured_and_say_what_was_not(monkeypatch):
     assert verdicts["verdict"][0] == "met"
     assert set(verdicts["verdict"].tolist()[2:]) == {"not run"}
     assert bench.describe(results)["file"].tolist() == ["projection-resnet8-cpu.json"]
-    with pytest.raises(
-        ValueError, match="not run: python -m lrpet.bench inference --model resnet8 --device cpu"
-    ):
-        bench.find(results, "inference", "resnet8")
+    advice = "python -m lrpet.bench inference --model resnet8 --device cpu"
+    refused(lambda: bench.find(results, "inference", "resnet8"), "not run", advice)
 
 
 def test_training_benchmark_and_what_is_concluded_from_it(monkeypatch):
     monkeypatch.setattr(lrpet.bench.training, "SEEDS", (1,))
-    assert (
-        main(
-            [
-                "training",
-                "--model",
-                "resnet8",
-                "--batch-size",
-                "8",
-                "--steps",
-                "1",
-                "--rounds",
-                "1",
-                "--epochs",
-                "1",
-            ]
-        )
-        == 0
-    )
+    options = "--model resnet8 --batch-size 8 --steps 1 --rounds 1 --epochs 1"
+    assert main(["training", *options.split()]) == 0
     kept = result("training-resnet8-cpu.json")
     assert list(kept["timings"]) == ["plain", "ours_fp32", "ours_bf16"]
     assert kept["images_per_second"]["plain"] == pytest.approx(8 / kept["timings"]["plain"]["median_seconds"])
     assert kept["epoch_seconds"]["plain"] == pytest.approx(50_000 / kept["images_per_second"]["plain"])
     assert [len(values) for values in kept["top1_pct"].values()] == [1, 1]
-    timed = lambda seconds: {"n": 3, "median_seconds": seconds, "ratio_to_first": seconds / 4}
+
+    def timed(seconds):
+        return {"n": 3, "median_seconds": seconds, "ratio_to_first": seconds / 4}
+
     ways = {"timings": {"plain": timed(4.0), "ours_bf16": timed(2.0)}, "steps": 20, "threads": 2}
     ways |= {"images_per_second": {"plain": 1, "ours_bf16": 2}, "epoch_seconds": {"plain": 9, "ours_bf16": 4}}
     training = {"benchmark": "training", "model": "resnet56", "kind": "cpu"} | ways
-    projection = {
-        "benchmark": "projection",
-        "model": "resnet56",
-        "kind": "cpu",
-        "threads": 2,
-        "followed": 1,
-        "layers": 1,
-    }
-    projection["timings"] = {
-        "svd": timed(1.0),
-        "svd_thin": timed(1.0),
-        "exact": timed(0.2),
-        "fast": timed(0.1),
-    }
+    projection = {"benchmark": "projection", "model": "resnet56", "kind": "cpu"}
+    projection |= {"threads": 2, "followed": 1, "layers": 1}
+    seconds = {"svd": 1.0, "svd_thin": 1.0, "exact": 0.2, "fast": 0.1}
+    projection["timings"] = {name: timed(value) for name, value in seconds.items()}
     projection["memory"] = {"exact_step_bytes": 1, "fast_step_bytes": 1, "bases_bytes": 1, "model_bytes": 1}
     verdicts = bench.verdicts([training, projection]).set_index("what")
     row = verdicts.loc["training of resnet56 on cpu, times the throughput of a plain loop"]
     assert row.tolist() == ["2.00", "≥ 1.5", "met"]
-    assert (
-        verdicts.loc[
-            "projection of resnet56 on cpu after every epoch (exact), % of the training time", "measured"
-        ]
-        == "0.51"
-    )  # 0.2 of 39.3
+    row = verdicts.loc["projection of resnet56 on cpu after every epoch (exact), % of the training time"]
+    assert row["measured"] == "0.51"  # 0.2 of 39.3
     row = verdicts.loc["projection of resnet56 on cpu every ten iterations (fast), % of the training time"]
     assert row.tolist() == ["9.09", "≤ 10", "met"]  # 0.1 of 1.1
     assert bench.training_table([training])["way"].tolist() == ["plain", "ours_bf16", "not run"]
@@ -146,9 +118,7 @@ def test_scaling_benchmark_covers_every_axis(monkeypatch):
 
 def test_inference_benchmark_covers_every_setting(monkeypatch):
     monkeypatch.setattr(lrpet.bench.inference, "BATCHES", (1, 2))
-    monkeypatch.setattr(
-        lrpet.bench.inference, "_can_compile", lambda _: False
-    )  # half a minute for each setting
+    monkeypatch.setattr(lrpet.bench.inference, "_can_compile", lambda _: False)  # half a minute per setting
     assert main(["inference", "--model", "resnet8", "--rounds", "1", "--seconds", "1"]) == 0
     kept = result("inference-resnet8-cpu.json")
     assert [(row["batch"], row["memory"], row["mode"]) for row in kept["rows"]] == [

@@ -1,27 +1,16 @@
-from pathlib import Path
-
 import pytest
 import yaml
+from helpers import PROFILE_YAML
 
 from lrpet.experiments import load_profile, select
 from lrpet.paths import PROJECT
 
 PROFILES = list(yaml.safe_load((PROJECT / "experiments.yaml").read_text(encoding="utf-8")))
-GOOD = """
-smoke:
-  note: a note
-  cost: nothing
-  settings: {epochs: 2, milestones: [1]}
-  seeds: [1, 2]
-  experiments:
-    a: {feeds: x, method: dense}
-    b: {feeds: x, method: lrp, seeds: [2]}
-"""
 
 
 @pytest.fixture
 def write(tmp_path):
-    def write(text) -> Path:
+    def write(text):
         path = tmp_path / "experiments.yaml"
         path.write_text(text, encoding="utf-8")
         return path
@@ -49,7 +38,7 @@ def test_profiles_share_no_run():
 
 
 def test_settings_and_seeds_of_a_profile_hold_unless_an_experiment_has_its_own(write):
-    experiments = load_profile("smoke", write(GOOD)).experiments
+    experiments = load_profile("smoke", write(PROFILE_YAML)).experiments
     assert [e.name for e in experiments] == ["a-s1", "a-s2", "b-s2"]  # seed by seed
     assert [(e.config.method, e.config.seed, e.config.epochs, e.feeds) for e in experiments] == [
         ("dense", 1, 2, "x"),
@@ -59,7 +48,10 @@ def test_settings_and_seeds_of_a_profile_hold_unless_an_experiment_has_its_own(w
 
 
 def test_neighbours_with_the_same_seeds_are_done_seed_by_seed(write):
-    text = GOOD + "    c: {feeds: x, method: lrpet}\n    d: {feeds: y, method: narrow, prune_ratio: 0.5}\n"
+    text = (
+        PROFILE_YAML
+        + "    c: {feeds: x, method: lrpet}\n    d: {feeds: y, method: narrow, prune_ratio: 0.5}\n"
+    )
     assert [e.name for e in load_profile("smoke", write(text)).experiments] == [
         "a-s1",
         "a-s2",
@@ -93,50 +85,6 @@ def test_the_paper_runs_begin_with_all_seeds_of_its_main_comparison():
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("smoke:", "smoke: [", "is not valid YAML"),
-        ("smoke:", "\tsmoke:", "is not valid YAML"),
-        ("cost: nothing", "cost: nothing\n  cost: much", "'cost' stands twice"),
-        ("b: {feeds", "a: {feeds", "'a' stands twice"),
-        ("method: lrp,", "method: lrp, method: lrpet,", "'method' stands twice"),
-        ("cost: nothing", "price: nothing", "unknown entry 'price'; allowed are note, cost"),
-        ("  cost: nothing\n", "", "lacks the entry 'cost'"),
-        (
-            "method: lrp,",
-            "methods: lrp,",
-            "experiment 'b' of profile 'smoke': 'methods' is not a field of RunConfig; did you mean 'method'",
-        ),
-        ("method: lrp,", "method: lrq,", "experiment 'b' of profile 'smoke': method must be one of"),
-        (
-            "method: lrp,",
-            "method: lrp, weight_decay: 1e-4,",
-            "experiment 'b' of profile 'smoke': weight_decay must be float.*write 0.0001",
-        ),
-        ("epochs: 2", "epochs: '2'", "experiment 'a' of profile 'smoke': epochs must be int"),
-        ("[1, 2]", "[1, x]", "experiment 'a' of profile 'smoke': seed must be int"),
-        (GOOD, "smoke:", "lacks the entry"),
-        (GOOD, "[1, 2]", r"profile must be one of those in experiments.yaml \(none\)"),
-        (GOOD, "", r"profile must be one of those in experiments.yaml \(none\)"),
-        ("smoke:", "short:", r"profile must be one of those in experiments.yaml \(short\); got 'smoke'"),
-        ("smoke:", "smoke: !!python/object/apply:os.system ['true']\nshort:", "is not valid YAML"),
-    ],
-)
-def test_mistakes_are_refused_with_place_and_advice(write, old, new, words):
-    assert GOOD.count(old) >= 1
-    with pytest.raises(ValueError, match=words):
-        load_profile("smoke", write(GOOD.replace(old, new)))
-
-
-@pytest.mark.parametrize("name", ["big", "", None])
-def test_unknown_profiles_are_refused_with_the_known_ones(name):
-    with pytest.raises(
-        ValueError, match=r"profile must be one of those in experiments.yaml \(smoke, short.*got"
-    ):
-        load_profile(name)
-
-
-@pytest.mark.parametrize(
     ("patterns", "names"),
     [
         ([], ["a-s1", "a-s2", "b-s2"]),
@@ -147,11 +95,4 @@ def test_unknown_profiles_are_refused_with_the_known_ones(name):
     ],
 )
 def test_patterns_choose_in_the_order_of_the_profile(write, patterns, names):
-    assert [e.name for e in select(load_profile("smoke", write(GOOD)), patterns)] == names
-
-
-def test_a_pattern_that_matches_nothing_is_refused_with_the_names(write):
-    with pytest.raises(
-        ValueError, match="no experiment of profile 'smoke' is called 'b-s1'; it has a-s1, a-s2, b-s2"
-    ):
-        select(load_profile("smoke", write(GOOD)), ["a-s1", "b-s1"])
+    assert [e.name for e in select(load_profile("smoke", write(PROFILE_YAML)), patterns)] == names

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+from helpers import refused
 
 from lrpet import RunConfig
 from lrpet.parameters import check_parameters, config_from_parameters
@@ -17,12 +18,15 @@ def test_any_field_can_be_overridden(field):
 
 
 @pytest.mark.parametrize(
-    "cell",
-    ["# Parameters\nprune_ration = 0.7", "# Parameters\nxyz = 1", "seed: int = 1\nprune_ration: float = 0.7"],
+    ("cell", "words"),
+    [
+        ("# Parameters\nprune_ration = 0.7", ("'prune_ration'", "did you mean 'prune_ratio'?")),
+        ("# Parameters\nxyz = 1", ("'xyz'", "it has prune_ratio, seed")),
+        ("seed: int = 1\nprune_ration: float = 0.7", ("'prune_ration'", "did you mean 'prune_ratio'?")),
+    ],
 )
-def test_unknown_names_are_refused(cell):
-    with pytest.raises(ValueError, match="is not a parameter"):
-        check_parameters({"In": ["", cell]}, ("prune_ratio", "seed"))
+def test_unknown_names_are_refused(cell, words):
+    refused(lambda: check_parameters({"In": ["", cell]}, ("prune_ratio", "seed")), *words)
 
 
 @pytest.mark.parametrize(
@@ -42,5 +46,6 @@ def test_other_cells_are_left_alone(cell):
 
 
 def test_values_are_checked_too():
-    with pytest.raises(ValueError, match="learning_rate must be float.*0.0001"):
-        config_from_parameters({"learning_rate": "1e-4"})
+    refused(
+        lambda: config_from_parameters({"learning_rate": "1e-4"}), "learning_rate", "float", "write 0.0001"
+    )
