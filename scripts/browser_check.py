@@ -1,7 +1,8 @@
-"""Open the notebooks as a reader does: JupyterLab on this machine behind its token, and Chromium, which runs all cells and moves the slider.
+"""Open the notebooks as a reader does: in JupyterLab with its token, in Chromium, which moves the slider.
 
-browser_check.py FOLDER writes a screenshot of each notebook there; exit status 0 means that no cell failed and that
-the slider changed the picture. Needs playwright and an installed Chromium or Chrome, the path of which CHROMIUM may give.
+browser_check.py FOLDER writes a screenshot of each notebook there; exit status 0 means that no cell failed
+and that the slider changed the picture. Needs playwright and an installed Chromium or Chrome, whose path
+CHROMIUM may give.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import nbformat
 from playwright.sync_api import Page, sync_playwright
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-SHORT = {"epochs": 2, "milestones": [1], "batch_size": 256, "seed": 7}  # parameters of the freshly parameterized notebook
+SHORT = {"epochs": 2, "milestones": [1], "batch_size": 256, "seed": 7}  # parameters of 01_cifar10
 SETTINGS = {
-    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": '{"windowingMode": "none"}',  # cells out of sight are on the page, too
-    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": '{"fetchNews": "false", "checkForUpdates": false}',
+    "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are on the page, too
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 MINUTES = 60_000  # in the milliseconds that playwright counts
 
@@ -43,9 +44,11 @@ def jupyterlab(folder: Path) -> Iterator[tuple[str, str]]:
     """Serve a folder on loopback; yield the address and the token, without which it answers nothing."""
     place, token = folder / ".jupyter", secrets.token_urlsafe()
     for name, setting in SETTINGS.items():
-        (place / "settings" / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / "settings" / name).write_text(setting)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--ServerApp.root_dir={folder}"]
+        file = place / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(setting))
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1"]
+    command.append(f"--ServerApp.root_dir={folder}")
     if os.name == "posix" and os.geteuid() == 0:
         command.append("--allow-root")
     environment = {
@@ -93,8 +96,10 @@ def run_all_cells(page: Page, url: str, token: str, notebook: Path) -> None:
     """Open a notebook, run all cells, and raise where one has failed."""
     page.goto(f"{url}lab/tree/{notebook.name}?token={token}&reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=2 * MINUTES)
-    idle = f"async () => (await (await fetch('{url}api/kernels')).json()).every(kernel => kernel.execution_state === 'idle' && kernel.connections)"
-    page.wait_for_function(f"async () => document.querySelector('[data-status=idle]') && await ({idle})()", timeout=2 * MINUTES)
+    kernels = f"(await (await fetch('{url}api/kernels')).json())"
+    idle = f"{kernels}.every(kernel => kernel.execution_state === 'idle' && kernel.connections)"
+    ready = f"async () => document.querySelector('[data-status=idle]') && {idle}"
+    page.wait_for_function(ready, timeout=2 * MINUTES)
     page.wait_for_timeout(3000)  # the menu is there before it acts on the notebook
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.wait_for_timeout(1000)
@@ -102,22 +107,26 @@ def run_all_cells(page: Page, url: str, token: str, notebook: Path) -> None:
     page.wait_for_timeout(1000)
     if page.locator("dialog.jp-Dialog").count():
         raise SystemExit(f"JupyterLab asks: {page.locator('dialog.jp-Dialog').inner_text()}")
-    prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.innerText.trim())"
-    stream = ".jp-CodeCell [data-mime-type='application/vnd.jupyter"  # a traceback is in red, among what goes to stderr
+    found = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
+    prompts = f"{found}.map(prompt => prompt.innerText.trim())"
+    stream = ".jp-CodeCell [data-mime-type='application/vnd.jupyter"  # a traceback is in red, on stderr
     error = page.locator(f"{stream}.stderr']:has(.ansi-red-fg), {stream}.error']")
-    while not error.count() and not all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in page.evaluate(prompts)):
+    number = re.compile(r"\[\d+\]:")
+    while not error.count() and not all(number.fullmatch(prompt) for prompt in page.evaluate(prompts)):
         page.wait_for_timeout(200)
     if error.count():
         raise SystemExit(f"a cell of {notebook.name} failed: {error.first.inner_text()[-500:]}")
-    if page.evaluate(prompts) != [f"[{i + 1}]:" for i in range(len(page.evaluate(prompts)))]:
-        raise SystemExit(f"{notebook.name} did not run to its end, in order: {page.evaluate(prompts)}")
-    print(f"{notebook.name}: {len(page.evaluate(prompts))} cells, none failed")
+    seen = page.evaluate(prompts)
+    if seen != [f"[{i + 1}]:" for i in range(len(seen))]:
+        raise SystemExit(f"{notebook.name} did not run to its end, in order: {seen}")
+    print(f"{notebook.name}: {len(seen)} cells, none failed")
 
 
 def move_slider(page: Page) -> None:
-    """Move the slider of the rank by the keyboard, and raise where text and picture below it stay as they were."""
+    """Move the slider of the rank by the keyboard; raise if text and picture below it stay as they were."""
     text = "() => document.querySelector('.widget-vbox .widget-html-content').innerText"
-    picture = "async () => Array.from(new Uint8Array(await (await fetch(document.querySelector('.widget-vbox img').src)).arrayBuffer())).join()"
+    image = "await (await fetch(document.querySelector('.widget-vbox img').src)).arrayBuffer()"
+    picture = f"async () => Array.from(new Uint8Array({image})).join()"
     page.locator(".widget-vbox .noUi-handle").scroll_into_view_if_needed()
     before = page.evaluate(text), page.evaluate(picture)
     page.locator(".widget-vbox .noUi-handle").focus()
@@ -125,7 +134,8 @@ def move_slider(page: Page) -> None:
     page.wait_for_function(f"before => ({text})() !== before", arg=before[0], timeout=MINUTES)
     for _ in range(100):
         if page.evaluate(picture) != before[1]:
-            print(f"slider: {before[0][:20]!r} became {page.evaluate(text)[:20]!r}, and the picture another one")
+            after = page.evaluate(text)
+            print(f"slider: {before[0][:20]!r} became {after[:20]!r}, and the picture another one")
             return
         page.wait_for_timeout(100)
     raise SystemExit("the slider moved and the picture stayed as it was")
@@ -143,8 +153,9 @@ def main(folder: Path) -> None:
             cell.execution_count, cell.outputs = None, []
     nbformat.write(method, folder / "00_method.ipynb")
     parameters = [text for name, value in SHORT.items() for text in ("-y", f"{name}: {value}")]
-    papermill = [sys.executable, "-m", "papermill", "--prepare-only", NOTEBOOKS / "01_cifar10.ipynb", folder / "01_cifar10.ipynb", *parameters]
-    subprocess.run(papermill, check=True, capture_output=True)
+    papermill = [sys.executable, "-m", "papermill", "--prepare-only"]
+    notebooks = [NOTEBOOKS / "01_cifar10.ipynb", folder / "01_cifar10.ipynb"]
+    subprocess.run([*papermill, *notebooks, *parameters], check=True, capture_output=True)
     with jupyterlab(folder) as (url, token), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path)
         page = browser.new_page(viewport={"width": 1400, "height": 1200})

@@ -45,6 +45,6 @@ def cifar10(tmp_path_factory):
 
 
 def pytest_configure():
-    """Give Ctrl-C its usual meaning, which a shell takes from what it starts in the background; the tests of faults send it."""
+    """Give Ctrl-C its usual meaning, which a shell takes from background jobs; tests of faults send it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""The notebooks keep their rules, take parameters, and refuse mistyped ones; nbval compares their outputs in run_tests.sh."""
+"""The notebooks keep their rules, take parameters, refuse mistyped ones; nbval compares their outputs."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def test_parameters_are_literals_that_papermill_sees(path, monkeypatch):
         assert re.fullmatch(r"\w+: [^=]+ = .+  # \S.*", line), (
             f"{line!r} is not of the form 'name: type = value  # unit, source'"
         )
-    # papermill overlooks an annotation with | in it: it warns that the right name is unknown, and --help-notebook leaves it out
+    # papermill overlooks an annotation with | in it: it warns that the right name is unknown
     monkeypatch.chdir(PROJECT)
     assert sorted(papermill.inspect_notebook(str(path))) == sorted(values)
 

@@ -15,32 +15,26 @@ FIRST = load_profile("smoke").experiments[0]
 
 
 def session(*arguments):
-    command, environment = (
-        [PROJECT / "scripts" / "gpu_session.sh", *map(str, arguments)],
-        {**os.environ, "LRPET_PYTHON": sys.executable},
-    )
+    command = [PROJECT / "scripts" / "gpu_session.sh", *map(str, arguments)]
+    environment = {**os.environ, "LRPET_PYTHON": sys.executable}
     return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="there is a CUDA GPU, and the script would start this test"
-)
-def test_a_session_goes_on_from_the_archive_of_the_one_before(tmp_path):
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a CUDA GPU the script would start this test")
+def test_a_session_resumes_from_the_archive_of_the_one_before(tmp_path):
     archive, place = tmp_path / "out.tar", f"./smoke/runs/{FIRST.config.run_id}"
     before = session(tmp_path, archive, 45, "smoke", 1)
     assert before.returncode == 0, before.stderr
     assert "no GPU here" in before.stdout and f"{FIRST.config.run_id}: training" in before.stdout
     with tarfile.open(archive) as kept:
-        assert {f"{place}/checkpoint.pt", f"{place}/summary.json"} & set(
-            kept.getnames()
-        )  # stopped, or on a fast machine done
+        names = set(kept.getnames())
+    assert {f"{place}/checkpoint.pt", f"{place}/summary.json"} & names  # stopped, or on a fast machine done
     after = session(tmp_path, archive, 45, "smoke", 1)
     assert after.returncode == 0, after.stderr
     assert f"{FIRST.config.run_id}: training" not in after.stdout
-    assert (
-        ", 0 complete," not in after.stdout.splitlines()[1]
-        or f"{FIRST.config.run_id}: resuming" in after.stdout
-    )
+    complete = ", 0 complete," not in after.stdout.splitlines()[1]
+    assert complete or f"{FIRST.config.run_id}: resuming" in after.stdout
     assert not list(tmp_path.glob("*.part"))
 
 

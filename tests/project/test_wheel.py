@@ -70,7 +70,7 @@ def installed(tmp_path_factory):
 
     before = sorted(target.rglob("*"))
     yield script, target
-    assert sorted(target.rglob("*")) == before  # nothing was written beside the package
+    assert sorted(target.rglob("*")) == before  # nothing was written into its folder
 
 
 def test_the_example_of_the_readme_runs(installed):
