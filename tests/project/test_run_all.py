@@ -15,7 +15,7 @@ import yaml
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT
 
-READERS = ("03_ablations", "04_singular_values", "05_gradient_norms", "08_tables", "09_report")  # of the store
+READERS = ("03_ablations", "04_singular_values", "05_gradient_norms", "08_tables", "09_report")  # of runs
 PROFILES = list(yaml.safe_load((PROJECT / "experiments.yaml").read_text()))
 
 
@@ -125,6 +125,7 @@ def finished(project):
     ]
 
 
+@pytest.mark.slow
 def test_missing_run_is_named_and_fails(started):
     project, done = started
     assert done.returncode == 1
@@ -137,6 +138,7 @@ def test_missing_run_is_named_and_fails(started):
     assert (project / "results" / "smoke" / "notebooks" / "00_method.done").is_file()
 
 
+@pytest.mark.slow
 def test_second_instance_is_refused_and_a_dead_ones_lock_is_not(started):
     project, _ = started
     lock = project / "results" / "smoke" / "run_all.lock"
@@ -150,6 +152,7 @@ def test_second_instance_is_refused_and_a_dead_ones_lock_is_not(started):
     (project / ".snakemake" / "locks" / "0.input.lock").write_text(str(project))
 
 
+@pytest.mark.slow
 def test_complete_run_is_kept_whatever_fails_or_changes(started):
     project, _ = started
     before = finished(project)

@@ -109,6 +109,7 @@ def killed_at_changes_of_a_file(config, _seconds):
         yield process.exitcode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "killed", "least"),
     [(LONG, killed_at_random_moments, 20), (CONFIG, killed_at_changes_of_a_file, 8)],
@@ -229,6 +230,7 @@ def assert_complete(grid):
         )
 
 
+@pytest.mark.slow
 def test_a_grid_killed_again_and_again_completes_by_itself_with_the_same_bits(grid):
     draw, kills = random.Random(4), 0
     runs, told = grid / "results" / "smoke" / "runs", lambda: (grid / "log").read_text()

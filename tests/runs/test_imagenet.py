@@ -217,6 +217,7 @@ def test_the_ten_classes_are_compared_with_no_published_number(tmp_path):
     assert difference.top1_difference_pct["LRPET − dense"] == "-5.00"
 
 
+@pytest.mark.slow
 def test_pages_and_folders_of_tables_have_the_table(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- table: imagenette imagenet -->\n<!-- end -->\n")
@@ -254,6 +255,7 @@ def test_the_notebooks_parameters_are_fields_and_a_valid_run():
     )
 
 
+@pytest.mark.slow
 def test_the_notebook_takes_another_tree_and_leaves_a_run(tmp_path):
     tree = make_digits_tree(tmp_path / "tree", classes=5, train=4, val=2)
     small = "image_size: 16, model: resnet8, epochs: 1, milestones: [], batch_size: 16"

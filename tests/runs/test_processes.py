@@ -323,6 +323,7 @@ def test_processes_do_a_run_together_and_the_first_alone_writes_it(tmp_path, wor
     assert again == [(folder, [], [])] * world  # loaded, also where the folder is not to be seen
 
 
+@pytest.mark.slow
 def test_a_run_that_other_numbers_of_processes_go_on_with_sees_every_image_once_an_epoch(tmp_path):
     fields, seen, worlds = (
         {"epochs": 2, "milestones": (1,), "batch_size": 16, "method": "lrpet"},
@@ -353,6 +354,7 @@ def do_all(processes, results, methods):
     }
 
 
+@pytest.mark.slow
 def test_every_method_keeps_the_processes_alike(tmp_path):
     losses = together(tmp_path, 2, do_all, tmp_path / "results", list(METHODS))
     assert losses[0] == losses[1] and losses[0].keys() == METHODS.keys()
@@ -457,6 +459,7 @@ def assert_goes_on(results, undisturbed):
     assert outcome(folder) == outcome(undisturbed)
 
 
+@pytest.mark.slow
 def test_where_a_process_dies_the_job_fails_behind_a_checkpoint(tmp_path, undisturbed):
     process = torchrun(tmp_path / "0", LONG)
     until_checkpoint(RunConfig(**LONG).folder(tmp_path / "0"), process)
@@ -466,6 +469,7 @@ def test_where_a_process_dies_the_job_fails_behind_a_checkpoint(tmp_path, undist
     assert_goes_on(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_anew_what_died(tmp_path, undisturbed):
     folder = RunConfig(**LONG).folder(tmp_path)
     process = torchrun(tmp_path, LONG, "--max-restarts", "1")
@@ -483,6 +487,7 @@ def test_torchrun_starts_anew_what_died(tmp_path, undisturbed):
     assert outcome(folder) == outcome(undisturbed)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_processes_behind_one_checkpoint(tmp_path, undisturbed):
     process = torchrun(tmp_path / "0", LONG)
     until_checkpoint(RunConfig(**LONG).folder(tmp_path / "0"), process)

@@ -87,6 +87,7 @@ def committed_results(monkeypatch, tmp_path):
     shutil.copytree(PROJECT / "results", tmp_path / "results", ignore=lambda _, names: {"smoke"} & set(names))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "parameters"), SETS.values(), ids=SETS)
 def test_papermill_then_nbval_strict(tmp_path, name, parameters):
     """The second execution loads what the first has trained, so all but its own words about that must be the same, seconds included."""
