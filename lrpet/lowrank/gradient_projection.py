@@ -1,16 +1,16 @@
 """Low-rank gradient projection: GaLore, GaLore 2, Lotus, VLoRP and a random control as one PyTorch optimizer.
 
-The weights stay dense; the optimizer's state becomes small. Notation: ``G`` is a gradient as an N×D matrix, ``K = min(N, D)``,
-``L = max(N, D)``, ``r`` the rank of the *gradient's* subspace, ``P`` (K×r) its basis on the short side, and ``S`` the projected
-gradient: Pᵀ·G for N < D (wide), G·P for N ≥ D (tall; a square matrix counts as tall). One step, with η the learning rate,
-α the scale, λ the weight decay and t from 1::
+The weights stay dense; the optimizer's state becomes small. Notation: ``G`` is a gradient as an N×D matrix,
+``K = min(N, D)``, ``L = max(N, D)``, ``r`` the rank of the *gradient's* subspace, ``P`` (K×r) its basis on
+the short side, and ``S`` the projected gradient: Pᵀ·G for N < D (wide), G·P for N ≥ D (tall; a square matrix
+counts as tall). One step, with η the learning rate, α the scale, λ the weight decay and t from 1::
 
-    m ← β₁·m + (1 − β₁)·S        v ← β₂·v + (1 − β₂)·S²        U = (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
+    m ← β₁·m + (1 − β₁)·S      v ← β₂·v + (1 − β₂)·S²      U = (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
     M ← (1 − η·λ)·M − η·α·(P·U or U·Pᵀ)
 
-Basis, moments and all arithmetic are float32, also for weights in bfloat16, and float64 for weights in float64. ε and weight
-decay stand where ``torch.optim.AdamW`` has them; the authors of GaLore and VLoRP apply weight decay after the update, and GaLore
-adds ε before bias correction.
+Basis, moments and all arithmetic are float32, also for weights in bfloat16, and float64 for weights in
+float64. ε and weight decay stand where ``torch.optim.AdamW`` has them; the authors of GaLore and VLoRP apply
+weight decay after the update, and GaLore adds ε before bias correction.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ from lrpet.lowrank.projection import truncated_svd
 from lrpet.lowrank.ranks import compressible_layers
 
 __all__ = ["STRATEGIES", "GradientProjection", "projection_groups"]
-REQUIRED = object()  # a setting without a default
-_SUBSPACE = {"rank": REQUIRED, "scale": 0.25, "carry": "keep"}
-_SKETCH = {"oversample": 10, "iterations": 2}
-# The settings of each strategy and their defaults, as published where something is.
+_SUBSPACE = {"rank": None, "scale": 0.25, "carry": "keep"}
+_SKETCH = {"oversample": 10, "iterations": 2}  # our reading: neither GaLore 2 nor Lotus publishes them
+# The settings of each strategy and their defaults, as published where they are; None must be given.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "galore": _SUBSPACE | {"every": 200},
     "galore2": _SUBSPACE | {"every": 200} | _SKETCH,
     "lotus": _SUBSPACE | {"threshold": 0.01, "check": 50} | _SKETCH,
-    "vlorp": {"rank": REQUIRED, "grain": REQUIRED, "every": 100, "distribution": "normal"},
+    "vlorp": {"rank": None, "grain": None, "every": 100, "distribution": "normal"},
     "random": _SUBSPACE | {"every": 200},
 }
 
 
-def _is_whole(value: Any) -> bool:
-    return type(value) is int  # neither True nor a NumPy number, which a checkpoint would refuse
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_number(value: Any, least: float = -math.inf, *, kinds: tuple[type, ...] = (int, float)) -> bool:
+    return type(value) in kinds and least <= value < math.inf  # a checkpoint would refuse NumPy's numbers
 
 
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "rank": ("a whole number of 1 or more", lambda v: _is_whole(v) and v >= 1),
-    "every": ("a whole number of steps, 1 or more", lambda v: _is_whole(v) and v >= 1),
-    "check": ("a whole number of steps, 1 or more", lambda v: _is_whole(v) and v >= 1),
-    "oversample": ("a whole number of 0 or more", lambda v: _is_whole(v) and v >= 0),
-    "iterations": ("a whole number of 0 or more", lambda v: _is_whole(v) and v >= 0),
-    "scale": ("a positive number", lambda v: _is_number(v) and v > 0),
-    "grain": ("a positive number", lambda v: _is_number(v) and v > 0),
-    "threshold": ("a number of 0 or more", lambda v: _is_number(v) and v >= 0),
+    "lr": ("a number of 0 or more", lambda v: v >= 0),  # or a tensor
+    "betas": ("two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v)),
+    "eps": ("a number of 0 or more", lambda v: _is_number(v, 0)),
+    "weight_decay": ("a number of 0 or more", lambda v: _is_number(v, 0)),
+    "seed": ("a whole number", lambda v: _is_number(v, kinds=(int,))),
+    "rank": ("a whole number of 1 or more", lambda v: _is_number(v, 1, kinds=(int,))),
+    "every": ("a whole number of steps, 1 or more", lambda v: _is_number(v, 1, kinds=(int,))),
+    "check": ("a whole number of steps, 1 or more", lambda v: _is_number(v, 1, kinds=(int,))),
+    "oversample": ("a whole number of 0 or more", lambda v: _is_number(v, 0, kinds=(int,))),
+    "iterations": ("a whole number of 0 or more", lambda v: _is_number(v, 0, kinds=(int,))),
+    "scale": ("a positive number", lambda v: _is_number(v, 0) and v > 0),
+    "grain": ("a positive number", lambda v: _is_number(v, 0) and v > 0),
+    "threshold": ("a number of 0 or more", lambda v: _is_number(v, 0)),
     "carry": ("keep, rotate or reset", lambda v: v in ("keep", "rotate", "reset")),
     "distribution": ("normal or sign", lambda v: v in ("normal", "sign")),
 }
@@ -71,18 +71,19 @@ def projection_groups(
 ) -> list[dict[str, Any]]:
     """Divide a model's trainable parameters into a group whose gradients are projected and a plain one for Adam.
 
-    Only the weights of matching layers are projected. Published choices are the block matrices: attention and MLP, never
-    embeddings, norms, biases or the output head.
+    Only the weights of matching layers are projected. Published choices are the block matrices: attention and
+    MLP, never embeddings, norms, biases or the output head.
 
     Args:
         model: the network. Of one that DistributedDataParallel wraps, give the network inside.
         strategy: ``galore``, ``galore2``, ``lotus``, ``vlorp`` or ``random``.
         layers: pattern of names of Linear layers and ungrouped convolutions, as ``blocks.*``.
-        **settings: of the strategy, see :class:`GradientProjection`; ``rank`` is required. Also settings that any group of an
-            optimizer may have, as ``lr``, for the projected layers.
+        **settings: of the strategy, see :class:`GradientProjection`; ``rank`` is required. Also settings that
+            any group of an optimizer may have, as ``lr``, for the projected layers.
 
     Returns:
-        Parameter groups with names, for :class:`GradientProjection`; the plain group is left out where it would be empty.
+        Parameter groups with names, for :class:`GradientProjection`; the plain group is left out where it
+        would be empty.
 
     Raises:
         ValueError: no trainable layer matches. Settings are checked by the optimizer.
@@ -99,63 +100,77 @@ def projection_groups(
     plain = [(name, p) for name, p in trained if name not in weights]
     if not projected:
         raise ValueError(
-            f"layers={layers!r} matches no trainable Linear layer or ungrouped convolution of {type(model).__name__}; "
-            "names are those of model.named_modules()"
+            f"layers={layers!r} matches no trainable Linear layer or ungrouped convolution of "
+            f"{type(model).__name__}; names are those of model.named_modules()"
         )
     groups = [{"params": projected, "strategy": strategy, **settings}, {"params": plain}]
     return groups if plain else groups[:1]
 
 
 class GradientProjection(torch.optim.Optimizer):
-    """AdamW whose moments live in a low-rank subspace of the gradient, for the groups that have a ``strategy``; AdamW for all others.
+    """AdamW whose moments live in a low-rank subspace of the gradient, for groups that have a ``strategy``.
 
-    Settings of a group, beside ``lr``, ``betas``, ``eps`` and ``weight_decay``, with defaults in ``STRATEGIES``:
+    All other groups are plain AdamW. Three lines use it in any loop, also with schedulers, gradient clipping,
+    accumulation and DistributedDataParallel (then give ``group=torch.distributed.group.WORLD``)::
 
-    ============== ======================================= ==========================================================
-    strategy       basis P                                 new basis
-    ============== ======================================= ==========================================================
-    ``galore``     leading singular vectors of G           every ``every`` steps
-    ``galore2``    the same by randomized SVD              every ``every`` steps
-    ``lotus``      the same by randomized SVD              where the projected gradient's direction stands still
-    ``vlorp``      random entries, drawn, never stored     every ``every`` steps
-    ``random``     orthonormal, independent of G: control  every ``every`` steps
-    ============== ======================================= ==========================================================
+        groups = projection_groups(model, "galore", layers="blocks.*", rank=48, every=200)
+        optimizer = GradientProjection(groups, lr=1e-3, weight_decay=0.05)
+        ...  # backward
+        optimizer.step()
 
-    - ``rank``: r; at most the short side is used.
+    ============  =====================================  =================================================
+    strategy      basis P                                a new one
+    ============  =====================================  =================================================
+    ``galore``    leading singular vectors of G          every ``every`` steps
+    ``galore2``   the same by randomized SVD             every ``every`` steps
+    ``lotus``     the same by randomized SVD             where the direction of S has changed little for long
+    ``vlorp``     random entries, drawn, never stored    every ``every`` steps
+    ``random``    orthonormal, unlike G: a control       every ``every`` steps
+    ============  =====================================  =================================================
+
+    Settings of a group beside ``lr``, ``betas``, ``eps`` and ``weight_decay``; defaults are in ``STRATEGIES``:
+
+    - ``rank``: r; at most the short side is used, of VLoRP that of the cut matrix.
     - ``scale``: α, a factor on the learning rate of the projected layers.
-    - ``carry``: the moments at a new basis: ``keep`` as they are, ``rotate`` into the new basis, or ``reset`` to zero, with t.
+    - ``carry``: the moments at a new basis: ``keep`` as they are, ``rotate`` into the new basis, or ``reset``
+      to zero, with t.
     - ``oversample``, ``iterations``: of the randomized SVD.
-    - ``threshold``, ``check``: Lotus asks every ``check`` steps whether ‖S/‖S‖ − S₀/‖S₀‖‖ / n < threshold, where S₀ is the
-      first projected gradient of the basis and n counts the steps that used it; the next step then has a new basis.
-    - ``grain``: VLoRP cuts each row of a tall G into c pieces, or for c < 1 joins 1/c rows; a wide G the other way round.
-      The first moment has N·c·r or D·c·r numbers and the second is factored as in Adafactor, N + D numbers.
-    - ``distribution``: of VLoRP's entries, ``normal`` or ``sign`` (±1). Take ``sign`` where processes run on different CPUs:
-      normal numbers are not promised to be the same bits everywhere.
+    - ``threshold``, ``check``: Lotus asks every ``check`` steps whether ‖S/‖S‖ − S₀/‖S₀‖‖ / n < threshold,
+      where S₀ is the first projected gradient of the basis and n counts the steps that used it; the next step
+      then has a new basis.
+    - ``grain``: c; VLoRP cuts each row of a tall G into c pieces, or joins 1/c rows for c < 1, and treats the
+      columns of a wide one alike. The second moment is factored as in Adafactor.
+    - ``distribution``: of VLoRP's entries, ``normal`` or ``sign`` (±1). Take ``sign`` where processes run on
+      different CPUs: normal numbers are not promised to be the same bits everywhere.
 
-    Weights of more than two axes are read as N×D with N the first axis. A parameter without a gradient is left out of a step.
+    Weights of more than two axes are read as N×D with N the first axis. A parameter without a gradient is
+    left out of a step.
 
     Args:
-        params: parameters or groups; :func:`projection_groups` makes groups with names, which errors then carry.
+        params: parameters or groups; :func:`projection_groups` makes groups with names, which errors then
+            carry.
         lr: η, a number or a tensor of one element.
         betas: β₁ and β₂, in [0, 1).
         eps: ε.
         weight_decay: λ, decoupled.
-        seed: of the random numbers: a whole number. A draw depends on seed, the parameter's position and the number of the basis
-            alone; the global generator is not used.
-        group: the torch.distributed group whose processes train together and hold the *same* gradients, as DDP leaves them; each
-            then computes the bases of some layers and sends them to the others. None: every process computes all.
+        seed: of the random numbers: a whole number. A draw depends on seed, the parameter's position and the
+            number of the basis alone; the global generator is not used.
+        group: the torch.distributed group whose processes train together and hold the *same* gradients, as
+            DDP leaves them; each then computes the bases of some layers and sends them to the others. None:
+            every process computes all.
 
     Raises:
-        ValueError: a setting is unknown or out of range, or a weight cannot be projected; the message names the layer.
+        ValueError: a setting is unknown or out of range, or a weight cannot be projected; the message names
+            the layer.
 
-    Source: arXiv 2403.03507 (GaLore), 2504.20437 (GaLore 2; our reading of a summary), 2602.01233, algorithm 1 (Lotus),
-    2505.01744 and the authors' code (VLoRP).
+    Source: arXiv 2403.03507 (GaLore), 2504.20437 (GaLore 2; our reading of a summary), 2602.01233, algorithm
+    1 (Lotus), 2505.01744 and the authors' code (VLoRP).
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-    >>> optimizer = GradientProjection(projection_groups(model, "galore", layers="0", rank=2, every=50), lr=0.01)
+    >>> optimizer = GradientProjection(projection_groups(model, "galore", layers="0", rank=2), lr=0.01)
     >>> model(torch.ones(4, 8)).square().mean().backward()
     >>> optimizer.step()
-    >>> optimizer.state_bytes()  # float32: basis 8×2 and two moments 16×2 of the layer "0", two moments of all else
+    >>> optimizer.state_bytes()  # 4·(8·2 + 2·16·2) of the projected weight, 8 for every other number
     856
     """
 
@@ -187,7 +202,8 @@ class GradientProjection(torch.optim.Optimizer):
             ValueError: as :class:`GradientProjection`; the group is then not added.
 
         >>> optimizer = GradientProjection([nn.Parameter(torch.ones(4, 6))])
-        >>> optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 6))], "strategy": "galore", "rank": 2})
+        >>> weight = nn.Parameter(torch.ones(4, 6))
+        >>> optimizer.add_param_group({"params": [weight], "strategy": "galore", "rank": 2})
         >>> optimizer.param_groups[1]["every"]
         200
         """
@@ -207,27 +223,14 @@ class GradientProjection(torch.optim.Optimizer):
         # Schedulers that resume are given initial_lr.
         others = {"params", "param_names", "initial_lr", *self.defaults}
         if unknown := sorted(group.keys() - known.keys() - others):
-            raise ValueError(
-                f"{first}: unknown setting {', '.join(unknown)}; strategy {strategy} has {', '.join(known) or 'none'}"
-            )
-        for name, default in known.items():
-            value = group.setdefault(name, default)
-            wanted, allowed = _ALLOWED[name]
+            has = f"strategy {strategy} has {', '.join(known) or 'none'}"
+            raise ValueError(f"{first}: unknown setting {', '.join(unknown)}; {has}")
+        for name in (*self.defaults.keys() & _ALLOWED.keys(), *known):
+            value, (wanted, allowed) = group.setdefault(name, known.get(name)), _ALLOWED[name]
             if not allowed(value):
-                got = "none" if value is REQUIRED else repr(value)
-                raise ValueError(f"{first}: {name} must be {wanted}; got {got}")
-        if not _is_whole(group["seed"]):
-            raise ValueError(f"{first}: seed must be a whole number; got {group['seed']!r}")
-        for name, good in {
-            "lr": group["lr"] >= 0,
-            "betas": len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"]),
-            "eps": group["eps"] >= 0,
-            "weight_decay": group["weight_decay"] >= 0,
-        }.items():
-            if not good:
-                raise ValueError(f"{first}: {name} is out of range; got {group[name]!r}")
+                raise ValueError(f"{first}: {name} must be {wanted}; got {value!r}")
         for item in self._items():
-            if item.group is group and strategy:
+            if item.group is group and strategy is not None:
                 item.frame()
 
     @torch.no_grad()
@@ -244,7 +247,8 @@ class GradientProjection(torch.optim.Optimizer):
             ValueError: as :meth:`prepare`; nothing is changed then.
 
         >>> weight = nn.Parameter(torch.ones(2, 3))
-        >>> optimizer = GradientProjection([{"params": [weight], "strategy": "galore", "rank": 1, "scale": 1.0}], lr=0.1)
+        >>> group = {"params": [weight], "strategy": "galore", "rank": 1, "scale": 1.0}
+        >>> optimizer = GradientProjection([group], lr=0.1)
         >>> weight.grad = torch.ones(2, 3)
         >>> optimizer.step()
         >>> weight[0]  # 1 − 0.1 · 1/√2
@@ -261,25 +265,26 @@ class GradientProjection(torch.optim.Optimizer):
         return loss
 
     def prepare(self) -> None:
-        """Check the gradients and compute the bases that are due; :meth:`step` calls it, and a second call before a step changes nothing.
+        """Check the gradients and compute the bases that are due.
 
-        With processes told as ``group``, all of them must call it with the same gradients.
+        :meth:`step` calls it; a second call before the step changes nothing. With processes told as
+        ``group``, all of them must call it with the same gradients.
 
         Raises:
-            ValueError: a gradient is sparse or complex, or one that is projected holds NaN or infinite values. The message names
-                the layer, and no basis has been computed.
+            ValueError: a gradient is sparse or complex, or one that is projected holds NaN or infinite
+                values. The message names the layer, and no basis has been computed.
 
         >>> weight = nn.Parameter(torch.ones(2, 3))
         >>> optimizer = GradientProjection([{"params": [weight], "strategy": "galore", "rank": 1}])
         >>> weight.grad = torch.full((2, 3), torch.nan)
         >>> optimizer.prepare()
         Traceback (most recent call last):
-        ValueError: parameter 0: the gradient holds NaN or infinite values; look at the loss, or skip this step
+        ValueError: parameter 0: the gradient holds NaN or infinite values; look at the loss or skip the step
         """
         self._prepare([item for item in self._items() if item.parameter.grad is not None])
 
     def refresh_next(self) -> None:
-        """Let every projected layer have a new basis at the next step, as after an LRPET projection of the weights.
+        """Let every projected layer have a new basis at the next step, as after a projection of the weights.
 
         >>> weight = nn.Parameter(torch.ones(2, 3))
         >>> optimizer = GradientProjection([{"params": [weight], "strategy": "galore", "rank": 1}])
@@ -295,10 +300,11 @@ class GradientProjection(torch.optim.Optimizer):
                 state["due"] = True
 
     def state_bytes(self) -> int:
-        """Return the bytes of the state that the optimizer holds between two steps: the sum over its tensors' storages.
+        """Return the bytes of the state that the optimizer holds between two steps, over all storages.
 
-        In numbers, four bytes each: rK + 2rL for a layer of ``galore``, ``galore2`` and ``random``, rK + 3rL for ``lotus``,
-        c·r·L + N + D for ``vlorp``, and 2·N·D for a plain parameter. Zero before the first step.
+        In numbers, four bytes each: rK + 2rL for a layer of ``galore``, ``galore2`` and ``random``, rK + 3rL
+        for ``lotus``, c·r·L + N + D for ``vlorp``, and 2·N·D for a plain parameter. Zero before the first
+        step.
 
         >>> weight = nn.Parameter(torch.ones(2, 3))
         >>> optimizer = GradientProjection([{"params": [weight], "strategy": "lotus", "rank": 1}])
@@ -307,7 +313,9 @@ class GradientProjection(torch.optim.Optimizer):
         >>> optimizer.state_bytes() == 4 * (1 * 2 + 3 * 1 * 3)
         True
         """
-        tensors = [value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)]
+        tensors = [
+            value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)
+        ]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         return sum(storage.nbytes() for storage in storages.values())
 
@@ -315,14 +323,15 @@ class GradientProjection(torch.optim.Optimizer):
         """Return a row for each projected layer; ``pandas.DataFrame`` makes a table of them.
 
         Returns:
-            ``name``; ``side`` of the basis, ``left`` (wide) or ``right`` (tall); ``rank`` that is used; ``refreshes``, the number
-            of bases so far; ``since``, the steps that used the current one; ``energy``, ‖S‖²/‖G‖² of the gradient that it was
-            made from, in [0, 1] (None for VLoRP, whose basis is not orthonormal, and before the first); ``note``.
+            ``name``; ``side`` of the basis, ``left`` (wide) or ``right`` (tall); ``rank`` that is used;
+            ``refreshes``, the number of bases so far; ``since``, the steps that used the current one;
+            ``energy``, ‖S‖²/‖G‖² of the gradient that it was made from, in [0, 1] (None before the first
+            basis, and for VLoRP, whose basis is not orthonormal); ``note``.
 
         >>> weight = nn.Parameter(torch.ones(2, 3))
         >>> optimizer = GradientProjection([{"params": [weight], "strategy": "galore", "rank": 1}])
-        >>> optimizer.report()
-        [{'name': 'parameter 0', 'side': 'left', 'rank': 1, 'refreshes': 0, 'since': 0, 'energy': None, 'note': ''}]
+        >>> optimizer.report()[0]["side"], optimizer.report()[0]["refreshes"]
+        ('left', 0)
         """
         rows = []
         for item in self._items():
@@ -340,19 +349,20 @@ class GradientProjection(torch.optim.Optimizer):
 
     @contextmanager
     def in_backward(self, *, pieces: int = 1, clip: float | None = None) -> Iterator[None]:
-        """Update each parameter as soon as its gradient is complete and free that gradient, so that only one is alive at a time.
+        """Update each parameter as soon as its gradient is complete, and free that gradient.
 
-        The block holds one ``loss.backward()``. Leaving it counts as the step; a further ``step()`` finds no gradient.
-        What needs all gradients at once is refused: several processes, accumulation, clipping by the norm of all. An error in the
-        middle leaves those layers updated that backward had reached. Each process sees its own gradient only, not DDP's mean.
+        So only one gradient is alive at a time. The block holds one ``loss.backward()``; leaving it counts as
+        the step, and a further ``step()`` finds no gradient. What needs all gradients at once is refused:
+        several processes, accumulation, clipping by the norm of all. After an error in the middle, the layers
+        that backward had reached are updated and the others are not.
 
         Args:
             pieces: into how many pieces your loop cuts a batch: 1.
             clip: the norm to which your loop clips: None.
 
         Raises:
-            ValueError: torch.distributed runs several processes, ``pieces`` or ``clip`` is anything else, a parameter has a gradient
-                already, or backward reaches one twice; as :meth:`prepare` too.
+            ValueError: torch.distributed runs several processes, ``pieces`` or ``clip`` is anything else, a
+                parameter has a gradient already, or backward reaches one twice; as :meth:`prepare` too.
 
         Source: the per-layer updates of the authors of arXiv 2403.03507.
 
@@ -363,20 +373,21 @@ class GradientProjection(torch.optim.Optimizer):
         >>> model.weight.grad is None, optimizer.report()[0]["since"]
         (True, 1)
         """
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
-        for name, refused in {
-            "several processes: a layer's gradient is not yet their mean": several,
-            f"pieces={pieces}: a layer is updated with its first piece": pieces != 1,
-            f"clip={clip}: the norm of all gradients is not yet known": clip is not None,
-        }.items():
-            if refused:
-                raise ValueError(f"in_backward does not go with {name}; use step()")
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several or pieces != 1 or clip is not None:
+            got = "several processes" if several else f"pieces={pieces}, clip={clip}"
+            raise ValueError(
+                "in_backward updates a layer before the other gradients are known, so it needs one process, "
+                f"pieces=1 and clip=None; got {got}; use step()"
+            )
         items, done = {item.parameter: item for item in self._items()}, set()
 
         def update(parameter: Tensor) -> None:
             item = items[parameter]
             if parameter in done:
-                raise ValueError(f"{item.name}: a second gradient in one in_backward block; use step() for accumulation")
+                raise ValueError(
+                    f"{item.name}: a second gradient in in_backward; use step() for accumulation"
+                )
             done.add(parameter)
             self._prepare([item])
             self._update(item)
@@ -384,7 +395,10 @@ class GradientProjection(torch.optim.Optimizer):
 
         for item in items.values():
             if item.parameter.grad is not None:
-                raise ValueError(f"{item.name} has a gradient before in_backward; call zero_grad(), or step() for accumulation")
+                raise ValueError(
+                    f"{item.name} has a gradient before in_backward; call zero_grad(), "
+                    "or step() for accumulation"
+                )
         hooks = [p.register_post_accumulate_grad_hook(update) for p in items if p.requires_grad]
         try:
             yield
@@ -397,10 +411,12 @@ class GradientProjection(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state, also one from ``torch.load(…, weights_only=True)``, with its tensors' own types.
 
-        ``Optimizer.load_state_dict`` alone would round float32 bases and moments to the type of bfloat16 weights.
+        ``Optimizer.load_state_dict`` alone would round float32 bases and moments to the type of bfloat16
+        weights.
 
         Args:
-            state_dict: from :meth:`state_dict` of an optimizer with the same groups; settings come from it too.
+            state_dict: from :meth:`state_dict` of an optimizer with the same groups; settings come from it
+                too.
 
         Raises:
             ValueError: the groups differ in number or size.
@@ -423,8 +439,9 @@ class GradientProjection(torch.optim.Optimizer):
     def _items(self) -> Iterator[_Item]:
         number = 0
         for group in self.param_groups:
-            for name, parameter in zip(group.get("param_names", group["params"]), group["params"], strict=True):
-                yield _Item(number, name if isinstance(name, str) else f"parameter {number}", parameter, group)
+            names = group.get("param_names", [None] * len(group["params"]))
+            for name, parameter in zip(names, group["params"], strict=True):
+                yield _Item(number, name or f"parameter {number}", parameter, group)
                 number += 1
 
     @torch.no_grad()
@@ -433,88 +450,92 @@ class GradientProjection(torch.optim.Optimizer):
             G = item.parameter.grad
             if G.layout != torch.strided or G.is_complex():
                 kind = "complex" if G.is_complex() else "sparse"
-                raise ValueError(f"{item.name}: the gradient is {kind}; give dense real ones, or another optimizer")
+                raise ValueError(f"{item.name}: the gradient is {kind}, and must be dense and real")
         items = [item for item in items if item.group["strategy"] is not None]
         finite = [item.parameter.grad.isfinite().all() for item in items]
-        if finite and not torch.stack([good.to(finite[0].device) for good in finite]).all():  # one wait for the GPU
+        # Stacked, they make the host wait for a GPU once.
+        if finite and not torch.stack([good.to(finite[0].device) for good in finite]).all():
             name = next(item.name for item, good in zip(items, finite, strict=True) if not good)
-            raise ValueError(f"{name}: the gradient holds NaN or infinite values; look at the loss, or skip this step")
+            raise ValueError(
+                f"{name}: the gradient holds NaN or infinite values; look at the loss or skip the step"
+            )
         due = [item for item in items if self._state(item)["due"]]
-        for item in due:
+        stored = [item for item in due if item.group["strategy"] != "vlorp"]
+        for item, basis in zip(stored, self._new_bases(stored), strict=True):
+            self._change_basis(item, basis)
+        for item in due:  # of VLoRP, the number of the draw is all that changes
             state = self.state[item.parameter]
-            state["refreshes"] += 1  # also the number of VLoRP's draw, which is all that changes there
+            state["refreshes"] += 1
             state["since"], state["due"] = 0, False
-        due = [item for item in due if item.group["strategy"] != "vlorp"]
-        for item, basis in zip(due, self._new_bases(due), strict=True):
-            state, frame, G = self.state[item.parameter], item.frame(), item.gradient()
-            if item.group["carry"] == "rotate":
-                C = _product(state["basis"].mT, basis)  # (r, r)
-                for name, turn in (("exp_avg", C), ("exp_avg_sq", C.square())):
-                    moment = state[name]
-                    moment.copy_(_product(moment, turn) if frame.tall else _product(turn.mT, moment))
-            elif item.group["carry"] == "reset":  # t too: without bias correction the next updates were too large
-                state["step"] = 0
-                state["exp_avg"].zero_()
-                state["exp_avg_sq"].zero_()
-            state["basis"].copy_(basis)
-            kept, energy = (_size(matrix).square().item() for matrix in (frame.down(G, basis), G))
-            state["energy"] = min(1.0, kept / energy) if energy else 1.0
 
     def _new_bases(self, items: Sequence[_Item]) -> list[Tensor]:
-        """Return a basis (K, r) for each layer, computed by one process each and sent to the others."""
-        alone = self.process_group is None
-        rank, world = (0, 1) if alone else (dist.get_rank(self.process_group), dist.get_world_size(self.process_group))
-        load, owner = [0] * world, {}
+        """Return a basis (K, r) for each layer; each is computed by one process and sent to the others."""
+        processes, rank, world = self.process_group, 0, 1
+        if processes is not None:
+            rank, world = dist.get_rank(processes), dist.get_world_size(processes)
         costs = {item: item.frame().side * item.parameter.numel() for item in items}  # K²·L
-        for item in sorted(costs, key=costs.get, reverse=True):  # the largest first, each to whom has the least to do
+        load, owner, bases = [0] * world, {}, []
+        for item in sorted(costs, key=costs.get, reverse=True):  # the next one to whom has the least to do
             owner[item] = load.index(min(load))
             load[owner[item]] += costs[item]
-        bases = []
         for item in items:
             state = self.state[item.parameter]
             own = owner[item] == rank
-            bases.append(item.new_basis(state["refreshes"]) if own else torch.empty_like(state["basis"]))
-        for sender in range(world if world > 1 else 0):
+            bases.append(item.new_basis(state["refreshes"] + 1) if own else torch.empty_like(state["basis"]))
+        for sender in range(world) if world > 1 else ():
             sent = [basis for item, basis in zip(items, bases, strict=True) if owner[item] == sender]
             if sent:
                 flat = torch.cat([basis.flatten() for basis in sent])
-                dist.broadcast(flat, group=self.process_group, group_src=sender)
+                dist.broadcast(flat, group=processes, group_src=sender)
                 for basis, part in zip(sent, flat.split([basis.numel() for basis in sent]), strict=True):
                     basis.copy_(part.view_as(basis))
         return bases
 
+    def _change_basis(self, item: _Item, basis: Tensor) -> None:
+        state, frame, G = self.state[item.parameter], item.frame(), item.gradient()
+        if item.group["carry"] == "rotate":
+            C = _product(state["basis"].mT, basis)  # (r, r)
+            for name, turn in (("exp_avg", C), ("exp_avg_sq", C.square())):
+                moment = state[name]
+                moment.copy_(_product(moment, turn) if frame.tall else _product(turn.mT, moment))
+        elif item.group["carry"] == "reset":
+            state["step"] = 0  # else there were no bias correction, and the next updates too large
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+        state["basis"].copy_(basis)
+        kept, energy = (_size(matrix).square().item() for matrix in (frame.down(G, basis), G))
+        state["energy"] = min(1.0, kept / energy) if energy else 1.0
+
     def _state(self, item: _Item) -> dict[str, Any]:
-        """Return the state of a parameter, made where there is none: counters are Python numbers, which loading does not cast."""
+        """Return the state of a parameter, made where there is none.
+
+        Counters are Python numbers, which ``Optimizer.load_state_dict`` does not cast.
+        """
         state, p, strategy = self.state[item.parameter], item.parameter, item.group["strategy"]
         if state:
             return state
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=item.dtype, device=p.device)
-
-        state["step"] = 0
-        shape = p.shape
+        state["step"], shapes = 0, {"exp_avg": p.shape, "exp_avg_sq": p.shape}
         if strategy is not None:
-            # Beyond the specification: "due", one flag for the first step, `every`, Lotus's test and refresh_next, and "energy".
+            # "due" is one flag for the first step, `every`, Lotus's test and refresh_next.
             state |= {"refreshes": 0, "since": 0, "due": True, "energy": None}
             frame = item.frame()
-            shape = (frame.rows, frame.rank) if frame.tall else (frame.rank, frame.columns)
-        state["exp_avg"] = zeros(*shape)
+            small = (frame.rows, frame.rank) if frame.tall else (frame.rank, frame.columns)
+            shapes = {"exp_avg": small, "exp_avg_sq": small, "basis": (frame.side, frame.rank)}
         if strategy == "vlorp":
-            state["row"], state["col"] = zeros(len(p)), zeros(p.numel() // len(p))
-            return state
-        state["exp_avg_sq"] = zeros(*shape)
-        if strategy is not None:
-            state["basis"] = zeros(frame.side, frame.rank)
+            shapes = {"exp_avg": small, "row": (len(p),), "col": (p.numel() // len(p),)}
         if strategy == "lotus":
-            state["first"] = zeros(*shape)
+            shapes["first"] = small
+        state |= {
+            name: torch.zeros(shape, dtype=item.dtype, device=p.device) for name, shape in shapes.items()
+        }
         return state
 
     @torch.no_grad()
     def _update(self, item: _Item) -> None:
         p, group, state = item.parameter, item.group, self._state(item)
         strategy, G = group["strategy"], item.gradient()
-        p.mul_(1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
         state["step"] += 1
         if strategy is None:
             update = _adam(G, state, group)
@@ -532,7 +553,7 @@ class GradientProjection(torch.optim.Optimizer):
 
 
 class _Frame(NamedTuple):
-    """How a gradient is read as a matrix, rows×columns, and projected: from the right (tall) or from the left."""
+    """How a gradient is read as a matrix and projected: from the right (tall) or from the left."""
 
     rows: int
     columns: int
@@ -567,13 +588,17 @@ class _Item:
         """Return how this parameter's gradient is read; decided by shape and settings alone."""
         p, grain = self.parameter, self.group.get("grain", 1)
         if p.ndim < 2 or not p.numel():
-            raise ValueError(f"{self.name}: a weight of shape {tuple(p.shape)} cannot be projected; it needs two axes and entries")
+            raise ValueError(
+                f"{self.name}: a weight of shape {tuple(p.shape)} cannot be projected; it needs two axes or "
+                "more, none of them empty"
+            )
         N, D = len(p), p.numel() // len(p)
         tall, c = N >= D, Fraction(grain).limit_denominator(2**20)  # 1/3 as a float is close enough
         rows, columns = (N * c, D / c) if tall else (N / c, D * c)
         if rows.denominator > 1 or columns.denominator > 1:
             raise ValueError(
-                f"{self.name}: grain must divide the short side of the {N}×{D} gradient, or 1/grain the long one; got {grain}"
+                f"{self.name}: grain must divide the short side of the {N}×{D} gradient, or 1/grain the long "
+                f"one; got {grain}"
             )
         side = int(columns if tall else rows)
         return _Frame(int(rows), int(columns), tall, min(self.group["rank"], side))
@@ -584,7 +609,7 @@ class _Item:
         return G if self.group["strategy"] is None else G.reshape(self.frame()[:2])
 
     def generator(self, draw: int) -> Generator:
-        """Return a generator on the CPU for one draw: the seed is mixed as by SplitMix64, since neighbours must not be alike."""
+        """Return a generator on the CPU for one draw; the numbers are mixed as SplitMix64 does it."""
         x = 0
         for part in (self.group["seed"], self.number, draw):
             x = (x + part + 0x9E3779B97F4A7C15) % 2**64
@@ -594,21 +619,28 @@ class _Item:
         return Generator().manual_seed(x)
 
     def new_basis(self, draw: int) -> Tensor:
-        """Return orthonormal columns (K, r) for the gradient of now; in each, the entry of largest magnitude is positive."""
+        """Return orthonormal columns (K, r) for the present gradient.
+
+        Singular vectors have no sign, but moments that are kept would feel it: in each column the entry of
+        largest magnitude is positive.
+        """
         frame, strategy, generator = self.frame(), self.group["strategy"], self.generator(draw)
-        G = self.gradient()
-        X = G.mT if frame.tall else G  # (K, L): its left vectors, also of a square matrix, are eigenvectors and so orthonormal
+        # (K, L): its left vectors are eigenvectors, and so orthonormal even where G has a smaller rank. The
+        # right ones of a square G are not.
+        X = self.gradient().mT if frame.tall else self.gradient()
         if strategy == "galore":
             P = truncated_svd(X, frame.rank)[0]
         elif strategy == "random":
-            P = torch.linalg.qr(torch.randn(frame.side, frame.rank, generator=generator, dtype=torch.float64)).Q
+            entries = torch.randn(frame.side, frame.rank, generator=generator, dtype=torch.float64)
+            P = torch.linalg.qr(entries).Q
         else:
-            P = _sketched_vectors(X, frame.rank, self.group["oversample"], self.group["iterations"], generator)
+            sketch = self.group["oversample"], self.group["iterations"]
+            P = _sketched_vectors(X, frame.rank, *sketch, generator)
         P = P * P.gather(0, P.abs().argmax(dim=0, keepdim=True)).sign()
         return P.to(X).contiguous()
 
     def drawn_basis(self, draw: int) -> Tensor:
-        """Return VLoRP's B, (side, r), with entries of mean 0 and variance 1/r; the same whenever it is drawn again."""
+        """Return VLoRP's B, (side, r), with entries of mean 0 and variance 1/r, the same each time."""
         frame, generator = self.frame(), self.generator(draw)
         shape = (frame.side, frame.rank)
         if self.group["distribution"] == "sign":
@@ -619,18 +651,26 @@ class _Item:
 
 
 def _sketched_vectors(X: Tensor, rank: int, oversample: int, iterations: int, generator: Generator) -> Tensor:
-    """Return approximate leading left singular vectors of a K×L matrix. Source: Halko, Martinsson and Tropp, arXiv 0909.4061."""
+    """Return approximate leading left singular vectors of a K×L matrix, (K, r), float64.
+
+    Source: Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1.
+    """
     X = X / X.abs().max().clamp(min=torch.finfo(X.dtype).tiny)  # tiny gradients have products that vanish
     samples = min(rank + oversample, len(X))
     Q = torch.linalg.qr(_product(X, torch.randn(X.shape[1], samples, generator=generator).to(X))).Q  # (K, s)
     for _ in range(iterations):
         Z = torch.linalg.qr(_product(X.mT, Q)).Q  # (L, s)
         Q = torch.linalg.qr(_product(X, Z)).Q
-    return _product(Q, truncated_svd(_product(Q.mT, X), rank)[0].to(X.dtype))
+    return Q.double() @ truncated_svd(_product(Q.mT, X), rank)[0]
 
 
 def _due(S: Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
-    """Return whether the next step needs a new basis; n, the steps that used this one, is 1 after the step that made it."""
+    """Return whether the next step needs a new basis.
+
+    Of Lotus this is the test of algorithm 1, not the one of the paper's text, which no published threshold
+    fits. Our reading: n is 1 after the step that made the basis, the next step switches, and a zero gradient
+    counts as no movement.
+    """
     if "every" in group:
         return state["step"] % group["every"] == 0
     n, first = state["since"], state["first"]
@@ -642,7 +682,7 @@ def _due(S: Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
         first.copy_(direction)
     if n % group["check"]:
         return False
-    moved = _size(direction - first).item() if size > 0 and first.any() else 0.0  # a zero gradient counts as no movement
+    moved = _size(direction - first).item() if size > 0 and first.any() else 0.0
     return moved / n < group["threshold"]
 
 
@@ -657,7 +697,7 @@ def _adam(S: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
 def _projfactor(
     S: Tensor, up: Callable[[Tensor], Tensor], state: dict[str, Any], group: dict[str, Any]
 ) -> Tensor:
-    """Advance VLoRP's first moment, in the subspace, and Adafactor's row and column sums of the second; return the update, (N, D)."""
+    """Advance VLoRP's first moment, in the subspace, and the sums of the second; return the update."""
     (beta1, beta2), t = group["betas"], state["step"]
     m = state["exp_avg"].lerp_(S, 1 - beta1)
     square = up(S).square()  # (N, D)
