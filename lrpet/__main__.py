@@ -1,6 +1,7 @@
 """The command line, no Jupyter needed: ``python -m lrpet VERB``.
 
-Verbs: ``list``, ``check``, ``headline``, ``run NAME…``, ``train FIELD=VALUE…``, ``tables``, ``export RUN``, ``throughput NAME…``.
+Verbs: ``list``, ``check``, ``headline``, ``run NAME…``, ``train FIELD=VALUE…``, ``tables``, ``export RUN``,
+``throughput NAME…``.
 ``torchrun --nproc-per-node 4 -m lrpet run NAME`` trains one network in four processes.
 """
 
@@ -225,7 +226,7 @@ def _left(end: float | None) -> float | None:
 
 
 def _run_apart(experiment: Experiment, args, end: float | None) -> int:
-    """Do one run in a process of its own, so that its threads and memory are its own; return its exit status."""
+    """Do one run in its own process, with its own threads and memory; return its exit status."""
     left = _left(end)
     if left == 0:
         return PAUSED

@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["Processes", "join_processes"]
-PATIENCE = timedelta(
-    hours=6
-)  # for one another: the first process may decode a large data set, or wait for the lock of the run
+PATIENCE = timedelta(hours=6)  # the first process may decode a large data set, or wait for a lock
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process among those that train one network together; by default it is alone.
 
-    What one of them calls, all must call, in the same order: every method here is a conversation, and costs nothing where one is alone.
+    What one of them calls, all must call, in the same order: every method here is a conversation, and costs
+    nothing where one is alone.
 
     >>> Processes().first, Processes().any(True, False), Processes().share(lambda: "made here")
     (True, [True, False], 'made here')
@@ -51,7 +50,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """Let the first process make something, and return it in every process; an error of it is raised in all."""
+        """Let the first process make something, and return it, or raise its error, in every process."""
         if self.world == 1:
             return make()
         made, error = None, None
@@ -75,25 +74,22 @@ class Processes:
 
     def any(self, *here: bool) -> list[bool]:
         """Tell of each of some things whether it holds in at least one process."""
-        return (
-            list(here)
-            if self.world == 1
-            else [count > 0 for count in self.sum(torch.tensor(here, dtype=torch.int64)).tolist()]
-        )
+        if self.world == 1:
+            return list(here)
+        return [count > 0 for count in self.sum(torch.tensor(here, dtype=torch.int64)).tolist()]
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Tell whether tensors, all on one device, hold the same bits in every process."""
         first = [tensor.detach().clone() for tensor in tensors] if self.world > 1 else []
         self.copy_from(0, first)
-        as_bits = lambda tensor: tensor.detach().contiguous().view(-1).view(torch.uint8)
-        return not self.any(
-            not all(torch.equal(as_bits(a), as_bits(b)) for a, b in zip(first, tensors, strict=False))
-        )[0]
+        differ = [not torch.equal(_bits(a), _bits(b)) for a, b in zip(first, tensors, strict=False)]
+        return not self.any(any(differ))[0]
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """Return the model so wrapped that backward leaves in each process the mean of the gradients of all; alone, the model itself.
+        """Return the model so wrapped that backward averages gradients over the processes; alone, the model.
 
-        Before each step it takes over the first process's BatchNorm statistics, and each then adds those of its own part.
+        Before each step it takes over the first process's BatchNorm statistics, and each then adds those of
+        its own part.
         """
         if self.world == 1:
             return model
@@ -110,10 +106,9 @@ class Processes:
         """
         if self.world == 1 or not tensors:
             return
-        tensors = sorted(
-            tensors, key=lambda t: -t.element_size()
-        )  # so that each begins at a multiple of its element size
-        flat = torch.cat([t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors])
+        # so that each begins at a multiple of its element size
+        tensors = sorted(tensors, key=lambda t: -t.element_size())
+        flat = torch.cat([_bits(tensor) for tensor in tensors])
         dist.broadcast(flat, source)
         if self.rank != source:
             for tensor, part in zip(tensors, flat.split([t.nbytes for t in tensors]), strict=True):
@@ -130,18 +125,20 @@ class Processes:
         gpus = torch.cuda.device_count()
         if device.index is not None:
             raise ValueError(
-                f"device must be auto, cpu or cuda where several processes train together, each on a GPU of its own; got '{device}'"
+                "device must be auto, cpu or cuda where several processes train together, "
+                f"each on its own GPU; got '{device}'"
             )
         if self.local_rank >= gpus:
             raise ValueError(
-                f"torchrun --nproc-per-node must be at most {gpus}, the GPUs of this machine; got at least {self.local_rank + 1}"
+                f"torchrun --nproc-per-node must be at most {gpus}, the GPUs of this machine; "
+                f"got at least {self.local_rank + 1}"
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """Let one process of each machine go through the body before the others of it: what it leaves in a cache, they find there."""
+        """Let one process per machine go through the body first: what it caches, the others find."""
         for turn in (True, False):
             if (self.local_rank == 0) == turn:
                 yield
@@ -149,11 +146,16 @@ class Processes:
                 self.any(False)  # returns when all are here
 
 
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
 def join_processes(environ: Mapping[str, str] = os.environ) -> Processes:
-    """Meet the other processes of a run where torchrun started several; what lies on GPUs then goes over NCCL, all else over gloo.
+    """Meet the other processes that torchrun started: over NCCL for what is on GPUs, over gloo otherwise.
 
     Args:
-        environ: where torchrun says who this is: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``.
+        environ: where torchrun says who this is: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``,
+            ``MASTER_PORT``.
 
     Returns:
         This process among the others.
@@ -174,7 +176,8 @@ def join_processes(environ: Mapping[str, str] = os.environ) -> Processes:
 def _agree_on_name(store: dist.Store, rank: int, world: int) -> str:
     """Return a new name for this start of the processes, the same in all of them.
 
-    torchrun's store outlives the processes that it restarts, and would give the new ones the addresses of those that have died.
+    torchrun's store outlives the processes that it restarts, and would give the new ones the addresses of
+    those that have died.
     """
     mine = uuid.uuid4().hex
     if rank:
@@ -185,9 +188,8 @@ def _agree_on_name(store: dist.Store, rank: int, world: int) -> str:
     waiting = set(range(1, world))
     while waiting:
         for other in waiting:
-            if store.check(
-                [f"asks {other}"]
-            ):  # perhaps still one that has died; the answer to it is read by nobody
+            # perhaps one that has died; nobody reads the answer to it
+            if store.check([f"asks {other}"]):
                 store.set(f"answer to {store.get(f'asks {other}').decode()}", mine)
         waiting = {other for other in waiting if not store.check([f"{other} has {mine}"])}
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Images a second of loading alone, of training alone, and of both, so that a user sees which of the two to make faster."""
+"""Images per second of loading alone, training alone and both: which of the two to make faster."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ __all__ = ["keep", "measure", "throughput_line"]
 def measure(config: RunConfig, batches: Batches, seconds: float = 1.0) -> dict:
     """Measure how fast batches are served and trained on, with a network of its own that is thrown away.
 
-    Loading alone includes decoding, transfer and augmentation; training alone repeats one batch; projections and evaluation are
-    left out. The first batches of each are not timed.
+    Loading alone includes decoding, transfer and augmentation; training alone repeats one batch; projections
+    and evaluation are left out. The first batches of each are not timed.
 
     Args:
         config: of the run.
@@ -34,7 +34,8 @@ def measure(config: RunConfig, batches: Batches, seconds: float = 1.0) -> dict:
         seconds: of each of the three measurements, at least three batches each and one of every worker.
 
     Returns:
-        ``loading_images_per_second``, ``training_images_per_second``, ``both_images_per_second``, ``workers`` and ``batch_size``.
+        ``loading_images_per_second``, ``training_images_per_second``, ``both_images_per_second``, ``workers``
+        and ``batch_size``.
 
     >>> from lrpet.data.sets import load_data
     >>> result = measure(RunConfig(), Batches(load_data(RunConfig()), 64, "cpu", 1), seconds=0.01)
@@ -42,23 +43,14 @@ def measure(config: RunConfig, batches: Batches, seconds: float = 1.0) -> dict:
     True
     """
     device = batches.device
-    method = make_method(
-        build_network(config, len(batches.data.classes)).to(device, memory_format=torch.channels_last), config
-    )
+    classes = len(batches.data.classes)
+    network = build_network(config, classes).to(device, memory_format=torch.channels_last)
+    method, mix = make_method(network, config), make_mixer(config, classes)
     method.model.train()
-    optimizer, mix = (
-        make_optimizer(config, method.model, device, method.undecayed),
-        make_mixer(config, len(batches.data.classes)),
-    )
-
+    optimizer = make_optimizer(config, method.model, device, method.undecayed)
     set_learning_rate(optimizer, learning_rate(config, 0), device)
-    trainer = Step(
-        config,
-        method.model,
-        optimizer,
-        torch.zeros(3, dtype=torch.float64, device=device),
-        graphs=device.type == "cuda",
-    )
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    trainer = Step(config, method.model, optimizer, totals, graphs=device.type == "cuda")
 
     def step(x: torch.Tensor, y: torch.Tensor) -> None:
         trainer.backward(*mix(x, y), y)
@@ -74,20 +66,19 @@ def measure(config: RunConfig, batches: Batches, seconds: float = 1.0) -> dict:
             work(x, y)
         wait()
         began = time.perf_counter()
-        while (
-            count < 3 or count % max(1, workers) or time.perf_counter() - began < seconds
-        ):  # workers end their batches in bursts
+        # workers end their batches in bursts
+        while count < 3 or count % max(1, workers) or time.perf_counter() - began < seconds:
             x, y = next(served)
             work(x, y)
             count, images = count + 1, images + len(y)
         wait()
         return images / (time.perf_counter() - began)
 
+    def endless() -> Iterator:
+        epochs = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
+        return (batch for batch in epochs if len(batch[1]))  # one of several processes may get no image
+
     workers = batches.loader.num_workers if isinstance(batches, StreamBatches) else 0
-    epochs = lambda: itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
-    endless = lambda: (
-        batch for batch in epochs() if len(batch[1])
-    )  # one of several processes may get none of a last batch
     one = next(batches.epoch(0))
     rates = {
         "loading": rate(endless(), lambda x, y: None),
@@ -105,8 +96,8 @@ def measure(config: RunConfig, batches: Batches, seconds: float = 1.0) -> dict:
 def throughput_line(result: dict) -> str:
     """Return a measurement in one line, with the bottleneck named.
 
-    >>> rates = {"loading_images_per_second": 900.0, "training_images_per_second": 300.0, "both_images_per_second": 290.0}
-    >>> throughput_line(rates | {"workers": 8})
+    >>> rates = {"loading": 900.0, "training": 300.0, "both": 290.0}
+    >>> throughput_line({f"{name}_images_per_second": rate for name, rate in rates.items()} | {"workers": 8})
     'loading alone 900 images/s (8 workers), training alone 300, both 290: training is the bottleneck'
     """
     loading, training, both = (
@@ -114,17 +105,15 @@ def throughput_line(result: dict) -> str:
     )
     workers = f"{result['workers']} workers" if result["workers"] else "from memory"
     slower = "loading" if loading < training else "training"
-    return f"loading alone {loading:.0f} images/s ({workers}), training alone {training:.0f}, both {both:.0f}: {slower} is the bottleneck"
+    told = f"loading alone {loading:.0f} images/s ({workers}), training alone {training:.0f}, both {both:.0f}"
+    return f"{told}: {slower} is the bottleneck"
 
 
 def keep(config: RunConfig, result: dict, origin: dict) -> Path:
     """Write a measurement to ``results/bench``, with what was measured and where, and return the file."""
     device = "-".join(origin["device"].split()).replace("/", "-")
-    path = (
-        results_root()
-        / "bench"
-        / f"throughput-{config.model}-{config.method}-{config.image_size}-{device}.json"
-    )
+    name = f"throughput-{config.model}-{config.method}-{config.image_size}-{device}.json"
+    path = results_root() / "bench" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "benchmark": "throughput",

@@ -18,15 +18,17 @@ class Batches:
     """Serves normalized, augmented batches of a data set that lives on the device.
 
     The order of an epoch and every random crop and flip are drawn at its start on the CPU from (seed, epoch)
-    alone: the same on every device, and an epoch can be entered at any step. Where several processes train together each is
-    served its part of the same batches, so an epoch can also be entered by another number of them.
+    alone: the same on every device, and an epoch can be entered at any step. Where several processes train
+    together each is served its part of the same batches, so an epoch can also be entered by another number
+    of them.
 
     Args:
         data: the images.
-        batch_size: images a batch; the last batch of an epoch may be smaller, as in the usual loaders.
+        batch_size: images per batch; the last batch of an epoch may be smaller, as in the usual loaders.
         device: where batches are made and served.
         seed: of the run.
-        rank, world: which process this is, of how many; it serves every ``world``-th image of a batch, possibly none of the last one.
+        rank, world: which process this is, of how many; it serves every ``world``-th image of a batch,
+            possibly none of the last one.
 
     >>> from lrpet.data import load_data
     >>> from lrpet.config import RunConfig
@@ -44,14 +46,8 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ):
-        self.data, self.batch_size, self.device, self.seed, self.rank, self.world = (
-            data,
-            batch_size,
-            torch.device(device),
-            seed,
-            rank,
-            world,
-        )
+        self.data, self.batch_size, self.device = data, batch_size, torch.device(device)
+        self.seed, self.rank, self.world = seed, rank, world
         self.labels = data.train_labels.to(self.device)
         self.scale = torch.tensor([1 / (255 * s) for s in data.std], device=self.device)
         self.shift = torch.tensor(
@@ -62,10 +58,8 @@ class Batches:
 
     def _place(self) -> None:
         """Put the images where batches are made of them."""
-        self.test_images, self.test_labels = (
-            self.data.test_images.to(self.device),
-            self.data.test_labels.to(self.device),
-        )
+        self.test_images = self.data.test_images.to(self.device)
+        self.test_labels = self.data.test_labels.to(self.device)
         self.images, pad = self.data.train_images.to(self.device), self.data.pad
         if pad:
             self.images = F.pad(self.images, (0, 0, pad, pad, pad, pad))  # zeros, in height and width
@@ -75,7 +69,7 @@ class Batches:
         return (pixels * self.scale - self.shift).permute(0, 3, 1, 2)
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw from (seed, epoch) the order of the images, five uniform numbers for each place in it, and which are mirrored."""
+        """Draw from (seed, epoch): order of the images, five uniform numbers each, and which are mirrored."""
         n, draw = len(self.labels), torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(n, generator=draw)
         numbers = torch.rand(n, 5, generator=draw)
@@ -97,7 +91,7 @@ class Batches:
         ]
 
     def _resample(self, pixels: Tensor, maps: Tensor) -> Tensor:
-        """Normalize (B, H, W, 3) uint8 and show of each image what its affine map (B, 2, 3) says: (B, 3, size, size)."""
+        """Normalize (B, H, W, 3) uint8 and crop by an affine map each, (B, 2, 3): (B, 3, size, size)."""
         size = self.data.image_size
         if not len(pixels):  # affine_grid refuses it
             return self._normalize(pixels[:, :size, :size])
@@ -132,7 +126,8 @@ class Batches:
     def test(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the held-out images in order, unaugmented; of several processes each gets its part of them.
 
-        None is 128 images at a time on a CPU, whose caches hold no more of a network's activations, and 1000 elsewhere.
+        None is 128 images at a time on a CPU, whose caches hold no more of a network's activations, and 1000
+        elsewhere.
         """
         batch_size = batch_size or (128 if self.device.type == "cpu" else 1000)
         for part in self._test_parts(batch_size):
@@ -140,7 +135,7 @@ class Batches:
 
 
 def crop_maps(numbers: Tensor, flip: Tensor) -> Tensor:
-    """Turn uniform numbers (n, 5) into affine maps (n, 2, 3): area 8 to 100 %, aspect 3/4 to 4/3, any place."""
+    """Turn uniform numbers (n, 5) into affine maps (n, 2, 3): area 8–100 %, aspect 3/4 to 4/3, any place."""
     area = 0.08 + 0.92 * numbers[:, 1]
     aspect = torch.exp((numbers[:, 2] * 2 - 1) * np.log(4 / 3))
     width, height = ((area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1))

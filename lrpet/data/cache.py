@@ -17,14 +17,15 @@ class DataError(ValueError):
 
 
 def cache_names(root: Path, purpose: str, files: list[tuple[str, int]]) -> tuple[str, str]:
-    """Return what cache files are called after: a hash of the folder and purpose, and one of names, sizes and times of its images."""
+    """Return two hashes that name a cache: of folder and purpose, and of its images' names, sizes, times."""
     try:
         listing = [
             f"{Path(p).relative_to(root)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p, _ in files
         ]
     except OSError as error:
         raise DataError(
-            f"{root} must be a folder of images that can be read; got: {error}. Remove that file or give another --data"
+            f"{root} must be a folder of images that can be read; got: {error}. "
+            "Remove that file or give another --data"
         ) from error
     return tuple(
         hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -33,7 +34,7 @@ def cache_names(root: Path, purpose: str, files: list[tuple[str, int]]) -> tuple
 
 
 def read_cache(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Return the pixels of a cache file, the SHA-256 of which stands behind them; None where it is missing or, said aloud, damaged."""
+    """Return the pixels of a cache file, which ends with their SHA-256; None if it is missing or damaged."""
     if not file.is_file():
         return None
     content = np.fromfile(file, np.uint8)

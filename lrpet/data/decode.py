@@ -20,7 +20,8 @@ from lrpet.paths import cache_folder
 def read_tree(root: Path, short: int | None, train_size: int, test_size: int):
     """Return images, labels and classes of an ImageFolder tree, from the cache where it was decoded before.
 
-    The shorter side is resized to ``short`` pixels and the central square cut out; None takes only images that fit.
+    The shorter side is resized to ``short`` pixels and the central square cut out; None takes only images
+    that fit.
     """
     train, test, classes = list_images(root)
     place, content = cache_names(root, f"{short} {train_size} {test_size}", train + test)
@@ -32,7 +33,7 @@ def read_tree(root: Path, short: int | None, train_size: int, test_size: int):
 
 
 def _cached(name: str, content: str, paths: list[str], short: int | None, size: int) -> np.ndarray:
-    """Return the decoded images of a split; of runs that start at the same time one decodes, the others wait for it."""
+    """Return the decoded images of a split; of runs that start together one decodes, the others wait."""
     cache = cache_folder()
     file, shape = cache / f"{name}-{content}.cache", (len(paths), size, size, 3)
     images = read_cache(file, shape)

@@ -1,4 +1,4 @@
-"""A small tree of JPEG files, made of the embedded digits, on which everything that reads a large one can be tried."""
+"""A small tree of JPEG files, made of the embedded digits: everything that reads a large one runs on it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["make_digits_tree"]
 def make_digits_tree(
     folder: str | Path | None = None, *, classes: int = 6, train: int = 32, val: int = 10
 ) -> Path:
-    """Draw digits as JPEG files of 48 to 120 pixels, none square alike, into ``train/`` and ``val/``, a folder a digit.
+    """Draw digits as JPEG files of 48 to 120 pixels into ``train/`` and ``val/``, one folder per digit.
 
     Args:
-        folder: where; None is a folder beside the decoded images, which git ignores. What is there already is kept.
+        folder: where; None is a folder beside the decoded images, which git ignores. An existing one is kept.
         classes: how many of the ten digits.
-        train: images a class.
-        val: held-out images a class.
+        train: images per class.
+        val: held-out images per class.
 
     Returns:
         The folder.

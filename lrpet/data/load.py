@@ -19,7 +19,7 @@ __all__ = ["fits_in_memory", "load_images", "make_batches"]
 
 
 def fits_in_memory(nbytes: int, device: torch.device) -> bool:
-    """Tell whether decoded images may be kept: they must take less than half of what is free, on this machine and on the device.
+    """Tell whether decoded images may be kept: in less than half of the memory free here and on the device.
 
     >>> fits_in_memory(1, torch.device("cpu")), fits_in_memory(10**15, torch.device("cpu"))
     (True, False)
@@ -38,10 +38,10 @@ def load_images(
     device: torch.device | str = "cpu",
     streamed: bool | None = None,
 ) -> ImageData | StreamData:
-    """Load the data set of a configuration into memory, or only the names of its files where they are to be streamed.
+    """Load the data set of a configuration into memory, or only the names of its files, to be streamed.
 
-    With ``crops="whole"`` images are streamed. With "square" they are where they do not fit into memory, which changes no bit
-    of a training batch.
+    With ``crops="whole"`` images are streamed. With "square" they are where they do not fit into memory,
+    which changes no bit of a training batch.
 
     Args:
         config: what :func:`lrpet.data.sets.load_data` reads.
@@ -82,7 +82,6 @@ def make_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Batches:
-    """Return what serves the batches of a data set, from memory or streamed; see :class:`lrpet.data.batches.Batches`."""
-    return (StreamBatches if isinstance(data, StreamData) else Batches)(
-        data, batch_size, device, seed, rank, world
-    )
+    """Return what serves the batches of a data set; see :class:`lrpet.data.batches.Batches`."""
+    kind = StreamBatches if isinstance(data, StreamData) else Batches
+    return kind(data, batch_size, device, seed, rank, world)

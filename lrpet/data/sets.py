@@ -53,7 +53,7 @@ def _digest(*tensors: Tensor) -> str:
 
 
 def load_data(config: RunConfig, root: str | Path | None = None) -> ImageData:
-    """Load the data set that a configuration names into memory; :mod:`lrpet.data.load` is for what does not fit.
+    """Load the data set of a configuration into memory; :mod:`lrpet.data.load` is for what does not fit.
 
     Args:
         config: its ``dataset``, ``image_size``, ``crops`` and ``validation_fraction`` are read.
@@ -81,7 +81,8 @@ def load_data(config: RunConfig, root: str | Path | None = None) -> ImageData:
     else:
         if config.crops is not None:
             raise DataError(
-                f"crops {config.crops!r} cannot be taken from memory, where a square of each image is kept; use lrpet.streaming"
+                f"crops {config.crops!r} cannot be taken from memory, where a square of each image is kept; "
+                "use lrpet.data.load_images"
             )
         data = _imagefolder(root, config.image_size)
     return _hold_out(data, config.validation_fraction) if config.validation_fraction else data
@@ -106,15 +107,10 @@ def _digits() -> ImageData:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    images = (
-        torch.from_numpy(np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8))
-        .expand(-1, -1, -1, 3)
-        .contiguous()
-    )
+    grey = np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    images = torch.from_numpy(grey).expand(-1, -1, -1, 3).contiguous()
     labels = torch.from_numpy(labels).long()
-    order = torch.randperm(
-        len(labels), generator=torch.Generator().manual_seed(0)
-    )  # the writers come in blocks
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # writers come in blocks
     train, test = order[:1297], order[1297:]
     return ImageData(
         images[train],
@@ -136,22 +132,25 @@ def _cifar10(root: Path | None) -> ImageData:
         train_x, train_y, test_x, test_y, classes = read_tree(place, None, 32, 32)
         if (len(train_y), len(test_y), len(classes)) != (50_000, 10_000, 10):
             raise DataError(
-                f"{place} holds {len(train_y)} training and {len(test_y)} test images of {len(classes)} classes; CIFAR-10 has 50000, 10000 "
-                "and 10. Unpack it again, or use dataset='imagefolder' for another set"
+                f"{place} holds {len(train_y)} training and {len(test_y)} test images "
+                f"of {len(classes)} classes; CIFAR-10 has 50000, 10000 and 10. "
+                "Unpack it again, or use dataset='imagefolder' for another set"
             )
     else:
         from torchvision.datasets import CIFAR10
 
         if root is not None and not (place / "cifar-10-batches-py").is_dir():
             raise DataError(
-                f"{place} holds neither train/ nor cifar-10-batches-py/; give the folder of CIFAR-10, or none to download it"
+                f"{place} holds neither train/ nor cifar-10-batches-py/; "
+                "give the folder of CIFAR-10, or none to download it"
             )
         try:
             sets = [CIFAR10(place, train=train, download=True) for train in (True, False)]
         except Exception as error:  # torchvision lets errors of urllib, tarfile and its own checks through
             raise DataError(
-                f"CIFAR-10 is not in {place} and could not be downloaded ({type(error).__name__}: {error}). Delete that folder and try again "
-                "with a network, or give a folder with train/ and test/ by --data or LRPET_DATA"
+                f"CIFAR-10 is not in {place} and could not be downloaded ({type(error).__name__}: {error}). "
+                "Delete that folder and try again with a network, "
+                "or give a folder with train/ and test/ by --data or LRPET_DATA"
             ) from error
         train_x, test_x = (torch.from_numpy(s.data) for s in sets)
         train_y, test_y = (torch.tensor(s.targets) for s in sets)
@@ -161,7 +160,7 @@ def _cifar10(root: Path | None) -> ImageData:
 
 
 def stored_side(size: int) -> int:
-    """Return to how many pixels the shorter side of an image is resized that is shown at ``size``: as 256 to 224."""
+    """Return the shorter side, in pixels, of an image that is kept to be shown at ``size``: as 256 to 224."""
     return round(size * 256 / 224)
 
 

@@ -1,4 +1,4 @@
-"""Images that do not fit into memory, decoded by worker processes while the device trains; same interface as :class:`lrpet.data.batches.Batches`."""
+"""Images that do not fit into memory, decoded by worker processes while the device trains."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StreamData:
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 over name, size and label of each file of a split: reading them all would take as long as an epoch."""
+        """SHA-256 over name, size and label of each file: reading all would take as long as an epoch."""
 
         def digest(files: list[str], labels: Tensor) -> str:
             lines = (
@@ -58,13 +58,13 @@ class StreamData:
 
 
 def worker_count() -> int:
-    """Return how many processes decode: one for each core that this process may use, shared with the others of a torchrun."""
+    """Return how many processes decode: the cores that may be used, divided among those of a torchrun."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class _Decoder(Dataset):
-    """Decodes a whole batch in a worker process: (kind, files, seeds) → (B, H, W, 3) uint8, or what is wrong with one of them."""
+    """Decodes a batch in a worker process: (kind, files, seeds) → (B, H, W, 3) uint8, or what is wrong."""
 
     def __init__(self, size: int):
         from torchvision.transforms import v2
@@ -84,30 +84,27 @@ class _Decoder(Dataset):
         kind, files, seeds = job
         try:
             pixels = [self._decode(kind, *one) for one in zip(files, seeds, strict=True)]
-            return torch.from_numpy(
-                np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), np.uint8)
-            ), ""
-        except DataError as error:
-            return torch.empty(0), str(
-                error
-            )  # raised where the batch is wanted, without the worker's traceback
+            batch = np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), np.uint8)
+            return torch.from_numpy(batch), ""
+        except DataError as error:  # raised where the batch is wanted, without the worker's traceback
+            return torch.empty(0), str(error)
 
 
 def _start_worker(_number: int) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of a terminal; the one that trains decides
+    # Ctrl-C reaches every process of a terminal; the one that trains decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class StreamBatches(Batches):
-    """Serves batches of a tree that does not fit into memory: order, crops and flips drawn from (seed, epoch) as :class:`Batches` does.
+    """Serves batches of a tree that does not fit into memory, drawn as :class:`Batches` does.
 
-    Worker processes, kept from epoch to epoch, decode whole batches to uint8, and crop them where the crop is taken of the whole
-    image; they are pinned, and normalized, mirrored and otherwise cropped on the device. One pass at a time.
+    Worker processes, kept from epoch to epoch, decode whole batches to uint8, and crop them where the crop is
+    taken of the whole image; they are pinned, and normalized, mirrored and otherwise cropped on the device.
+    One pass at a time.
 
     Args:
         data: names of the files.
-        batch_size: images a batch.
+        batch_size: images per batch.
         device: where batches are served.
         seed: of the run.
         rank, world: which process this is, of how many.
@@ -140,25 +137,22 @@ class StreamBatches(Batches):
             yield pixels.to(self.device, non_blocking=True)
             if mine != self._passes:
                 raise RuntimeError(
-                    "a pass over streamed images was begun before the last one had ended; take one after the other"
+                    "a pass over streamed images was begun before the last one had ended; "
+                    "take one after the other"
                 )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (x (B, 3, H, W) float32, y (B,)) of one epoch, from step ``start`` on."""
         order, numbers, flip = self._draw(epoch)
-        seeds = (
-            numbers[:, 1:3].double() * 2**24 @ torch.tensor([2.0**24, 1.0], dtype=torch.float64)
-        ).long()  # (n,), all 48 bits drawn
+        both = torch.tensor([2.0**24, 1.0], dtype=torch.float64)
+        seeds = (numbers[:, 1:3].double() * 2**24 @ both).long()  # (n,), all 48 bits drawn
         parts = [self._part(step) for step in range(start, self.steps)]
         jobs = [
             (self.data.crops, [self.data.train_files[i] for i in order[part].tolist()], seeds[part].tolist())
             for part in parts
         ]
-        maps, flip, order = (
-            crop_maps(numbers, flip).to(self.device),
-            flip.to(self.device),
-            order.to(self.device),
-        )
+        maps = crop_maps(numbers, flip).to(self.device)
+        flip, order = flip.to(self.device), order.to(self.device)
         for part, pixels in zip(parts, self._decoded(jobs), strict=True):
             if self.data.crops == "whole":
                 x = self._normalize(torch.where(flip[part, None, None, None], pixels.flip(2), pixels))
@@ -167,7 +161,7 @@ class StreamBatches(Batches):
             yield x, self.labels[order[part]]
 
     def test(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the held-out images in order, unaugmented; of several processes each gets its part of them."""
+        """Yield the held-out images in order, unaugmented; each process gets its part of them."""
         files, labels = self.data.test_files, self.data.test_labels.to(self.device)
         parts = self._test_parts(batch_size)
         jobs = [("test", files[part], [0] * len(files[part])) for part in parts]

@@ -16,7 +16,7 @@ __all__ = ["central_square", "held_out", "list_images", "open_image"]
 
 
 def held_out(count: int, fraction: float) -> tuple[Tensor, Tensor]:
-    """Return which of ``count`` training images are held out and which are left, the same ones for every seed."""
+    """Return which of ``count`` training images are held out and which are left, the same for every seed."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     cut = round(fraction * count)
     if not 0 < cut < count:
@@ -29,7 +29,8 @@ def held_out(count: int, fraction: float) -> tuple[Tensor, Tensor]:
 def list_images(root: Path | None):
     """Return (path, label) of the training and of the held-out images of a tree, and its classes.
 
-    Without a folder train/, the folders in ``root`` are the classes, and every fifth image of each, by name, is held out.
+    Without a folder train/, the folders in ``root`` are the classes, and every fifth image of each, by name,
+    is held out.
 
     Args:
         root: folder with train/ and val/ (or test/), or with one folder per class.
@@ -39,7 +40,8 @@ def list_images(root: Path | None):
     """
     if root is None:
         raise DataError(
-            "dataset 'imagefolder' needs a folder with train/ and val/ (or test/): give it by --data or LRPET_DATA"
+            "dataset 'imagefolder' needs a folder with train/ and val/ (or test/): "
+            "give it by --data or LRPET_DATA"
         )
     try:
         return _list_tree(root)
@@ -67,12 +69,14 @@ def _list_tree(root: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]
         test = ImageFolder(other) if split else None
     except FileNotFoundError as error:
         raise DataError(
-            f"{root} has a class without images, or no class: {error}. Unpack it again, or remove the empty folder"
+            f"{root} has a class without images, or no class: {error}. "
+            "Unpack it again, or remove the empty folder"
         ) from error
     if split and train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(
-            f"train/ and {other.name}/ of {root} hold different classes (only one has {odd[0]!r}); unpack it again"
+            f"train/ and {other.name}/ of {root} hold different classes (only one has {odd[0]!r}); "
+            "unpack it again"
         )
     if len(train.classes) < 2:
         raise DataError(

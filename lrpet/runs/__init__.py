@@ -1,4 +1,4 @@
-"""One configuration to one folder: trained, resumed or loaded; and the search for ranks, which is many of them."""
+"""One configuration to one folder: trained, resumed or loaded; and the search for ranks, many of them."""
 
 from lrpet.runs.environment import environment
 from lrpet.runs.export import export_run, find_run

@@ -18,7 +18,8 @@ __all__ = ["environment"]
 def environment(device: torch.device) -> dict:
     """Return where something runs: commit, versions, device, threads and the time.
 
-    Without git, or in a copy without ``.git``, the commit is that of ``LRPET_COMMIT`` or "unknown", and ``dirty`` is None.
+    Without git, or in a copy without ``.git``, the commit is that of ``LRPET_COMMIT`` or "unknown", and
+    ``dirty`` is None.
     """
     commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return {
@@ -35,7 +36,7 @@ def environment(device: torch.device) -> dict:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return what git says of the project; None where it says nothing. A repository around a copy is not asked."""
+    """Return what git says of the project, not of a repository around a copy; None where it says nothing."""
     if not (PROJECT / ".git").exists():
         return None
     try:

@@ -24,14 +24,12 @@ def find_run(name: str) -> Path:
     Raises:
         ValueError: there is none, or several profiles have it.
     """
-    folders = [
-        folder
-        for folder in [Path(name), *sorted(results_root().glob(f"*/runs/{name}"))]
-        if is_complete(folder)
-    ]
+    places = [Path(name), *sorted(results_root().glob(f"*/runs/{name}"))]
+    folders = [folder for folder in places if is_complete(folder)]
     if not folders:
         raise ValueError(
-            f"{name!r} is neither the folder of a finished run nor the id of one below {results_root()}; 'list' shows ids"
+            f"{name!r} is neither the folder of a finished run nor the id of one below {results_root()}; "
+            "'list' shows ids"
         )
     if len(folders) > 1:
         raise ValueError(
@@ -45,12 +43,15 @@ def export_run(name: str, to: str, out: str | Path | None = None, half: bool = F
 
     Args:
         name: run id or folder.
-        to: "onnx", "pt2" or "safetensors" (the factors as the run kept them, BatchNorm not folded; :func:`lrpet.load_compact` reads it).
+        to: "onnx", "pt2" or "safetensors" (the factors as the run kept them, BatchNorm not folded;
+            :func:`lrpet.load_compact` reads it).
         out: the file to write; None is ``<run id>.<to>`` here.
-        half: for safetensors, round the weights to half precision; :func:`lrpet.load_compact` gives float32 again.
+        half: for safetensors, round the weights to half precision; :func:`lrpet.load_compact` gives float32
+            again.
 
     Returns:
-        The path, and the largest difference of an output on random images, relative to the largest output (0 for a copy).
+        The path, and the largest difference of an output on random images, relative to the largest output (0
+        for a copy).
 
     Raises:
         ValueError: the run is not there, has no weights, or cannot be exported.
@@ -73,13 +74,10 @@ def export_run(name: str, to: str, out: str | Path | None = None, half: bool = F
 
 @torch.no_grad()
 def _save_half(network: nn.Module, path: Path, header: dict, shape: tuple[int, int, int]) -> float:
-    """Write a network in half precision, as :func:`lrpet.load_compact` reads it; return the largest relative difference of an output."""
+    """Write a network in half precision; return the largest relative difference of an output."""
     rounded = copy.deepcopy(network).half()
-    save_compact(
-        rounded,
-        path,
-        **{name: header[name] for name in ("model", "num_classes", "filters") if name in header},
-    )
+    kept = {name: header[name] for name in ("model", "num_classes", "filters") if name in header}
+    save_compact(rounded, path, **kept)
     images = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
     reference = network.eval()(images)
     return float((rounded.float().eval()(images) - reference).abs().max() / reference.abs().max())

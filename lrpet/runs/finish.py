@@ -72,7 +72,7 @@ def finish_run(trained: Trained) -> None:
 
 
 def _summary(trained: Trained, deployed: Cost, counted: Cost, dead_layers: int) -> dict:
-    """Return the numbers of a run; costs are those of the deployed network, and those that follow from its ranks."""
+    """Return the numbers of a run; its costs as deployed, and as they follow from its ranks."""
     state, last = trained.state, trained.state.history[-1]
     best = max(state.history, key=lambda row: row["top1_pct"])  # the first of several
     return {
@@ -99,22 +99,19 @@ def _summary(trained: Trained, deployed: Cost, counted: Cost, dead_layers: int) 
 
 
 def tidy(folder: Path) -> None:
-    """Delete what a finished run needs no more: its checkpoints, and what it was writing when it was killed."""
+    """Delete what a finished run needs no more: checkpoints, and what it was writing when it was killed."""
     for left in (*folder.glob("checkpoint.*"), *folder.glob("*.part*")):
         left.unlink(missing_ok=True)
 
 
 def _layer_rows(full, deployed, factorization, projected) -> list[dict]:
-    """Return a row for each layer of the full network: what it cost there, and what its part of the compact one costs."""
+    """Return one row per layer of the full network: its cost there, and that of its part when compact."""
     actions = {layer.name: layer for layer in factorization}
     last = {layer["name"]: layer["energy_kept"] for layer in projected}
     rows = []
     for layer in full.layers:
-        parts = [
-            part
-            for part in deployed.layers
-            if part.name in (layer.name, f"{layer.name}.0", f"{layer.name}.1")
-        ]
+        names = (layer.name, f"{layer.name}.0", f"{layer.name}.1")
+        parts = [part for part in deployed.layers if part.name in names]
         action = actions.get(layer.name, LayerReport(layer.name, None, math.nan, "dense"))
         rows.append(
             {

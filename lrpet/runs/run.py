@@ -80,9 +80,9 @@ def run(
 ) -> Run:
     """Do a run, resume it or load it: whichever its folder calls for.
 
-    Under torchrun its processes train together, each on its part of every batch; all of them call this, and get the
-    same. Only the first reads and writes the folder. A checkpoint knows the number of steps done, nothing of processes:
-    any number of them resumes from it.
+    Under torchrun its processes train together, each on its part of every batch; all of them call this, and
+    get the same. Only the first reads and writes the folder. A checkpoint knows the number of steps done,
+    nothing of processes: any number of them resumes from it.
 
     Args:
         config: what to run.
@@ -92,13 +92,13 @@ def run(
         checkpoint_epochs: epochs between two checkpoints.
         time_budget: seconds after which to write a checkpoint and stop.
         progress: "auto", "bar" (terminal and Jupyter), "lines" (one per epoch) or "off".
-        on_epoch: called with the row of each finished epoch, as ``history`` holds it; may raise to end the run.
-        deterministic: use only algorithms that give the same bits each time, which costs time on a GPU and changes
-            nothing on a CPU. What the same seed does not promise: the same bits on another device, number of threads
-            or version of PyTorch.
-        device_batch: images that a device takes at a time; a larger part of a batch is taken in pieces, whose gradients
-            add up, so that a batch means the same on fewer or smaller devices (except for BatchNorm, which sees a
-            piece). None: whatever its part is.
+        on_epoch: called with the row of each finished epoch, as in ``history``; may raise to end the run.
+        deterministic: use only algorithms that give the same bits each time, which costs time on a GPU and
+            changes nothing on a CPU. What the same seed does not promise: the same bits on another device,
+            number of threads or version of PyTorch.
+        device_batch: images that a device takes at a time; a larger part of a batch is taken in pieces, whose
+            gradients add up, so that a batch means the same on fewer or smaller devices (except for
+            BatchNorm, which sees a piece). None: whatever its part is.
 
     Returns:
         The finished run.
@@ -107,8 +107,10 @@ def run(
         Paused: the time budget ended before the run did.
         KeyboardInterrupt: Ctrl-C, after a checkpoint.
         OSError: a file could not be written, as on a full disk; the checkpoint before is untouched.
-        RuntimeError: ``deterministic``, and PyTorch has no such algorithm for an operation of the network; names it.
-        DataError, ValueError: data or configuration cannot be used, or the folder holds another configuration.
+        RuntimeError: ``deterministic``, and PyTorch has no such algorithm for an operation of the network;
+            names it.
+        DataError, ValueError: data or configuration cannot be used, or the folder holds another
+            configuration.
         FloatingPointError: the loss became NaN or infinite.
 
     Two processes asked for the same run do not both train it: the second waits, then loads.
@@ -145,7 +147,7 @@ def _check_arguments(given: Mapping) -> None:
 
 
 def _hold(job: _Job) -> AcquireReturnProxy:
-    """Return the lock of a run, held until its block ends, also by an error; the kernel frees it when the process dies."""
+    """Return the lock of a run, held until its block ends, also by an error, or the process dies."""
     folder = job.folder
     lock = FileLock(folder / "run.lock")
     try:
@@ -181,13 +183,13 @@ def _train(job: _Job) -> Run:
 
 
 def _load(job: _Job) -> ImageData | StreamData:
-    """Return the images, in memory or streamed: in all processes alike, and as a run to be resumed was begun."""
+    """Return the images, in memory or streamed: alike in all processes, and as a run to be resumed began."""
     processes, where = job.processes, {"device": job.device}
     streamed = processes.share(lambda: _was_streamed(job.folder))
     with processes.in_turn():
         images = load_images(job.config, job.data, streamed=streamed, **where)
     if processes.any(isinstance(images, StreamData))[0] and not isinstance(images, StreamData):
-        images = load_images(job.config, job.data, streamed=True, **where)  # this process alone had room for them
+        images = load_images(job.config, job.data, streamed=True, **where)  # only this process had room
     if processes.any(processes.share(lambda: images.fingerprint) != images.fingerprint)[0]:
         raise ValueError(
             "data must hold the same images for every process; got others on another machine: "
@@ -197,7 +199,7 @@ def _load(job: _Job) -> ImageData | StreamData:
 
 
 def _begin(job: _Job, images: ImageData | StreamData) -> dict:
-    """Write down what a run begins with, and return where it comes from; refuse what an earlier call began otherwise."""
+    """Write down what a run begins with, and return where it comes from; refuse one that began otherwise."""
     origin = environment(job.device) | {"processes": job.processes.world} | images.fingerprint
     if job.config.dataset == "imagefolder":
         origin["data_classes_sha256"] = _digest(images.classes)
@@ -220,7 +222,7 @@ def _new_method(job: _Job, num_classes: int) -> Dense:
 
 
 def _was_streamed(folder: Path) -> bool | None:
-    """Tell how the images of a run to be resumed were read, whatever memory is free now. None: nothing to resume."""
+    """Tell how the images of a run to be resumed were read. None: nothing to resume."""
     if not has_checkpoint(folder / "checkpoint.pt"):
         return None
     return read_json(folder / "environment.json")["data_train_sha256"].startswith("files:")
@@ -229,10 +231,11 @@ def _was_streamed(folder: Path) -> bool | None:
 def _same_config(folder: Path, there: RunConfig, asked: RunConfig) -> None:
     """Refuse a folder of another configuration, as two may have one name: it ends with 24 bits of a hash."""
     one, other = there.to_dict(), asked.to_dict()
-    differ = [f"{name} {one[name]!r} there, {other[name]!r} asked for" for name in one if one[name] != other[name]]
-    if differ:
+    names = [name for name in one if one[name] != other[name]]
+    if names:
+        differ = "; ".join(f"{name} {one[name]!r} there, {other[name]!r} asked for" for name in names)
         raise ValueError(
-            f"{folder} holds another configuration than the one asked for, of the same name: {'; '.join(differ)}. "
+            f"{folder} holds another configuration of the same name than the one asked for: {differ}. "
             "Give another seed or results folder (LRPET_RESULTS), or delete the folder"
         )
 
@@ -251,7 +254,7 @@ def _same_data(folder: Path, environment: dict) -> None:
 
 
 def _same_classes(done: Run, data: str | Path | None) -> None:
-    """Refuse to show a finished run for a tree of other classes: which images it saw is no part of its name."""
+    """Refuse to show a finished run for a tree of other classes: its name does not say which it saw."""
     root, seen = data_folder(data), done.environment.get("data_classes_sha256")
     if seen is None or root is None or not root.is_dir():
         return

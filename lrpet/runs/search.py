@@ -1,7 +1,8 @@
 """LRPET-S: a rank for each group of layers by Bayesian optimization, with Optuna.
 
-A candidate is a prune ratio for each group, drawn log-uniformly between 0.5 and 0.999. It trains briefly, from the same
-initialization as all others, and is scored on images held out from the training set: the test set takes no part.
+A candidate is a prune ratio for each group, drawn log-uniformly between 0.5 and 0.999. It trains briefly,
+from the same initialization as all others, and is scored on images held out from the training set: the test
+set takes no part.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ LOWEST, HIGHEST = 0.5, 0.999  # prune ratios that are tried; arXiv 2204.05566
 
 
 def group_layers(model, per_layer: bool = False) -> dict[str, list[str]]:
-    """Group the compressible convolutions that share a ratio: by stage (width) and kernel size, or one by one.
+    """Group the compressible convolutions that share a ratio: by width and kernel size, or one by one.
 
     Returns:
         Group name → layer names, in module order.
@@ -77,7 +78,8 @@ def fitness(summary: Mapping, weight: float = 1.0) -> float:
         summary: of a finished run.
         weight: λ.
 
-    Source: arXiv 2204.05566, LRPET-S. Both accuracies are equal up to rounding here, because a run ends with a projection.
+    Source: arXiv 2204.05566, LRPET-S. Both accuracies are equal up to rounding here, because a run ends with
+    a projection.
 
     >>> fitness({"top1_pct": 90.0, "compact_top1_pct": 90.0, "macs": 45, "dense_macs": 100})
     -1.35
@@ -102,11 +104,13 @@ def search(
 ) -> optuna.Study:
     """Search ranks until a study holds the given number of finished trials; started again, it resumes.
 
-    Several processes, on one machine or more, may work on one study: all write to one journal. Each trial is an
-    ordinary run of the store, so that a trial which was interrupted, or asked for twice, is resumed or loaded.
+    Several processes, on one machine or more, may work on one study: all write to one journal. Each trial is
+    an ordinary run of the store, so that a trial which was interrupted, or asked for twice, is resumed or
+    loaded.
 
     Args:
-        config: of one brief training; its ``validation_fraction`` must be above 0, its ratio and ranks are replaced.
+        config: of one brief training; its ``validation_fraction`` must be above 0, its ratio and ranks are
+            replaced.
         trials: finished or pruned trials the study shall hold.
         objectives: 1 minimizes the paper's fitness and prunes bad trials early; 2 seeks the Pareto front of
             accuracy (percent, up) and MACs (share of dense, down).
@@ -187,7 +191,7 @@ class _Candidates:
 
 
 def trials_table(study: optuna.Study) -> pd.DataFrame:
-    """Return one row per finished trial: its ratios, accuracy on the held-out images in percent, MACs, and whether it is Pareto-optimal.
+    """Return one row per finished trial: ratios, held-out accuracy in percent, MACs, Pareto-optimal or not.
 
     A trial is Pareto-optimal when no other is at least as good in both and better in one.
     """
@@ -237,7 +241,7 @@ def groups_of(config: RunConfig, per_layer: bool = False) -> dict[str, list[str]
 
 
 def uniform_trials(config: RunConfig, ratios=(0.5, 0.6, 0.7, 0.8, 0.9), **where) -> pd.DataFrame:
-    """Train one ratio for all layers, as briefly as a candidate; return one row per ratio, as :func:`trials_table`."""
+    """Train one ratio for all layers, as briefly as a candidate; return rows as :func:`trials_table`."""
     rows = []
     for ratio in ratios:
         summary = run(dataclasses.replace(config, prune_ratio=ratio), progress="off", **where).summary
@@ -246,7 +250,7 @@ def uniform_trials(config: RunConfig, ratios=(0.5, 0.6, 0.7, 0.8, 0.9), **where)
 
 
 def importance(study: optuna.Study) -> pd.Series:
-    """Return how much each group's ratio matters for the accuracy, as shares that sum to 1; needs a two-objective study."""
+    """Return how much each group's ratio matters for the accuracy, in shares of 1; needs two objectives."""
     shares = optuna.importance.get_param_importances(
         study,
         evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
@@ -256,7 +260,7 @@ def importance(study: optuna.Study) -> pd.Series:
 
 
 def compare_final(study: optuna.Study, config: RunConfig, epochs: int, **where) -> pd.DataFrame:
-    """Train the best ranks of a study in full, and at equal MACs one ratio for all and the greedy ranks by spectra.
+    """Train a study's best ranks in full, and at equal MACs one ratio for all and greedy ranks by spectra.
 
     Args:
         study: of :func:`search` with one objective.
@@ -297,6 +301,7 @@ def verdict(final: pd.DataFrame) -> str:
     """Return in words what the comparison shows, which rests on one seed."""
     top = final.set_index("allocation").top1_pct
     return "\n".join(
-        f"- searched ranks against {other}: {top['searched'] - top[other]:+.2f} points; one seed, so nothing is decided"
+        f"- searched ranks against {other}: {top['searched'] - top[other]:+.2f} points; "
+        "one seed, so nothing is decided"
         for other in ("one ratio", "by spectra")
     )

@@ -19,16 +19,14 @@ from lrpet.paths import results_root
 
 __all__ = ["Run", "is_complete", "load_network", "load_run", "load_runs", "weights_file"]
 ANEW = "delete the folder to run it anew, or take it from where you got it"
-WEIGHTS, HALF_WEIGHTS = (
-    "compact.safetensors",
-    "compact-half.safetensors",
-)  # the second of some runs, see results/README.md
+WEIGHTS = "compact.safetensors"
+HALF_WEIGHTS = "compact-half.safetensors"  # of some runs, see results/README.md
 FILES = ("config.json", "environment.json", "history.csv", "layers.csv", "summary.json")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its configuration, summary, one row an epoch, one row a layer, and where it came from."""
+    """A finished run: configuration, summary, one row per epoch, one per layer, and where it came from."""
 
     config: RunConfig
     summary: dict
@@ -61,14 +59,13 @@ def load_run(folder: Path) -> Run:
 
 
 def _verify(folder: Path) -> None:
-    """Refuse a run whose files are not as ``SHA256SUMS`` says, which ``sha256sum -c`` reads too; runs from before it came have none."""
+    """Refuse a run whose files are not as ``SHA256SUMS`` says; the oldest runs have none."""
     sums = folder / "SHA256SUMS"
     if sums.is_file():
         told = _read(sums, lambda file: {line[66:]: line[:64] for line in file.read_text().splitlines()})
         for name in FILES:
-            if told.get(name) != _read(
-                folder / name, lambda file: hashlib.sha256(file.read_bytes()).hexdigest()
-            ):
+            found = _read(folder / name, lambda file: hashlib.sha256(file.read_bytes()).hexdigest())
+            if told.get(name) != found:
                 raise ValueError(
                     f"{folder / name} is damaged, or {sums.name} beside it: the two disagree; {ANEW}"
                 )
@@ -86,29 +83,30 @@ def _read(file: Path, read: Callable):
 
 
 def load_runs(root: str | Path | None = None) -> pd.DataFrame:
-    """Return every finished run below a folder: a row a run, a column for each config field and summary value.
+    """Return the finished runs below a folder: one row per run, one column per field and summary value.
 
     Args:
-        root: ``results/``, ``results/<profile>`` or any folder above run folders; None is the project's results.
+        root: ``results/``, ``results/<profile>`` or any folder above run folders; None is the project's
+            results.
 
     Returns:
-        A DataFrame, with the run folder, device and commit as further columns; empty where nothing has finished.
+        A DataFrame, with the run folder, device and commit as further columns; empty where nothing has
+        finished.
 
     >>> len(load_runs("no such folder"))
     0
     """
     rows = []
     for file in sorted(Path(root or results_root()).glob("**/summary.json")):
-        run = load_run(file.parent)
-        origin = {
-            name: run.environment[name] for name in ("device", "commit", "finished", "data_train_sha256")
-        }
-        rows.append({**run.config.to_dict(), **run.summary, **origin, "folder": str(run.folder)})
+        done = load_run(file.parent)
+        kept = ("device", "commit", "finished", "data_train_sha256")
+        origin = {name: done.environment[name] for name in kept}
+        rows.append({**done.config.to_dict(), **done.summary, **origin, "folder": str(done.folder)})
     return pd.DataFrame(rows)
 
 
 def weights_file(folder: Path) -> Path:
-    """Return the file with a finished run's weights: as they were trained, else rounded to half precision, as the repository keeps a few.
+    """Return the file with a finished run's weights: as trained, else rounded to half precision.
 
     Raises:
         ValueError: neither is there, as in most results that came with the repository.
@@ -116,13 +114,14 @@ def weights_file(folder: Path) -> Path:
     kept = [folder / name for name in (WEIGHTS, HALF_WEIGHTS) if (folder / name).is_file()]
     if not kept:
         raise ValueError(
-            f"{folder / WEIGHTS} is not there: the repository keeps the weights of few runs; delete the run's folder and run it anew"
+            f"{folder / WEIGHTS} is not there: the repository keeps the weights of few runs; "
+            "delete the run's folder and run it anew"
         )
     return kept[0]
 
 
 def load_network(finished: Run) -> torch.nn.Module:
-    """Return the network of a finished run as it would be deployed, in float32: compact, or dense where nothing was factorized.
+    """Return the network of a finished run as it would be deployed, in float32.
 
     Raises:
         ValueError: the weights are not there, as in most results that came with the repository.
@@ -131,7 +130,6 @@ def load_network(finished: Run) -> torch.nn.Module:
     header = compact_header(file)
     model = build_network(finished.config, header["num_classes"])
     if finished.config.method == "filter_pruning":
-        model = keep_filters(
-            model, header["filters"], (3, finished.config.image_size, finished.config.image_size)
-        )
+        size = finished.config.image_size
+        model = keep_filters(model, header["filters"], (3, size, size))
     return load_compact(file, model)

@@ -28,7 +28,7 @@ def open_study(
     *,
     alone: bool = True,
 ) -> optuna.Study:
-    """Return the study of a configuration, begun or resumed; arguments as in :func:`lrpet.runs.search.search`.
+    """Return the study of a configuration, begun or resumed; see :func:`lrpet.runs.search.search`.
 
     With ``alone`` its candidates follow from the seed; workers side by side must not draw the same.
     """

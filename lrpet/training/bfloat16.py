@@ -18,17 +18,17 @@ PRODUCTS = {
 
 
 def has_bfloat16_products(device: torch.device) -> bool:
-    """Tell whether bfloat16 convolutions and matrix products are fast on a device; on a CPU they need AVX-512 or its like."""
+    """Tell whether bfloat16 products are fast on a device; on a CPU they need AVX-512 or its like."""
     return device.type != "cpu" or (
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
 class Bfloat16Products(TorchDispatchMode):
-    """Within it, convolutions and matrix products of bfloat16 tensors are computed in float32 and rounded, forward and backward.
+    """Within it, products and convolutions of bfloat16 tensors are computed in float32 and rounded.
 
-    That is what the instructions of other CPUs do: factors of eight bits, sums in float32. Without them PyTorch takes a loop that
-    is some twelve times as slow as float32 itself.
+    That is what the instructions of other CPUs do: factors of eight bits, sums in float32. Without them
+    PyTorch takes a loop that is some twelve times as slow as float32 itself.
 
     >>> x = torch.ones(2, 2, dtype=torch.bfloat16)
     >>> with Bfloat16Products():

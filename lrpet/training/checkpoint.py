@@ -17,14 +17,15 @@ __all__ = ["has_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint with its SHA-256 behind it, atomically; the one before stays as ``*.previous``.
+    """Write a checkpoint, then its SHA-256, atomically; the one before stays as ``*.previous``.
 
     Args:
         path: the file.
         state: tensors, numbers, strings, lists and dicts only, so that it loads without running code.
 
     Raises:
-        OSError: the disk is full or not writable; names the file and the free space. The checkpoint before is untouched.
+        OSError: the disk is full or not writable; names the file and the free space. The checkpoint before is
+            untouched.
     """
     content, part = io.BytesIO(), path.with_suffix(".part")
     torch.save(state, content)
@@ -37,16 +38,17 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def has_checkpoint(path: Path) -> bool:
-    """Tell whether there is a checkpoint to go on from; between the two renames that write one only ``*.previous`` is there."""
+    """Tell whether there is a checkpoint; a kill between two renames leaves only ``*.previous``."""
     return path.is_file() or path.with_suffix(".previous").is_file()
 
 
 def load_checkpoint(
     path: Path, device: torch.device | str = "cpu", processes: Processes = ALONE
 ) -> dict | None:
-    """Read the newest whole checkpoint: ``path``, else the one before it, which then takes its place; None where there is neither.
+    """Read the newest whole checkpoint: ``path``, else the one before, which takes its place; else None.
 
-    The first process reads it, so that no other needs to see the folder; nothing in it depends on their number.
+    The first process reads it, so that no other needs to see the folder; nothing in it depends on their
+    number.
 
     Raises:
         ValueError: files are there, but each is truncated or altered, or holds objects that would run code.
@@ -71,13 +73,14 @@ def _newest_whole(path: Path) -> tuple[Path, bytes] | None:
         content = file.read_bytes()
         if hashlib.sha256(content[:-32]).digest() == content[-32:]:
             for name in damaged:
-                print(f"{name} is damaged; going on from {file.name}", flush=True)
+                print(f"{name} is damaged; resuming from {file.name}", flush=True)
             if file != path:  # else the next checkpoint would put the damaged one in its place
                 os.replace(file, path)
             return file, content[:-32]
         damaged.append(file)
     if damaged:
         raise ValueError(
-            f"checkpoint {damaged[0]} is damaged and there is no whole one before it; delete it to start the run anew"
+            f"checkpoint {damaged[0]} is damaged and there is no whole one before it; "
+            "delete it to start the run anew"
         )
     return None

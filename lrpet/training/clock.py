@@ -26,7 +26,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Add the time of the body under ``name``; nothing where it ends by an error, so that it is done again."""
+        """Add the time of the body under ``name``; nothing where it ends by an error, as it is done again."""
         began, told = time.perf_counter(), sum(self.seconds.values())
         yield
         self.seconds[name] += time.perf_counter() - began - (sum(self.seconds.values()) - told)

@@ -14,7 +14,9 @@ __all__ = ["evaluate"]
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches, processes: Processes = ALONE) -> dict[str, float]:
-    """Return ``loss`` (mean cross-entropy), ``top1_pct`` and, of more than five classes, ``top5_pct`` on the held-out images, in float32.
+    """Return ``loss``, ``top1_pct`` and, of more than five classes, ``top5_pct`` on the held-out images.
+
+    ``loss`` is the mean cross-entropy; all is computed in float32.
 
     Args:
         model: on the device of ``batches``; its mode is restored afterwards.
@@ -24,9 +26,7 @@ def evaluate(model: nn.Module, batches: Batches, processes: Processes = ALONE) -
     was_training = model.training
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=batches.device)
-    correct = torch.zeros(
-        2, dtype=torch.int64, device=batches.device
-    )  # the first guess, one of the first five
+    correct = torch.zeros(2, dtype=torch.int64, device=batches.device)  # first guess, one of the first five
     for x, y in batches.test():
         logits = model(x)
         loss += F.cross_entropy(logits, y, reduction="sum")
@@ -35,6 +35,5 @@ def evaluate(model: nn.Module, batches: Batches, processes: Processes = ALONE) -
     model.train(was_training)
     n = len(batches.data.test_labels)
     loss, first, five = processes.sum(torch.cat([loss[None], correct.double()])).tolist()
-    return {"loss": loss / n, "top1_pct": 100 * first / n} | (
-        {"top5_pct": 100 * five / n} if len(batches.data.classes) > 5 else {}
-    )
+    scores = {"loss": loss / n, "top1_pct": 100 * first / n}
+    return scores | {"top5_pct": 100 * five / n} if len(batches.data.classes) > 5 else scores

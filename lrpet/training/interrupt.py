@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for the end of a training step, so that the checkpoint it leaves is one to go on from exactly."""
+"""Ctrl-C that waits for the end of a training step, so that a run resumes exactly where it stopped."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["PatientInterrupt"]
 
 
 class PatientInterrupt:
-    """While entered, Ctrl-C and Jupyter's "interrupt kernel" (SIGINT) only set ``asked``; a second one interrupts at once.
+    """While entered, Ctrl-C and "interrupt kernel" only set ``asked``; a second one interrupts at once.
 
     Acts in the main thread only, and only where nobody else, such as ``nohup``, has decided what SIGINT does.
     Leaving it with a request that nobody has answered raises KeyboardInterrupt.
 
     Args:
-        may_insist: whether a second one interrupts at once. Not under torchrun, which hands on what Slurm has sent to all already, and
-            kills by itself what does not stop.
+        may_insist: whether a second one interrupts at once. Not under torchrun, which hands on what Slurm has
+            sent to all already, and kills by itself what does not stop.
 
     >>> with PatientInterrupt() as interrupt:
     ...     interrupt.asked

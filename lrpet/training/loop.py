@@ -39,7 +39,8 @@ class Session:
         checkpoint_epochs: epochs between two checkpoints.
         deadline: moment of ``time.monotonic()`` after which a checkpoint is written and the run pauses.
         progress: "auto", "bar", "lines" or "off".
-        on_epoch: called with the row of each finished epoch, in each process; an exception that it raises ends the run.
+        on_epoch: called with the row of each finished epoch, in each process; an exception that it raises
+            ends the run.
         device_batch: images that are taken at a time; None: all of this process's part of a batch.
     """
 
@@ -56,8 +57,9 @@ def train(
 ) -> State:
     """Train to the end of the schedule; resume from the checkpoint where there is one.
 
-    Several processes make the same steps: each takes its part of a batch, gradients are averaged, and the weights stay
-    the same bits in all. What they cannot decide alike by themselves, such as when to stop, they agree on.
+    Several processes make the same steps: each takes its part of a batch, gradients are averaged, and the
+    weights stay the same bits in all. What they cannot decide alike by themselves, such as when to stop, they
+    agree on.
 
     Args:
         config: the run.
@@ -71,9 +73,11 @@ def train(
 
     Raises:
         Paused: the deadline passed.
-        KeyboardInterrupt: Ctrl-C; the step under way was finished and a checkpoint written, from which the same call resumes.
+        KeyboardInterrupt: Ctrl-C; the step under way was finished and a checkpoint written, from which the
+            same call resumes.
         FloatingPointError: the loss became NaN or infinite; names epoch, step and the norms of the layers.
-        RuntimeError: the processes' weights are no longer the same, as machines of different kinds may make them.
+        RuntimeError: the processes' weights are no longer the same, as machines of different kinds may make
+            them.
 
     Source: arXiv 2204.05566, method and experimental settings.
     """
@@ -118,7 +122,7 @@ def train(
                         with clock("recording"):
                             recorder.record_spectra(model, epoch, "before")
                     if synchronize and (due or last_of_epoch):
-                        torch.cuda.synchronize(device)  # else the projection's clock would run for the steps under way
+                        torch.cuda.synchronize(device)  # else steps under way would count as projection
                     with clock("projection") if due else nullcontext():
                         reports = method.after_step(state.step, steps, state.step == last_step)
                     state.projected = reports is not None

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar where one can be drawn, a line an epoch elsewhere."""
+"""What a person sees while a run trains: a bar where one can be drawn, one line per epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ __all__ = ["Progress", "bar_is_possible"]
 def bar_is_possible(environ: Mapping[str, str] = os.environ, stream=None) -> bool:
     """Tell whether somebody watches: a terminal, or a notebook that a person opened (papermill opens none).
 
-    Jupyter's server names the notebook in ``JPY_SESSION_NAME`` and VS Code sets ``VSCODE_PID`` for its kernels.
+    Jupyter's server names the notebook in ``JPY_SESSION_NAME`` and VS Code sets ``VSCODE_PID`` for its
+    kernels.
     """
     stream = sys.stderr if stream is None else stream
     return (
@@ -31,7 +32,7 @@ class Progress:
     Args:
         title: what is run.
         epochs: of the whole run.
-        steps: a epoch.
+        steps: of an epoch.
         done: steps that an earlier session made.
         mode: "auto", "bar", "lines" or "off".
     """
@@ -53,7 +54,7 @@ class Progress:
         )
 
     def step(self, epoch: int, loss: float, top1_pct: float, done: int) -> None:
-        """Advance the bar to ``done`` steps; loss and accuracy are running means of this epoch's training batches."""
+        """Advance the bar to ``done`` steps; loss and accuracy are means of this epoch's batches so far."""
         self.bar.set_postfix_str(
             f"epoch {epoch + 1}/{self.epochs}, loss {loss:.3f}, train {top1_pct:.1f} %", refresh=False
         )
@@ -64,7 +65,8 @@ class Progress:
         if self.mode == "lines":
             left = (time.monotonic() - self.started) / max(1, done - self.first) * (self.total - done)
             print(
-                f"{self.title}  epoch {row['epoch']:3d}/{self.epochs}  loss {row['train_loss']:.3f}  train {row['train_top1_pct']:5.1f} %  "
+                f"{self.title}  epoch {row['epoch']:3d}/{self.epochs}  "
+                f"loss {row['train_loss']:.3f}  train {row['train_top1_pct']:5.1f} %  "
                 f"{row['scored_on']} {row['top1_pct']:5.2f} %  {left / 60:.1f} min left",
                 flush=True,
             )

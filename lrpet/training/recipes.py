@@ -1,4 +1,4 @@
-"""How a network is trained besides its schedule of projections: optimizer, learning rate over time, loss and mixing of images."""
+"""How a network is trained: optimizer, learning rate over time, loss and mixing of images."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ from lrpet.lowrank.batchnorm import normalized_weights
 
 __all__ = ["learning_rate", "make_mixer", "make_optimizer", "set_learning_rate", "training_loss"]
 WARMUP_SHARE = 0.05  # of the epochs, for AdamW
-LABEL_SMOOTHING, MIXUP, CUTMIX, ERASING = (
-    0.1,
-    0.8,
-    1.0,
-    0.25,
-)  # usual for small vision transformers: arXiv 2012.12877, table 9
+# usual for small vision transformers: arXiv 2012.12877, table 9
+LABEL_SMOOTHING, MIXUP, CUTMIX, ERASING = 0.1, 0.8, 1.0, 0.25
 
 
 def learning_rate(config: RunConfig, epoch: int) -> float:
     """Return the learning rate of an epoch (from 0).
 
-    ``sgd``: a tenth after each milestone. ``adamw``: a linear warm-up over 5 % of the epochs, then half a cosine to 0.
-    With a ``finetune_learning_rate`` the same schedule runs twice, shortened to fit: over ``pretrain_epochs``, then from
-    that rate over the epochs that are left.
+    ``sgd``: a tenth after each milestone. ``adamw``: a linear warm-up over 5 % of the epochs, then half a
+    cosine to 0. With a ``finetune_learning_rate`` the same schedule runs twice, shortened to fit: over
+    ``pretrain_epochs``, then from that rate over the epochs that are left.
 
     Source: arXiv 2204.05566, experimental settings; arXiv 2012.12877 for AdamW.
 
@@ -39,11 +35,8 @@ def learning_rate(config: RunConfig, epoch: int) -> float:
         if epoch < config.pretrain_epochs:
             epochs = config.pretrain_epochs
         else:
-            peak, epoch, epochs = (
-                config.finetune_learning_rate,
-                epoch - config.pretrain_epochs,
-                epochs - config.pretrain_epochs,
-            )
+            peak = config.finetune_learning_rate
+            epoch, epochs = epoch - config.pretrain_epochs, epochs - config.pretrain_epochs
     if config.recipe == "sgd":
         return peak / 10 ** sum(
             epoch * config.epochs >= milestone * epochs for milestone in config.milestones
@@ -61,11 +54,11 @@ def make_optimizer(
     undecayed: Collection[Tensor] = (),
     alone: Collection[Tensor] = (),
 ) -> torch.optim.Optimizer:
-    """Return SGD with momentum over all parameters alike, or AdamW that spares vectors (biases, norms) the weight decay.
+    """Return SGD with momentum, or AdamW that spares vectors (biases, norms) the weight decay.
 
-    Parameters in ``undecayed`` are spared it too; their method has a decay of its own. Weights that a BatchNorm follows take
-    ``normalized_weight_decay`` where it is given: their norm changes nothing but the size of a step relative to it.
-    Parameters in ``alone`` are each a group of their own.
+    Parameters in ``undecayed`` are spared it too; their method has a decay of its own. Weights that a
+    BatchNorm follows take ``normalized_weight_decay`` where it is given: their norm changes nothing but the
+    size of a step relative to it. Parameters in ``alone`` are each a group of their own.
 
     >>> type(make_optimizer(RunConfig(), nn.Linear(2, 2), torch.device("cpu"))).__name__
     'SGD'
@@ -111,9 +104,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float, device: to
 
 
 def make_mixer(config: RunConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return what mixes a training batch (B, 3, H, W), (B,): nothing for SGD; mixup or cutmix, and erasing, for AdamW.
+    """Return what mixes a batch (B, 3, H, W), (B,): nothing for SGD; mixup or cutmix, and erasing, for AdamW.
 
-    The mixed labels are shares, (B, num_classes). One draw serves a whole batch, as torchvision's transforms do it.
+    The mixed labels are shares, (B, num_classes). One draw serves a whole batch, as torchvision's transforms
+    do it.
 
     >>> x, y = make_mixer(RunConfig(), 10)(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]))
     >>> y
@@ -135,5 +129,5 @@ def make_mixer(config: RunConfig, num_classes: int) -> Callable[[Tensor, Tensor]
 
 
 def training_loss(config: RunConfig, logits: Tensor, target: Tensor) -> Tensor:
-    """Return the cross-entropy of logits (B, classes) and targets (B,) or (B, classes), with label smoothing for AdamW."""
+    """Return the cross-entropy of logits (B, classes) and targets, (B,) or such; smoothed for AdamW."""
     return F.cross_entropy(logits, target, label_smoothing=0.0 if config.recipe == "sgd" else LABEL_SMOOTHING)

@@ -1,7 +1,7 @@
-"""What a run keeps of its weights and gradients: the spectra and the gradient norms of each layer, at a few epochs.
+"""What a run keeps of its weights and gradients: spectra and gradient norms of each layer, at a few epochs.
 
-The spectra take one eigen-decomposition of a small matrix a layer, the norms a handful of steps an epoch, so that
-recording takes a small share of the training time; the run's summary says how much.
+The spectra take one eigen-decomposition of a small matrix per layer, the norms a handful of steps per epoch,
+so that recording takes a small share of the training time; the run's summary says how much.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SAMPLES = 8  # steps of such an epoch whose gradients are measured
 
 
 def recorded_epochs(epochs: int) -> set[int]:
-    """Return the epochs (from 0) that are recorded: the first, the last and others evenly between, 16 at most.
+    """Return the epochs (from 0) that are recorded: first, last and others evenly between, 16 at most.
 
     >>> sorted(recorded_epochs(400))[:3]
     [0, 27, 53]
@@ -39,7 +39,7 @@ def recorded_epochs(epochs: int) -> set[int]:
 
 
 def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weight of every compressible convolution as a matrix (N, D); of a factorized layer, the product of its factors.
+    """Return the weight of each compressible convolution as a matrix (N, D), multiplied out if factorized.
 
     >>> [tuple(M.shape) for M in weight_matrices(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 2))).values()]
     [(8, 27)]
@@ -100,32 +100,27 @@ class Recorder:
     def __init__(self, epochs: int, steps: int):
         self.at = recorded_epochs(epochs)
         self.every = -(-steps // SAMPLES)  # rounded up: SAMPLES steps at most, and the last
-        self.state: dict = {
-            "spectra": {},
-            "gradients": [],
-            "sums": {},
-        }  # tensors, numbers and names only: it goes into the checkpoint
+        # tensors, numbers and names only: it goes into the checkpoint
+        self.state: dict = {"spectra": {}, "gradients": [], "sums": {}}
 
     def record_spectra(self, model: nn.Module, epoch: int, when: str) -> None:
-        """Keep the singular values of all layers; ``when`` is "before" or "after" the projection that ends the epoch (from 0)."""
+        """Keep all singular values, "before" or "after" the projection that ends an epoch (from 0)."""
         if epoch in self.at:
             values = singular_values(weight_matrices(model))
             self.state["spectra"] |= {f"{epoch + 1}/{when}/{name}": s.half() for name, s in values.items()}
 
     @torch.no_grad()
     def record_gradients(self, model: nn.Module, epoch: int, in_epoch: int, last: bool) -> None:
-        """Add the norms of this step's gradients to the means of the epoch, at every few steps; ``last`` closes the epoch."""
+        """Add the norms of this step's gradients to the means, every few steps; ``last`` ends the epoch."""
         if epoch not in self.at or in_epoch % self.every and not last:
             return
         layers = {name: model.get_submodule(name) for name in compressible_layers(model)}
-        weights = {
-            name: layer.weight for name, layer in layers.items() if "weight" in layer._parameters
-        }  # not one made of U, s and V
+        # not one made of U, s and V
+        weights = {name: layer.weight for name, layer in layers.items() if "weight" in layer._parameters}
         if not weights:
             return
-        norms = torch.stack(
-            torch._foreach_norm([w.grad for w in weights.values()] + list(weights.values()))
-        )  # (2 · layers,)
+        tensors = [w.grad for w in weights.values()] + list(weights.values())
+        norms = torch.stack(torch._foreach_norm(tensors))  # (2 · layers,)
         sums = self.state["sums"]
         if list(weights) != sums.get("names"):
             sums |= {"names": list(weights), "norms": torch.zeros_like(norms), "count": 0}
@@ -146,12 +141,8 @@ class Recorder:
             epoch, when, layer = key.split("/")
             tables[f"{when}/{layer}"][int(epoch)] = s.numpy()
         arrays = {}
-        for (
-            key,
-            rows,
-        ) in (
-            tables.items()
-        ):  # a row an epoch: its number, its singular values, NaN where the layer has become smaller
+        # one row per epoch: its number, its singular values, NaN where the layer has become smaller
+        for key, rows in tables.items():
             arrays[key] = np.full((len(rows), 1 + max(map(len, rows.values()))), np.nan, np.float32)
             for line, (epoch, s) in zip(arrays[key], rows.items(), strict=True):
                 line[0], line[1 : 1 + len(s)] = epoch, s
@@ -167,7 +158,7 @@ class Recorder:
 
 
 def load_spectra(folder: Path) -> pd.DataFrame:
-    """Return the singular values that a run recorded: a row each, with ``epoch``, ``when`` (before, after), ``layer``, ``i`` and ``s``.
+    """Return the recorded singular values, one per row: ``epoch``, ``when``, ``layer``, ``i``, ``s``.
 
     Raises:
         FileNotFoundError: the run is not finished, or older than recording.
@@ -186,10 +177,10 @@ def load_spectra(folder: Path) -> pd.DataFrame:
 
 
 def load_gradients(folder: Path) -> pd.DataFrame:
-    """Return the gradient norms that a run recorded: a row an epoch and layer, means over some eight steps of the epoch.
+    """Return the recorded gradient norms: one row per epoch and layer, means over some eight steps.
 
-    ``gradient_norm`` is ‖∂L/∂M‖_F, ``weight_norm`` ‖M‖_F. Their product does not change with the scale of a weight that a
-    BatchNorm follows, the first alone does.
+    ``gradient_norm`` is ‖∂L/∂M‖_F, ``weight_norm`` ‖M‖_F. Their product does not change with the scale of a
+    weight that a BatchNorm follows, the first alone does.
 
     Raises:
         FileNotFoundError: the run is not finished, or older than recording.

@@ -26,14 +26,16 @@ class State:
         config: the run.
         method: owner of the network, on the device of ``batches``.
         batches: the data.
-        processes: that train together. The checkpoint is the first's; it is that of one process, with the sums of all.
+        processes: that train together. The checkpoint is the first's; it is that of one process, with the
+            sums of all.
 
     Attributes:
         step: optimizer steps made.
         history: one row per finished epoch.
         layers: report of the last projection.
         projections: how many were made; ``projected``: whether the last step had one.
-        totals: (3,), float64, of the epoch: losses, correct answers, images; of several processes, this one's part.
+        totals: (3,), float64, of the epoch: losses, correct answers, images; of several processes, this one's
+            part.
         recorder, clock: what was recorded, and the seconds spent.
     """
 

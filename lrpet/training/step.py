@@ -1,4 +1,4 @@
-"""One step of training: forward, loss, backward, optimizer; on a GPU recorded once as CUDA graphs and replayed."""
+"""One step of training: forward, loss, backward, optimizer; on a GPU recorded as CUDA graphs and replayed."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from lrpet.training.bfloat16 import Bfloat16Products, has_bfloat16_products
 from lrpet.training.recipes import training_loss
 
 __all__ = ["Step"]
-WARM_UP = 3  # steps done plainly before they are recorded: by then cuDNN has chosen its algorithms and the optimizer has its buffers
+# steps done plainly before they are recorded: by then cuDNN has its algorithms and the optimizer its buffers
+WARM_UP = 3
 
 
 class Step:
     """Makes the steps of one network with one optimizer, and keeps their running totals on the device.
 
-    A step of a small network is about a thousand kernels of a few microseconds, less than it takes to launch each from Python.
-    So on a GPU the kernels of a whole batch are recorded as two graphs, cut where gradients are complete (there they may be
-    read or added to), and each is launched by one call. A smaller last batch is done plainly. Nothing here waits for the GPU
-    but the recording itself.
+    A step of a small network is about a thousand kernels of a few microseconds, less than it takes to launch
+    each from Python. So on a GPU the kernels of a whole batch are recorded as two graphs, cut where gradients
+    are complete (there they may be read or added to), and each is launched by one call. A smaller last batch
+    is done plainly. Nothing here waits for the GPU except the recording itself.
 
     Args:
         config: of the run; its recipe and precision are read.
         model: in training mode, on the device of ``totals``.
-        optimizer: of its parameters; on a GPU with learning rates as tensors, see :func:`lrpet.training.recipes.set_learning_rate`.
+        optimizer: of its parameters; on a GPU with learning rates as tensors, see
+            :func:`lrpet.training.recipes.set_learning_rate`.
         totals: (3,), float64: sum of losses, number of correct answers and of images; each step adds to it.
         graphs: record and replay; only on a GPU, and in one process.
-        world: processes that each do a part of a batch; ``model`` then averages their gradients (DistributedDataParallel).
+        world: processes that each do a part of a batch; ``model`` then averages their gradients
+            (DistributedDataParallel).
         device_batch: images that are taken at a time; gradients of several pieces add up.
 
     Source: CUDA graphs as in the PyTorch notes "CUDA semantics", section "CUDA Graphs".
@@ -54,19 +57,10 @@ class Step:
         world: int = 1,
         device_batch: int | None = None,
     ):
-        self.config, self.model, self.optimizer, self.totals, self.world, self.device_batch = (
-            config,
-            model,
-            optimizer,
-            totals,
-            world,
-            device_batch,
-        )
+        self.config, self.model, self.optimizer, self.totals = config, model, optimizer, totals
+        self.world, self.device_batch = world, device_batch
         self._stream = torch.cuda.Stream() if graphs else None
-        self._calls, self._graphs = (
-            0,
-            None,
-        )  # graphs: (backward, update), and the tensors that they read and write
+        self._calls, self._graphs = 0, None  # graphs: (backward, update)
         self._host, self._copied = None, None
 
     def backward(self, x: Tensor, target: Tensor, y: Tensor, images: int | None = None) -> None:
@@ -100,17 +94,15 @@ class Step:
         self._graphs[1].replay() if self._replaying else self.optimizer.step()
 
     def look(self) -> list[float] | None:
-        """Return the totals; on a GPU as they were at one of the last steps, or None where even those are still on their way."""
+        """Return the totals; on a GPU of one of the last steps, or None while they are on their way."""
         if self.totals.device.type != "cuda":
             return self.totals.tolist()
         if self._copied is not None and not self._copied.query():
             return None
         values = self._host.tolist() if self._copied else None
         if self._host is None:
-            self._host, self._copied = (
-                torch.empty(3, dtype=self.totals.dtype, pin_memory=True),
-                torch.cuda.Event(),
-            )
+            self._host = torch.empty(3, dtype=self.totals.dtype, pin_memory=True)
+            self._copied = torch.cuda.Event()
         self._host.copy_(self.totals, non_blocking=True)
         self._copied.record()
         return values
@@ -123,9 +115,8 @@ class Step:
         count = max(1, -(-len(y) // (self.device_batch or self.config.batch_size)))
         pieces = zip(*(whole.tensor_split(count) for whole in (x, target, y)), strict=True)
         for left, piece in zip(reversed(range(count)), pieces, strict=True):
-            with (
-                self.model.no_sync() if left and self.world > 1 else nullcontext()
-            ):  # processes meet at the last piece
+            # processes meet at the last piece
+            with self.model.no_sync() if left and self.world > 1 else nullcontext():
                 self._add_gradients(*piece, images)
 
     def _add_gradients(self, x: Tensor, target: Tensor, y: Tensor, images: int) -> None:
@@ -133,19 +124,16 @@ class Step:
         with Bfloat16Products() if bf16 and not has_bfloat16_products(x.device) else nullcontext():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                 logits = self.model(x)
-                loss = (
-                    training_loss(self.config, logits, target) if len(y) else logits.sum()
-                )  # which is 0, and so are its gradients
-            weight = (
-                self.world * len(y) / images
-            )  # the mean over processes of weighted means is the mean over all images
+                # of no image the sum is 0, and so are its gradients
+                loss = training_loss(self.config, logits, target) if len(y) else logits.sum()
+            weight = self.world * len(y) / images  # so that the mean over processes is that over all images
             (loss if weight == 1 else weight * loss).backward()
         self.totals[0] += loss.detach() * len(y)
         self.totals[1] += (logits.detach().argmax(1) == y).sum()
         self.totals[2] += len(y)
 
     def _aside(self, work, *arguments) -> None:
-        """Do something on the stream of the recording, where autograd then finds what it keeps for a parameter."""
+        """Work on the stream of the recording, where autograd then finds what it keeps for a parameter."""
         if self._stream is None:
             work(*arguments)
             return
@@ -157,7 +145,7 @@ class Step:
 
     def _record(self, *batch: Tensor) -> None:
         self._batch = [tensor.clone() for tensor in batch]
-        self.optimizer.zero_grad()  # gradients are made anew in the graph's memory, so replaying overwrites them
+        self.optimizer.zero_grad()  # gradients are made in the graph's memory, so replaying overwrites them
         backward = _capture(
             lambda: self._forward_backward(*self._batch, self.config.batch_size), self._stream
         )

@@ -1,4 +1,4 @@
-"""Streamed images: the same batches as from memory, entered anywhere, divided over processes; corrupt images; throughput."""
+"""Streamed images: batches as from memory, entered anywhere, divided over processes; damage; throughput."""
 
 import dataclasses
 import json
@@ -251,7 +251,7 @@ def test_an_interrupted_streamed_run_ends_with_the_same_bits(tree, tmp_path, mon
             run(config, data=tree, results=tmp_path / "halting", device="cpu", progress="off", time_budget=0)
         monkeypatch.setattr(
             lrpet.data.load, "fits_in_memory", lambda *_: True
-        )  # what is free when it goes on changes nothing
+        )  # what is free when it resumes changes nothing
     halting = run(config, data=tree, results=tmp_path / "halting", device="cpu", progress="off")
     assert outcome(halting.folder) == outcome(through.folder)
 

@@ -1,4 +1,4 @@
-"""Faults: kill -9 at any moment, a full disk, damaged files, Ctrl-C. Nothing is lost, nothing needs hand work, the result is the same."""
+"""Faults: kill -9 at any moment, a full disk, damaged files, Ctrl-C. The result is the same, by itself."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ FORK.set_forkserver_preload(["lrpet.__main__", "sklearn.datasets"])
 
 
 def start(function, *arguments):
-    """Call a function in a new process, in this test's folders: the server of processes still has those of the first test that used it."""
+    """Call a function in a new process, in this test's folders; the server's are those of the first test."""
     places = {name: value for name, value in os.environ.items() if name.startswith("LRPET_")}
     process = FORK.Process(target=in_folders, args=(places, function, *arguments))
     process.start()
@@ -121,7 +121,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(undisturbed, capfd
         statuses.append(status)
         main(["list"])  # says what is there, whatever is there
         if is_complete(folder):  # once more from the start, until it was killed often enough
-            run(config, device="cpu", progress="off")  # loads it, and tidies up where it was killed after its summary
+            run(config, device="cpu", progress="off")  # loads it; tidies up after a kill after its summary
             assert_as_undisturbed(folder, undisturbed[config])
             shutil.rmtree(folder)
     assert set(statuses) <= {0, -signal.SIGKILL} and statuses.count(-signal.SIGKILL) >= least
@@ -171,7 +171,7 @@ GRID = {
 
 @pytest.fixture
 def grid(tmp_path):
-    """A copy of the project with four runs, of which each takes a few seconds, and no notebooks but theirs."""
+    """A copy of the project with four runs of a few seconds each, and no notebooks except theirs."""
     root = tmp_path / "project"
     for name in ("lrpet", "profiles", "scripts", "paper"):
         shutil.copytree(PROJECT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -283,7 +283,7 @@ def test_a_disk_that_fills_up_ends_a_run_in_words_and_costs_no_checkpoint(
     assert main(["train", *fields(LONG), "--device", "cpu"]) == 1
     err = capsys.readouterr().err
     assert re.match(
-        rf"error: .*{small_disk}/\S+ could not be written: No space left on device, \d\.\d MB free; .*make room",
+        rf"error: .*{small_disk}/\S+ could not be written: No space left on device, \d\.\d MB free; .*room",
         err,
     ), err
     folder = LONG.folder()
@@ -430,7 +430,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before_also_where_the_run_i
         process = start(command, ["train", *fields(CONFIG), "--device", "cpu"], die_at)
         process.join()
         assert is_complete(path.parent) or load_checkpoint(path) is not None
-    assert f"{path} is damaged; going on from checkpoint.previous" in capfd.readouterr().out
+    assert f"{path} is damaged; resuming from checkpoint.previous" in capfd.readouterr().out
     assert main(["train", *fields(CONFIG), "--device", "cpu"]) == 0
     assert_as_undisturbed(path.parent, undisturbed[CONFIG])
 
@@ -577,7 +577,7 @@ def test_ctrl_c_in_a_terminal_ends_with_a_checkpoint_in_five_seconds_and_status_
     assert process.returncode == INTERRUPTED == 130, err
     checkpoint = ENDLESS.folder() / "checkpoint.pt"
     assert re.fullmatch(
-        rf"{ENDLESS.run_id} stopped (at|after) .*; a checkpoint is written, from which the same call resumes\n",
+        rf"{ENDLESS.run_id} stopped (at|after) .*; a checkpoint is written, .* the same call resumes\n",
         err,
     )
     assert -0.1 < checkpoint.stat().st_mtime - asked < 5  # written for this
@@ -587,7 +587,8 @@ def test_ctrl_c_in_a_terminal_ends_with_a_checkpoint_in_five_seconds_and_status_
 def test_interrupt_kernel_in_jupyter_ends_with_a_checkpoint_and_the_cell_can_be_run_again():
     from jupyter_client.manager import start_new_kernel
 
-    cell = f"import lrpet\nlrpet.run(lrpet.RunConfig.from_dict({ENDLESS.to_dict()!r}), device='cpu', progress='lines')"
+    config = f"lrpet.RunConfig.from_dict({ENDLESS.to_dict()!r})"
+    cell = f"import lrpet\nlrpet.run({config}, device='cpu', progress='lines')"
     manager, client = start_new_kernel(kernel_name="python3")
     try:
         for begin in ("training", "resuming"):

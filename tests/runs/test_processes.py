@@ -176,7 +176,8 @@ def test_weights_and_reports_of_a_projection_are_those_of_one_process_bit_for_bi
 
 def test_statistics_that_are_lost_are_an_error_in_every_process_and_nothing_is_projected(tmp_path):
     errors = together(tmp_path, 3, project_together, "resnet8", True, 1)
-    assert errors == ["NaN, infinity or overflow in the BatchNorm after layer 'conv'; nothing was projected"] * 3
+    words = "NaN, infinity or overflow in the BatchNorm after layer 'conv'; nothing was projected"
+    assert errors == [words] * 3
 
 
 # ---------------------------------------------------------------- data
@@ -222,7 +223,7 @@ def test_every_image_is_served_once_an_epoch_whatever_the_number_of_processes(n,
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (2, 1), (1, 3), (4, 2)])
-def test_an_epoch_that_another_number_of_processes_goes_on_with_serves_every_image_once(before, after):
+def test_an_epoch_that_another_number_of_processes_resumes_serves_every_image_once(before, after):
     seen, data = Counter(), numbered(50, 4)
     for world, steps in ((before, slice(0, 2)), (after, slice(2, None))):
         for rank in range(world):
@@ -271,7 +272,7 @@ def test_the_loss_is_the_mean_over_the_whole_batch_however_it_is_divided(tmp_pat
 
 
 def start_run(processes, results, fields, options, spy=False):
-    """Do a run, of which each process has a results folder of its own; return what it returned or raised, and the labels it trained on."""
+    """Do a run, each process with its own results folder; return what came of it and the labels it saw."""
     seen, backward = [], Step.backward
     if spy:
         torch.manual_seed(0)
@@ -324,7 +325,7 @@ def test_processes_do_a_run_together_and_the_first_alone_writes_it(tmp_path, wor
 
 
 @pytest.mark.slow
-def test_a_run_that_other_numbers_of_processes_go_on_with_sees_every_image_once_an_epoch(tmp_path):
+def test_a_run_that_other_numbers_of_processes_resume_sees_every_image_once_per_epoch(tmp_path):
     fields, seen, worlds = (
         {"epochs": 2, "milestones": (1,), "batch_size": 16, "method": "lrpet"},
         [],
@@ -335,7 +336,7 @@ def test_a_run_that_other_numbers_of_processes_go_on_with_sees_every_image_once_
             tmp_path / str(step), world, start_run, tmp_path / "results", fields, {"time_budget": 0.0}, True
         )
         seen += [sum((label for _, _, steps in told for label in steps), [])]
-        if step % 4:  # the end of an epoch, in which four processes had a part of two images, is behind
+        if step % 4:  # the end of an epoch, in which four processes had a part of two images, is over
             assert [words for words, *_ in told] == [
                 f"{RunConfig(**fields).run_id} paused at step {step} of 8"
             ] * world
@@ -347,7 +348,7 @@ def test_a_run_that_other_numbers_of_processes_go_on_with_sees_every_image_once_
 
 
 def do_all(processes, results, methods):
-    """Train with several methods one after the other; train() itself compares the weights of the processes after each epoch."""
+    """Train with several methods; train() itself compares the processes' weights after each epoch."""
     fields = {"epochs": 2, "milestones": (1,), "batch_size": 256}
     return {
         name: start_run(processes, results, fields | {"method": name}, {})[1][-1]["loss"] for name in methods
@@ -382,7 +383,7 @@ def with_other_data(processes, results):
     [
         (
             "cuda:0",
-            "device must be auto, cpu or cuda where several processes train together, each on a GPU of its own; got 'cuda:0'",
+            "where several processes train together, each on its own GPU; got 'cuda:0'",
         )
     ],
 )
@@ -450,8 +451,8 @@ def undisturbed(tmp_path_factory):
     return together(place, 2, start_run, place, LONG, {})[0][0]
 
 
-def assert_goes_on(results, undisturbed):
-    """Started again, the job goes on from the checkpoint to the end that it has where nothing happens."""
+def assert_resumes(results, undisturbed):
+    """Started again, the job resumes from the checkpoint and ends as where nothing happens."""
     folder = RunConfig(**LONG).folder(results / "0")
     assert (folder / "checkpoint.pt").is_file() and not is_complete(folder)
     _, rows, _ = together(results, 2, start_run, results, LONG, {})[0]
@@ -460,13 +461,13 @@ def assert_goes_on(results, undisturbed):
 
 
 @pytest.mark.slow
-def test_where_a_process_dies_the_job_fails_behind_a_checkpoint(tmp_path, undisturbed):
+def test_where_a_process_dies_the_job_fails_after_a_checkpoint(tmp_path, undisturbed):
     process = torchrun(tmp_path / "0", LONG)
     until_checkpoint(RunConfig(**LONG).folder(tmp_path / "0"), process)
     os.kill(workers(process)[0], signal.SIGKILL)
     said = process.communicate()[0]
     assert process.returncode != 0, said
-    assert_goes_on(tmp_path, undisturbed)
+    assert_resumes(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
@@ -488,7 +489,7 @@ def test_torchrun_starts_anew_what_died(tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_processes_behind_one_checkpoint(tmp_path, undisturbed):
+def test_ctrl_c_stops_all_processes_after_one_checkpoint(tmp_path, undisturbed):
     process = torchrun(tmp_path / "0", LONG)
     until_checkpoint(RunConfig(**LONG).folder(tmp_path / "0"), process)
     for worker in workers(process):  # as Slurm does it; torchrun then does it again
@@ -497,4 +498,4 @@ def test_ctrl_c_stops_all_processes_behind_one_checkpoint(tmp_path, undisturbed)
     said = process.communicate()[0]
     assert process.returncode != 0
     assert said.count("a checkpoint is written, from which the same call resumes") == 1, said
-    assert_goes_on(tmp_path, undisturbed)
+    assert_resumes(tmp_path, undisturbed)

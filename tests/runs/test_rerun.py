@@ -1,4 +1,4 @@
-"""The parameterized notebooks, executed with parameters that are not their defaults, say the same when they are run again."""
+"""The notebooks, executed with parameters that are not their defaults, say the same when run again."""
 
 import os
 import shutil
@@ -90,7 +90,7 @@ def committed_results(monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "parameters"), SETS.values(), ids=SETS)
 def test_papermill_then_nbval_strict(tmp_path, name, parameters):
-    """The second execution loads what the first has trained, so all but its own words about that must be the same, seconds included."""
+    """The second execution loads what the first has trained: all else must be the same, seconds included."""
     if name == "01_cifar10":  # which says whether it has trained or loaded
         run(RunConfig.from_dict(parameters), device="cpu", progress="off")
     if name == "02_imagenet":

@@ -140,7 +140,8 @@ def test_a_finished_run_is_loaded_without_data_and_says_so(undisturbed, monkeypa
     e = undisturbed.environment
     assert (
         capsys.readouterr().out
-        == f"{CONFIG.run_id}: loaded, trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}\n"
+        == f"{CONFIG.run_id}: loaded, trained {e['finished'][:16]} "
+        f"on {e['device']} at commit {e['commit'][:9]}\n"
     )
     assert again.summary == undisturbed.summary
     assert again.history.equals(undisturbed.history)
@@ -149,7 +150,7 @@ def test_a_finished_run_is_loaded_without_data_and_says_so(undisturbed, monkeypa
 
 
 @pytest.mark.parametrize(("progress", "lines"), [("lines", 3), ("off", 0)])
-def test_lines_are_one_an_epoch_behind_one_that_names_the_run(tmp_path, capsys, progress, lines):
+def test_lines_are_one_per_epoch_after_one_that_names_the_run(tmp_path, capsys, progress, lines):
     run(CONFIG, results=tmp_path, device="cpu", progress=progress)
     out = capsys.readouterr().out.splitlines()
     assert len(out) == lines
@@ -179,7 +180,7 @@ OTHERS["adamw"] = dataclasses.replace(CONFIG, recipe="adamw", learning_rate=0.00
 
 
 @pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
-def test_a_time_budget_pauses_and_the_next_calls_go_on_to_the_same_result(tmp_path, capsys, config):
+def test_a_time_budget_pauses_and_the_next_calls_resume_to_the_same_result(tmp_path, capsys, config):
     expected = outcome(run(config, results=tmp_path / "undisturbed", device="cpu", progress="off").folder)
     pauses = []
     while len(pauses) < 100:
@@ -198,7 +199,7 @@ def test_a_time_budget_pauses_and_the_next_calls_go_on_to_the_same_result(tmp_pa
     assert files(done.folder) == FILES
 
 
-def test_a_run_can_go_on_in_the_process_in_which_it_was_paused(tmp_path):
+def test_a_run_can_resume_in_the_process_in_which_it_was_paused(tmp_path):
     with pytest.raises(Paused) as pause:
         run(CONFIG, results=tmp_path, device="cpu", time_budget=0.0, progress="off")
     assert pause.tb is not None  # a notebook keeps the traceback, and with it everything in it
@@ -213,12 +214,13 @@ def put_under_the_name_of(config, folder, results):
 
 
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "begun"])
-def test_another_configuration_of_the_same_name_is_refused_and_both_are_named(undisturbed, tmp_path, finished):
+def test_another_configuration_of_the_same_name_is_refused(undisturbed, tmp_path, finished):
     asked = dataclasses.replace(CONFIG, prune_ratio=0.7)
     folder = undisturbed.folder if finished else pause_twice(tmp_path / "begun")
     place = put_under_the_name_of(asked, folder, tmp_path)
     before = {file: file.read_bytes() for file in place.iterdir()}
-    with pytest.raises(ValueError, match=r"prune_ratio 0\.57 there, 0\.7 asked for.*LRPET_RESULTS") as refused:
+    words = r"prune_ratio 0\.57 there, 0\.7 asked for.*LRPET_RESULTS"
+    with pytest.raises(ValueError, match=words) as refused:
         run(asked, results=tmp_path, device="cpu", progress="off")
     assert str(place) in str(refused.value)
     assert {file: file.read_bytes() for file in place.iterdir()} == before
@@ -226,7 +228,7 @@ def test_another_configuration_of_the_same_name_is_refused_and_both_are_named(un
 
 @pytest.mark.parametrize("told", [None, "abc123"])
 @pytest.mark.parametrize("missing", ["git", ".git"])
-def test_without_git_or_its_folder_the_commit_is_unknown_unless_it_is_told(monkeypatch, tmp_path, missing, told):
+def test_without_git_or_its_folder_the_commit_is_unknown_or_told(monkeypatch, tmp_path, missing, told):
     monkeypatch.delenv("LRPET_COMMIT", raising=False)
     if told:
         monkeypatch.setenv("LRPET_COMMIT", told)
@@ -250,7 +252,7 @@ def test_a_damaged_checkpoint_costs_a_step_and_not_the_result(undisturbed, tmp_p
     folder = pause_twice(tmp_path)
     (folder / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:-5000])
     done = run(CONFIG, results=tmp_path, device="cpu", progress="off")
-    assert "is damaged; going on from checkpoint.previous" in capsys.readouterr().out
+    assert "is damaged; resuming from checkpoint.previous" in capsys.readouterr().out
     assert outcome(done.folder) == outcome(undisturbed.folder)
 
 
@@ -262,7 +264,7 @@ def test_two_damaged_checkpoints_end_the_run_with_advice(tmp_path):
         run(CONFIG, results=tmp_path, device="cpu", progress="off")
 
 
-def test_going_on_with_other_images_is_refused(monkeypatch, tmp_path):
+def test_resuming_with_other_images_is_refused(monkeypatch, tmp_path):
     folder = pause_twice(tmp_path)
     images = load_data(CONFIG)
     images.train_images[0, 0, 0, 0] += 1
@@ -313,7 +315,7 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path):
 
 
 def start(config, results):
-    """Do a run in a process of its own; return the process and a pipe with the rows of its epochs, then its summary."""
+    """Do a run in its own process; return it and a pipe with the rows of its epochs, then its summary."""
     context = multiprocessing.get_context(
         "forkserver"
     )  # imports everything once, so that a process starts in no time

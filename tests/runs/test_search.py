@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalW
 
 
 def pretend(log):
-    """Return a stand-in for a run: accuracy falls with the rank that was cut, and is reported epoch by epoch."""
+    """Return a stand-in for a run: accuracy falls with the ranks, and is reported epoch by epoch."""
 
     def do_run(config, *, on_epoch=None, **_):
         log.append(config)
@@ -44,7 +44,7 @@ def pretend(log):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
-def test_a_study_goes_on_where_it_stopped_and_never_scores_on_the_test_set(tmp_path, sampler):
+def test_a_study_resumes_where_it_stopped_and_never_scores_on_the_test_set(tmp_path, sampler):
     log = []
     search(BRIEF, 3, sampler=sampler, results=tmp_path, do_run=pretend(log))
     study = search(BRIEF, 5, sampler=sampler, results=tmp_path, do_run=pretend(log))
@@ -93,7 +93,8 @@ def test_multiply_adds_are_counted_at_the_size_of_the_images(monkeypatch, tmp_pa
     assert study.trials[0].values[1] == counted.macs / counted.dense_macs
     budgets = []
     module = import_module("lrpet.runs.search")
-    monkeypatch.setattr(module, "run", lambda config, **_: Run(config, {"macs": 1, "top1_pct": 2}, *[None] * 4))
+    summary = {"macs": 1, "top1_pct": 2}
+    monkeypatch.setattr(module, "run", lambda config, **_: Run(config, summary, *[None] * 4))
     monkeypatch.setattr(module, "load_network", lambda _: None)
     monkeypatch.setattr(module, "ranks_for_budget", lambda _, *given, **__: budgets.append(given) or ranks)
     best = SimpleNamespace(best_trial=study.trials[0])

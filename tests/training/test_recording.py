@@ -1,4 +1,4 @@
-"""What a run records is what is there: spectra against an SVD, gradient norms against autograd, and the same file after a pause."""
+"""What a run records is what is there: spectra against an SVD, gradient norms against autograd."""
 
 import numpy as np
 import pandas as pd

@@ -16,7 +16,7 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 def pretend(monkeypatch, model):
     """Let recording and replaying happen on a CPU, with their rules and none of their speed.
 
-    A capture runs nothing and leaves gradients of its own behind; a replay knows these tensors only, whatever ``p.grad`` is.
+    A capture runs nothing and leaves its own gradients; a replay knows these tensors only, not ``p.grad``.
     """
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
@@ -47,7 +47,7 @@ def pretend(monkeypatch, model):
 
 
 def make_steps(config, model, device, graphs):
-    """Make steps, each with a learning rate of its own and a penalty added to its gradients; return totals and how many were replayed."""
+    """Make steps, each with its own learning rate and a penalty; return totals and how many were replayed."""
     optimizer, draw = make_optimizer(config, model, device), torch.Generator().manual_seed(0)
     totals, replayed = torch.zeros(3, dtype=torch.float64, device=device), 0
     step = Step(config, model.train(), optimizer, totals, graphs=graphs)

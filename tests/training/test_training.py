@@ -160,7 +160,8 @@ def test_a_loss_that_is_lost_names_epoch_step_and_norms_and_the_checkpoint_stays
             train(config, start(config), batches(config), Session(checkpoint, progress="off"))
     assert load_checkpoint(checkpoint)["step"] == 6
     resumed = train(config, start(config), batches(config), Session(checkpoint, progress="off"))
-    undisturbed = train(config, start(config), batches(config), Session(tmp_path / "other.pt", progress="off"))
+    session = Session(tmp_path / "other.pt", progress="off")
+    undisturbed = train(config, start(config), batches(config), session)
     assert resumed.history[-1]["loss"] == undisturbed.history[-1]["loss"]
 
 
@@ -255,7 +256,7 @@ def test_no_checkpoint_is_none(tmp_path):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_named(path, damage, capsys):
     path.write_bytes(damage(path.read_bytes()))
     assert load_checkpoint(path)["step"] == 1
-    assert f"{path} is damaged; going on from checkpoint.previous" in capsys.readouterr().out
+    assert f"{path} is damaged; resuming from checkpoint.previous" in capsys.readouterr().out
 
 
 def test_a_checkpoint_lost_between_two_renames_gives_way_too(path):
