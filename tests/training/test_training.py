@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 import pytest
@@ -11,6 +12,7 @@ from lrpet.data.batches import Batches
 from lrpet.data.sets import load_data
 from lrpet.methods import make_method
 from lrpet.training.checkpoint import load_checkpoint, save_checkpoint
+from lrpet.training.clock import Clock
 from lrpet.training.evaluate import evaluate
 from lrpet.training.loop import Paused, Session, train
 from lrpet.training.recipes import learning_rate
@@ -208,6 +210,17 @@ def test_a_deadline_that_has_passed_pauses_after_one_step_and_a_checkpoint(tmp_p
         session = Session(tmp_path / "checkpoint.pt", deadline=0.0, progress="off")
         train(config, start(config), batches(config), session)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 1
+
+
+def test_the_clock_counts_nested_seconds_once_and_none_of_what_failed(monkeypatch):
+    ticks = iter([0.0, 1.0, 3.0, 10.0, 20.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    clock = Clock()
+    with clock("train"), clock("projection"):
+        pass
+    with contextlib.suppress(KeyboardInterrupt), clock("evaluation"):
+        raise KeyboardInterrupt
+    assert dict(clock.seconds) == {"projection": 2.0, "train": 8.0}
 
 
 # ---------------------------------------------------------------- checkpoints
