@@ -1,6 +1,7 @@
 """Train compact networks by low-rank projection with energy transfer (LRPET, arXiv 2204.05566).
 
-This loads the library alone. What runs experiments (``run``, ``load_runs``, ``RunConfig``) is loaded when it is first asked for.
+This loads the library alone. What runs experiments (``run``, ``load_runs``, ``RunConfig``) is loaded when it is first
+asked for.
 """
 
 from lrpet.lowrank import (
@@ -13,6 +14,7 @@ from lrpet.lowrank import (
     ranks_for_budget,
     ranks_from_ratio,
     save_compact,
+    select,
 )
 from lrpet.models import build_model
 
@@ -36,6 +38,7 @@ __all__ = [
     "ranks_from_ratio",
     "run",
     "save_compact",
+    "select",
 ]
 
 

@@ -11,10 +11,11 @@ from lrpet.lowrank.budget import closest_share, ranks_for_budget
 from lrpet.lowrank.compact_file import compact_header, load_compact, save_compact
 from lrpet.lowrank.cost import Cost, LayerCost, cost
 from lrpet.lowrank.factorize import DEAD_AT_FACTORIZATION, factorize
-from lrpet.lowrank.factors import ConstantOutput, rebuild
+from lrpet.lowrank.factors import ConstantOutput, LowRankConv, LowRankConv2d, LowRankLinear, rebuild
 from lrpet.lowrank.follow import follow_basis
 from lrpet.lowrank.gains import measure_gains
 from lrpet.lowrank.gradient_projection import GradientProjection, projection_groups
+from lrpet.lowrank.plan import Plan, PlannedLayer, select
 from lrpet.lowrank.projection import (
     Basis,
     gram_matrices,
@@ -43,7 +44,12 @@ __all__ = [
     "GradientProjection",
     "LayerCost",
     "LayerReport",
+    "LowRankConv",
+    "LowRankConv2d",
+    "LowRankLinear",
     "LowRankProjector",
+    "Plan",
+    "PlannedLayer",
     "batchnorm_scale",
     "closest_share",
     "compact_header",
@@ -69,6 +75,7 @@ __all__ = [
     "resolve_batchnorms",
     "resolve_ranks",
     "save_compact",
+    "select",
     "side_by_side",
     "truncated_svd",
 ]

@@ -2,60 +2,154 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lrpet.lowrank.factors import ConstantOutput
+from lrpet.lowrank.layers import (
+    TRANSPOSED,
+    canonical_names,
+    copy_of,
+    layer_type,
+    matrix_of,
+    replace_module,
+    rows_first,
+    unwrap,
+)
+from lrpet.lowrank.observe import call, watching
 
-__all__ = ["batchnorm_scale", "find_batchnorms", "fold_batchnorm", "normalized_weights", "resolve_batchnorms"]
-LAYERS = (nn.Conv2d, nn.Linear, ConstantOutput)
+__all__ = [
+    "batchnorm_scale",
+    "find_batchnorms",
+    "fold_batchnorm",
+    "is_batchnorm",
+    "normalized_weights",
+    "resolve_batchnorms",
+]
 
 
-def find_batchnorms(model: nn.Module) -> dict[str, str | None]:
-    """Follow the graph from every convolution and Linear layer to the BatchNorm that consumes its output.
+def is_batchnorm(module: nn.Module) -> bool:
+    """Tell whether a module scales and shifts each channel by fixed numbers in evaluation: BatchNorm, also a frozen one.
 
-    A pair counts only when the two can be merged: the layer runs once and its output goes to that
-    BatchNorm and nowhere else (``nn.Identity`` in between is looked through).
+    >>> is_batchnorm(nn.BatchNorm2d(8)), is_batchnorm(nn.GroupNorm(2, 8))
+    (True, False)
+    """
+    frozen = type(module).__name__ == "FrozenBatchNorm2d" and hasattr(module, "eps")  # torchvision, detectron2
+    return isinstance(module, _BatchNorm) or frozen
+
+
+def _is_plain(bn: nn.Module) -> bool:
+    """Tell whether a BatchNorm does nothing else; timm's BatchNormAct2d has an activation inside."""
+    plain = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return type(bn).forward in plain or not isinstance(bn, _BatchNorm)
+
+
+def _can_be_paired(module: nn.Module) -> bool:
+    return layer_type(module) is not None or isinstance(module, ConstantOutput)
+
+
+def find_batchnorms(model: nn.Module, example_inputs: Any = None) -> dict[str, str | None]:
+    """Find the BatchNorm that consumes the output of each convolution and Linear layer.
+
+    A pair counts only where the two can be merged: the layer runs once and its output goes to that BatchNorm and nowhere
+    else (``nn.Identity`` in between is looked through), which scales the same dimension. BatchNorm1d scales the second
+    dimension, a Linear layer makes the last: without a run, those two are a pair only after ``Flatten``.
 
     Args:
-        model: any module that torch.fx can trace.
+        model: any module; without ``example_inputs`` one that torch.fx can trace.
+        example_inputs: a tensor, a tuple or a dict to run the model on once, in evaluation mode; None to read its graph.
 
     Returns:
         Layer name → BatchNorm name, or None where no BatchNorm follows; in the order of execution.
 
     Raises:
-        ValueError: torch.fx cannot trace the model; state the pairs yourself then.
+        ValueError: torch.fx cannot trace the model; give example inputs, or state the pairs yourself.
 
     Source: arXiv 2204.05566, BN rectification; torch.fx for the graph.
 
     >>> find_batchnorms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)))
     {'0': '1', '2': None}
     """
+    model = unwrap(model)
+    return _pairs_of_graph(model)[0] if example_inputs is None else _pairs_of_run(model, example_inputs)
+
+
+def _pairs_of_run(model: nn.Module, example_inputs: Any) -> dict[str, str | None]:
+    names = {module: name for name, module in model.named_modules()}
+    made: dict[int, tuple[nn.Module, Tensor]] = {}  # id of an output, which is kept so that no other gets its id
+    uses, calls, consumers = Counter(), Counter(), {}
+
+    class CountUses(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            uses.update(id(t) for t in tree_leaves((args, kwargs)) if id(t) in made)
+            return func(*args, **(kwargs or {}))
+
+    def keep(layer, _inputs, output):
+        calls[layer] += 1
+        if isinstance(output, Tensor):
+            made[id(output)] = (layer, output)
+
+    def consume(bn, inputs, named):
+        calls[bn] += 1
+        x = next(iter((*inputs, *named.values())), None)
+        if id(x) in made:
+            consumers[id(x)] = bn
+
+    with watching(model) as hooks:
+        for module in names:
+            if _can_be_paired(module):
+                hooks.append(module.register_forward_hook(keep))
+            elif is_batchnorm(module):
+                hooks.append(module.register_forward_pre_hook(consume, with_kwargs=True))
+        with CountUses():
+            result = call(model, example_inputs)
+        uses.update(id(t) for t in tree_leaves(result) if id(t) in made)
+    pairs: dict[str, str | None] = {names[layer]: None for layer in calls if _can_be_paired(layer)}
+    for i, bn in consumers.items():
+        layer, y = made[i]
+        per_output = y.ndim == (2 if layer_type(layer) is nn.Linear else _dimensions(layer))
+        if per_output and uses[i] == calls[layer] == calls[bn] == 1:
+            pairs[names[layer]] = names[bn]
+    return pairs
+
+
+def _dimensions(layer: nn.Module) -> int:
+    return len(layer.kernel_size) + 2
+
+
+def _pairs_of_graph(model: nn.Module) -> tuple[dict[str, str | None], dict[str, str]]:
+    """Return the pairs that torch.fx shows, and those of Linear and BatchNorm1d that depend on the input's dimensions."""
 
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, module, qualified_name):
-            return isinstance(module, ConstantOutput) or super().is_leaf_module(module, qualified_name)
+            ours = _can_be_paired(module) or is_batchnorm(module)
+            return ours or super().is_leaf_module(module, qualified_name)
 
     try:
         graph = Tracer().trace(model)
     except Exception as error:  # tracing runs the user's forward, which can raise anything
         raise ValueError(
-            f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}). Pass batchnorms={{layer name: "
-            "BatchNorm name or None}}, or switch BN rectification off."
+            f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}). Pass "
+            "batchnorms={layer name: BatchNorm name or None}, example_inputs= to read the pairs off one run, or switch BN rectification off."
         ) from error
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     modules = dict(model.named_modules())
-    pairs: dict[str, str | None] = {}
+    pairs, unsure = {}, {}
     for node in graph.nodes:
-        if node.op == "call_module" and isinstance(modules[node.target], LAYERS):
-            pairs[node.target] = None if calls[node.target] > 1 else _sole_batchnorm(node, modules, calls)
-    return pairs
+        if node.op == "call_module" and _can_be_paired(modules[node.target]):
+            bn = None if calls[node.target] > 1 else _sole_batchnorm(node, modules, calls)
+            if bn and layer_type(modules[node.target]) is nn.Linear and not _is_matrix(node, modules):
+                unsure[node.target], bn = bn, None
+            pairs[node.target] = bn
+    return pairs, unsure
 
 
 def _sole_batchnorm(node, modules, calls) -> str | None:
@@ -63,22 +157,34 @@ def _sole_batchnorm(node, modules, calls) -> str | None:
         node = next(iter(node.users))
         if node.op != "call_module":
             return None
-        if isinstance(modules[node.target], _BatchNorm):
+        if is_batchnorm(modules[node.target]):
             return node.target if calls[node.target] == 1 else None
         if not isinstance(modules[node.target], nn.Identity):
             return None
     return None
 
 
+def _is_matrix(node, modules) -> bool:
+    """Tell whether a value certainly has two dimensions: it was flattened, and no more than elementwise modules followed."""
+    keep = (nn.Linear, nn.BatchNorm1d, nn.Identity, nn.Dropout, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
+    while node.op == "call_module" and type(modules[node.target]) in keep:
+        node = node.args[0]
+    if node.op == "call_module":
+        flatten = modules[node.target]
+        return type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
+    return node.target in (torch.flatten, "flatten") and node.args[1:] == (1,)
+
+
 def resolve_batchnorms(
-    model: nn.Module, layers, batchnorms: Mapping[str, str | None] | None = None
+    model: nn.Module, layers, batchnorms: Mapping[str, str | None] | None = None, example_inputs: Any = None
 ) -> dict[str, str | None]:
-    """Return the BatchNorm of each named layer, from the graph or, checked against it, from the caller.
+    """Return the BatchNorm of each named layer: found, or stated by the caller and checked against what is found.
 
     Args:
         model: the network.
         layers: names of the layers to pair.
-        batchnorms: layer name → BatchNorm name or None; None to read everything off the graph.
+        batchnorms: layer name → BatchNorm name or None; None to find the pairs.
+        example_inputs: see :func:`find_batchnorms`.
 
     Returns:
         Layer name → BatchNorm name or None, for every name in ``layers``.
@@ -93,8 +199,8 @@ def resolve_batchnorms(
     {'0': '1'}
     """
     if batchnorms is None:
-        has_any = any(isinstance(module, _BatchNorm) for module in model.modules())
-        found = find_batchnorms(model) if has_any else {}  # a LayerNorm network need not be traceable
+        has_any = any(is_batchnorm(module) for module in model.modules())
+        found = find_batchnorms(model, example_inputs) if has_any else {}  # a LayerNorm network need not be traceable
         pairs = {name: found.get(name) for name in layers}
     else:
         missing = [name for name in layers if name not in batchnorms]
@@ -102,42 +208,47 @@ def resolve_batchnorms(
             raise ValueError(
                 f"batchnorms says nothing about layer {missing[0]!r}; give its BatchNorm's name, or None"
             )
-        pairs = {name: batchnorms[name] for name in layers}
+        first = canonical_names(model)
+        pairs = {first.get(name, name): first.get(bn, bn) for name in layers for bn in [batchnorms[name]]}
+        unsure = {}
         try:
-            found = find_batchnorms(model)
+            if example_inputs is None:
+                found, unsure = _pairs_of_graph(model)
+            else:
+                found = _pairs_of_run(model, example_inputs)
         except ValueError:
             found = pairs  # no graph to compare with: the widths below are all that can be checked
         for name, bn in pairs.items():
-            if bn != found.get(name):
+            if bn not in (found.get(name), unsure.get(name, found.get(name))):
                 raise ValueError(
                     f"layer {name!r} is paired with BatchNorm {bn!r}, but in the graph it feeds {found.get(name)!r}"
                 )
     modules = dict(model.named_modules())
     for name, bn in pairs.items():
-        if not isinstance(modules.get(name), LAYERS):
+        if name not in modules or not _can_be_paired(modules[name]):
             raise ValueError(
                 f"batchnorms names {name!r}, which is not a layer of this model that can be paired with a BatchNorm"
             )
         if bn is None:
             continue
-        if not isinstance(modules.get(bn), _BatchNorm):
+        if bn not in modules or not is_batchnorm(modules[bn]):
             raise ValueError(f"layer {name!r} is paired with {bn!r}, which is not a BatchNorm of this model")
-        width = (
-            modules[name].weight.shape[0] if hasattr(modules[name], "weight") else modules[name].bias.shape[0]
-        )
-        if modules[bn].num_features != width:
-            raise ValueError(
-                f"layer {name!r} has {width} outputs, but its BatchNorm {bn!r} has {modules[bn].num_features} features"
-            )
         if modules[bn].running_var is None:
             raise ValueError(
-                f"BatchNorm {bn!r} behind layer {name!r} keeps no running statistics, which rectification and folding need"
+                f"BatchNorm {bn!r} after layer {name!r} keeps no running statistics, which rectification and folding need"
+            )
+        layer = modules[name]
+        width = len(layer.bias) if isinstance(layer, ConstantOutput) else matrix_of(layer).shape[0]
+        features = len(modules[bn].running_var)
+        if features != width:
+            raise ValueError(
+                f"layer {name!r} has {width} outputs, but its BatchNorm {bn!r} has {features} features"
             )
     return pairs
 
 
 def normalized_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Return the weights that a BatchNorm follows: in training, scaling such a weight changes nothing that the network computes.
+    """Return the weights that a BatchNorm follows: in training, scaling one changes nothing that the network computes.
 
     Of a factorized layer these are both factors, of a parametrized one all that its weight is made of.
 
@@ -148,9 +259,8 @@ def normalized_weights(model: nn.Module) -> list[nn.Parameter]:
     >>> [tuple(weight.shape) for weight in normalized_weights(model)]
     [(8, 3, 3, 3)]
     """
-    pairs = (
-        find_batchnorms(model) if any(isinstance(module, _BatchNorm) for module in model.modules()) else {}
-    )
+    model = unwrap(model)
+    pairs = find_batchnorms(model) if any(is_batchnorm(module) for module in model.modules()) else {}
     factorized = {
         report.name for report in getattr(model, "factorization", ()) if report.action == "factorized"
     }
@@ -179,18 +289,23 @@ def batchnorm_scale(*batchnorms: nn.Module) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fold_batchnorm(model: nn.Module, batchnorms: Mapping[str, str | None] | None = None) -> nn.Module:
+def fold_batchnorm(
+    model: nn.Module, batchnorms: Mapping[str, str | None] | None = None, *, example_inputs: Any = None
+) -> nn.Module:
     """Return a copy for inference in which each BatchNorm is merged into the layer before it.
 
     With a = γ / sqrt(running_var + eps) the layer's weight becomes diag(a)·M and its bias
-    a·(bias − running_mean) + β; in a factorized layer the second factor takes both.
+    a·(bias − running_mean) + β; in a factorized layer the second factor takes both. A BatchNorm that does more (an
+    activation inside), or that follows a layer whose weight is computed at each use, stays as it is.
 
     Args:
         model: dense or compact network; it is not changed.
         batchnorms: layer name → BatchNorm name or None, for models that torch.fx cannot trace.
+        example_inputs: a tensor, tuple or dict, to read the pairs off one run instead.
 
     Returns:
-        A new module in eval mode, with ``nn.Identity`` where a BatchNorm was.
+        A new module in eval mode, with ``nn.Identity`` where a BatchNorm was; layers keep their dtype. Its attribute
+        ``folded_batchnorms`` holds the pairs.
 
     Raises:
         ValueError: the model cannot be traced and no pairs are given, or a pair is wrong.
@@ -202,22 +317,30 @@ def fold_batchnorm(model: nn.Module, batchnorms: Mapping[str, str | None] | None
     >>> torch.allclose(fold_batchnorm(model)(x), model(x), atol=1e-5)
     True
     """
-    folded = copy.deepcopy(model).eval()
-    layers = [name for name, module in folded.named_modules() if isinstance(module, LAYERS)]
-    for name, bn_name in resolve_batchnorms(
-        folded, batchnorms if batchnorms is not None else layers, batchnorms
-    ).items():
+    folded = copy_of(unwrap(model)).eval()
+    layers = [name for name, module in folded.named_modules() if _can_be_paired(module)]
+    stated = layers if batchnorms is None else batchnorms
+    folded.folded_batchnorms = {}
+    for name, bn_name in resolve_batchnorms(folded, stated, batchnorms, example_inputs).items():
         if bn_name is None:
             continue
         layer, bn = folded.get_submodule(name), folded.get_submodule(bn_name)
+        computed = "bias" not in layer._parameters or "weight" not in layer._parameters
+        transposed_groups = layer_type(layer) in TRANSPOSED and layer.groups > 1  # outputs are not one dimension
+        if not _is_plain(bn) or (computed and not isinstance(layer, ConstantOutput)) or transposed_groups:
+            continue
         a = batchnorm_scale(bn)[0]  # (N,)
         bias = 0.0 if layer.bias is None else layer.bias.double()
         bias = a * (bias - bn.running_mean.double()) + (0.0 if bn.bias is None else bn.bias.double())
-        if not isinstance(layer, ConstantOutput):
-            weight = layer.weight.double() * a.reshape(-1, *[1] * (layer.weight.ndim - 1))
-            layer.weight.copy_(weight)
         like = layer.bias if layer.bias is not None else layer.weight
-        layer.bias = nn.Parameter(bias.to(like.dtype), requires_grad=like.requires_grad)
-        folded.set_submodule(bn_name, nn.Identity())
+        if not isinstance(layer, ConstantOutput):
+            old, weight = layer.weight, layer.weight.double()
+            weight = weight.clone() if weight is old else weight
+            rows = rows_first(layer, weight)
+            rows.mul_(a.reshape(-1, *[1] * (rows.ndim - 1)))
+            layer.weight = nn.Parameter(weight.to(old.dtype), old.requires_grad)  # another layer may share the old one
+        layer.bias = nn.Parameter(bias.to(like.dtype), like.requires_grad)
+        replace_module(folded, bn_name, nn.Identity())
+        folded.folded_batchnorms[name] = bn_name
     folded.batchnorm_folded = True
     return folded

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from lrpet.lowrank.batchnorm import batchnorm_scale, resolve_batchnorms
 from lrpet.lowrank.cost import cost
+from lrpet.lowrank.layers import matrix_of, unwrap
 from lrpet.lowrank.ranks import compressible_layers
 
 __all__ = ["closest_share", "ranks_for_budget"]
@@ -18,11 +20,13 @@ __all__ = ["closest_share", "ranks_for_budget"]
 
 def ranks_for_budget(
     model: nn.Module,
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] | None = None,
     macs_reduction: float = 0.55,
     *,
     allocation: str = "uniform",
     batchnorms: Mapping[str, str | None] | None = None,
+    layers: str | Collection[str] | Callable | None = None,
+    example_inputs: Any = None,
 ) -> dict[str, int]:
     """Return ranks with which a network needs a given share fewer multiply-adds.
 
@@ -38,9 +42,11 @@ def ranks_for_budget(
         macs_reduction: share of the dense network's multiply-adds to save, in (0, 1).
         allocation: "uniform" or "energy".
         batchnorms: layer name → BatchNorm name or None, for models that torch.fx cannot trace; "energy" only.
+        layers: None for all convolutions; else as for :func:`ranks_from_ratio`, a plan of :func:`lrpet.select` included.
+        example_inputs: in the place of ``input_shape``, see :func:`cost`; BatchNorms are then read off a run as well.
 
     Returns:
-        Layer name → R, in module order; the MACs are at most the budget. No rank is so high that the factors
+        Layer name → R, in module order, for a plan that plan with ranks; the MACs are at most the budget. No rank is so high that the factors
         would cost as much as the dense layer.
 
     Raises:
@@ -60,12 +66,12 @@ def ranks_for_budget(
         )
     if allocation not in ("uniform", "energy"):
         raise ValueError(f"allocation must be 'uniform' or 'energy'; got {allocation!r}")
-    shapes = compressible_layers(model)
-    dense = cost(model, input_shape)
+    model = unwrap(model)
+    shapes = compressible_layers(model, layers)
+    dense = cost(model, input_shape, example_inputs=example_inputs)
     rows = {layer.name: layer for layer in dense.layers if layer.name in shapes}
-    price = {
-        name: row.dense_macs // (row.N * row.D) * (row.N + row.D) for name, row in rows.items()
-    }  # of one more rank
+    ones = cost(model, input_shape, dict.fromkeys(rows, 1), example_inputs=example_inputs)
+    price = {row.name: row.macs for row in ones.layers if row.name in rows}  # of one more rank
     ceiling = {
         name: max(1, min(row.N, row.D, (row.N * row.D - 1) // (row.N + row.D))) for name, row in rows.items()
     }
@@ -80,8 +86,9 @@ def ranks_for_budget(
     if allocation == "uniform":
         ranks = _uniform(rows, price, ceiling, budget)
     else:
-        ranks = _by_energy(_energy_shares(model, rows, batchnorms), price, ceiling, budget)
-    return {name: ranks[name] for name in shapes if name in ranks}
+        ranks = _by_energy(_energy_shares(model, rows, batchnorms, example_inputs), price, ceiling, budget)
+    ranks = {name: ranks[name] for name in shapes if name in ranks}
+    return layers.with_ranks(ranks) if hasattr(layers, "with_ranks") else ranks
 
 
 def closest_share(macs_of: Callable[[float], int], target: int) -> float:
@@ -137,12 +144,12 @@ def _by_energy(shares, price, ceiling, budget) -> dict[str, int]:
 
 
 @torch.no_grad()
-def _energy_shares(model, rows, batchnorms) -> dict[str, list[float]]:
+def _energy_shares(model, rows, batchnorms, example_inputs) -> dict[str, list[float]]:
     """Return s_i² / E of diag(a)·M for each layer, descending."""
     modules = dict(model.named_modules())
     shares = {}
-    for name, bn in resolve_batchnorms(model, rows, batchnorms).items():
-        M = modules[name].weight.flatten(1).double()
+    for name, bn in resolve_batchnorms(model, rows, batchnorms, example_inputs).items():
+        M = matrix_of(modules[name]).double()
         if bn is not None:
             M = batchnorm_scale(modules[bn])[0].unsqueeze(1) * M
         energies = torch.linalg.svdvals(M).square()

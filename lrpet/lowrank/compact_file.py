@@ -25,7 +25,7 @@ def save_compact(compact: nn.Module, path: str | Path, **description: str | int)
     """Write a compact network to a safetensors file: its factors, and in the header what was factorized how.
 
     Args:
-        compact: result of :func:`factorize`, BatchNorm folded or not.
+        compact: result of :func:`factorize`, BatchNorm folded or not; tensors that are shared are written once.
         path: the file to write; it appears whole or not at all.
         description: further entries for the header, such as ``model="resnet20"``.
 
@@ -48,12 +48,18 @@ def save_compact(compact: nn.Module, path: str | Path, **description: str | int)
             f"{type(compact).__name__} was not made by factorize(); save_compact needs its record of ranks"
         )
     layers = {layer.name: [layer.rank, layer.action] for layer in compact.factorization}
-    header = {
-        "layers": layers,
-        "batchnorm_folded": getattr(compact, "batchnorm_folded", False),
-        **description,
-    }
-    tensors = {name: tensor.detach().contiguous() for name, tensor in compact.state_dict().items()}
+    header = {"layers": layers, "batchnorm_folded": getattr(compact, "batchnorm_folded", False), **description}
+    if header["batchnorm_folded"]:
+        header["batchnorms"] = compact.folded_batchnorms
+    tensors, first, shared = {}, {}, {}
+    for name, tensor in compact.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and first.setdefault(place, name) != name:
+            shared[name] = first[place]  # written once
+        else:
+            tensors[name] = tensor.detach().contiguous()
+    if shared:
+        header["shared"] = shared
     with write_whole(Path(path)) as file:
         file.write(save(tensors, metadata={"lrpet": json.dumps(header | {"sha256": _digest(tensors)})}))
 
@@ -123,7 +129,8 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
         reports = [
             LayerReport(name, rank, math.nan, action) for name, (rank, action) in header["layers"].items()
         ]
-        folded = header["batchnorm_folded"]
+        folded, pairs = header["batchnorm_folded"], header.get("batchnorms")
+        tensors |= {name: tensors[other] for name, other in header.get("shared", {}).items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"the header of {path} is damaged ({error!r}); save the compact network again"
@@ -131,8 +138,8 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
     try:
         compact = rebuild(model, reports)
         if folded:
-            compact = fold_batchnorm(compact)
+            compact = fold_batchnorm(compact, pairs)
         compact.load_state_dict(tensors)
-    except (AttributeError, RuntimeError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit a {type(model).__name__}: {error}") from error
     return compact

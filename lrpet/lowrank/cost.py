@@ -1,17 +1,26 @@
-"""Multiply-adds and parameters, as arithmetic on layer shapes."""
+"""Multiply-adds and parameters: counted by PyTorch on one run, and by arithmetic for what factorizing changes."""
 
 from __future__ import annotations
 
-import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
+from lrpet.lowrank.layers import copy_of, count_parameters, layer_type, matrix_of, unwrap
+from lrpet.lowrank.observe import call, image_like, watching
 from lrpet.lowrank.ranks import resolve_ranks
 
 __all__ = ["Cost", "LayerCost", "cost"]
+LAYER_PRODUCTS = ("mm", "addmm", "convolution", "_convolution")  # with a weight; attention multiplies by bmm
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 @dataclass(frozen=True)
@@ -19,8 +28,8 @@ class LayerCost:
     """Cost of one layer for one image: as it would be deployed, and dense."""
 
     name: str
-    kind: str  # Conv2d or Linear
-    N: int  # outputs
+    kind: str  # type of the module, as Conv2d or Linear; of a layer called as a function that of the module around it
+    N: int  # outputs; 0 where a module calls layers as functions
     D: int  # inputs times kernel area (of one group)
     rank: int | None  # None: dense
     macs: int
@@ -42,89 +51,158 @@ class LayerCost:
 class Cost:
     """Cost of a network for one image. One MAC is one multiply-add, which the literature calls a FLOP."""
 
-    macs: int
+    macs: int  # of convolutions and Linear layers, as published totals count
     params: int
     dense_macs: int
     dense_params: int
     layers: tuple[LayerCost, ...]
+    other_macs: dict[str, int] = field(default_factory=dict)  # what else multiplies: "attn: bmm" → multiply-adds
 
 
 def cost(
-    model: nn.Module, input_shape: Sequence[int], ranks: Mapping[str, int] | Sequence[int] | None = None
+    model: nn.Module,
+    input_shape: Sequence[int] | None = None,
+    ranks: Mapping[str, int] | Sequence[int] | None = None,
+    *,
+    example_inputs: Any = None,
 ) -> Cost:
     """Count multiply-adds and parameters of a network, dense or factorized at the given ranks.
 
     A layer of N outputs and D inputs that runs at P positions costs N·D·P multiply-adds dense and
-    R·(N + D)·P factorized; its weights N·D and R·(N + D). Convolutions and Linear layers count;
-    BatchNorm, pooling and activations do not (their parameters do). The rank min(N, D) is dense.
+    R·(N + D)·P factorized; its weights N·D and R·(N + D). Convolutions and Linear layers count, as often as they run;
+    BatchNorm, pooling and activations do not (their parameters do). Attention products and recurrent cells stand in
+    ``other_macs``. The rank min(N, D) is dense. A layer that never runs has parameters and no multiply-adds.
 
     Args:
-        model: any module; it is run once on the "meta" device, which computes shapes only.
+        model: any module; it is run once on the "meta" device, which computes shapes only, or where it cannot be, in
+            evaluation mode as it is.
         input_shape: (C, H, W) of one image.
         ranks: layer name → R or a list in module order; None counts the model as it is.
+        example_inputs: in the place of ``input_shape``: a tensor, a tuple or a dict, counted as it is, for one image of
+            batch size 1.
 
     Returns:
         Totals and a row a layer, in the order of execution.
 
     Raises:
-        ValueError: ranks or an image size that do not fit the model.
+        ValueError: ranks that do not fit the model, or inputs that it does not run on.
 
-    Source: the authors' counts; ResNet-56 at ratio 0.57 is 56.06 M of 125.49 M.
+    Source: the authors' counts, ResNet-56 at ratio 0.57 is 56.06 M of 125.49 M; torch.utils.flop_counter.
 
     >>> cost(nn.Conv2d(3, 16, 3, padding=1, bias=False), (3, 32, 32)).macs
     442368
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model must be a torch.nn.Module; got {type(model).__name__} {model!r}; build_model makes one of a name"
-        )
+    model = unwrap(model)
+    if (input_shape is None) == (example_inputs is None):
+        raise ValueError("give either input_shape, (C, H, W) of one image, or example_inputs, a tensor, tuple or dict")
     ranks = {} if ranks is None else resolve_ranks(model, ranks)
-    shadow = copy.deepcopy(model).to("meta").eval()
-    names = {module: name for name, module in shadow.named_modules()}
-    macs: dict[str, int] = {}
-
-    def record(module, _inputs, output):
-        positions = output.numel() // module.weight.shape[0]
-        macs[names[module]] = macs.get(names[module], 0) + module.weight.numel() * positions
-
-    for module in names:
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(record)
-    try:
-        with torch.no_grad():
-            shadow(torch.empty(1, *input_shape, device="meta"))
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"input_shape must be (C, H, W) of an image that {type(model).__name__} takes; got {input_shape!r}: {error}"
-        ) from error
-
-    modules = dict(shadow.named_modules())
-    layers = []
-    for name, dense_macs in macs.items():
+    names = {module: name for name, module in model.named_modules()}
+    modules = {name: module for module, name in names.items()}
+    layers, other_macs = [], {}
+    for name, (counts, positions) in _run(model, input_shape, example_inputs).items():
         module = modules[name]
-        N, D = module.weight.shape[0], module.weight[0].numel()
-        rank = ranks.get(name)
-        rank = None if rank == min(N, D) else rank
-        weights = N * D if rank is None else rank * (N + D)
-        bias = 0 if module.bias is None else N
-        layers.append(
-            LayerCost(
-                name,
-                type(module).__name__,
-                N,
-                D,
-                rank,
-                dense_macs // (N * D) * weights,
-                weights + bias,
-                dense_macs,
-                N * D + bias,
-            )
-        )
-    dense_params = sum(p.numel() for p in shadow.parameters())
+        macs = sum(macs for op, macs in counts.items() if _of_a_layer(module, op))
+        other_macs |= {
+            f"{name or type(module).__name__}: {op}": macs
+            for op, macs in counts.items()
+            if not _of_a_layer(module, op)
+        }
+        if macs or isinstance(module, (_ConvNd, nn.Linear)):
+            layers.append(_row(name, module, macs, positions, ranks.get(name)))
+    weights = {}  # of a weight that layers share → what factorizing takes from the parameters
+    for name, rank in ranks.items():
+        N, D = matrix_of(modules[name]).shape
+        if rank < min(N, D):
+            weights[id(modules[name].weight)] = N * D - rank * (N + D)
+    dense_params, saved = count_parameters(model), sum(weights.values())
     return Cost(
         macs=sum(layer.macs for layer in layers),
-        params=dense_params + sum(layer.params - layer.dense_params for layer in layers),
+        params=dense_params - saved,
         dense_macs=sum(layer.dense_macs for layer in layers),
         dense_params=dense_params,
         layers=tuple(layers),
+        other_macs=other_macs,
     )
+
+
+def _of_a_layer(module: nn.Module, op: str) -> bool:
+    """Tell whether a product counts as that of a convolution or Linear layer."""
+    if isinstance(module, (_ConvNd, nn.Linear)) or layer_type(module):
+        return True
+    return op in LAYER_PRODUCTS and not isinstance(module, RECURRENT)
+
+
+def _row(name: str, module: nn.Module, dense_macs: int, positions: int, rank: int | None) -> LayerCost:
+    own = sum(p.numel() for p in module._parameters.values() if p is not None)
+    if not isinstance(module, (_ConvNd, nn.Linear)) and not layer_type(module):
+        return LayerCost(name, type(module).__name__, 0, 0, None, dense_macs, own, dense_macs, own)
+    if layer_type(module):
+        N, D = matrix_of(module).shape
+    else:
+        N, D = module.weight.shape[0], module.weight[0].numel()
+    rank = None if rank == min(N, D) else rank
+    params, macs, factored = N * D + (0 if module.bias is None else N), dense_macs, 0
+    if rank is not None:
+        factored = N * D - rank * (N + D)
+        macs = dense_macs // N * rank + rank * N * positions  # the first factor, and a product of N×R at each output
+    return LayerCost(name, type(module).__name__, N, D, rank, macs, params - factored, dense_macs, params)
+
+
+def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Counter, int]]:
+    """Return the multiply-adds of each module that runs, by operation and without its children's, and its output positions."""
+    given = image_like(model, input_shape) if example_inputs is None else example_inputs
+    shadow = copy_of(model, meta=True)
+    try:
+        return _count(shadow, tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given))
+    except Exception:  # it looks at values, or keeps tensors of its own on a device
+        try:
+            return _count(model, given)
+        except Exception as error:
+            what = f"inputs of input_shape={input_shape!r}, (C, H, W)" if example_inputs is None else "example_inputs"
+            raise ValueError(
+                f"{type(model).__name__} does not run on {what}: {type(error).__name__}: {error}. Where it takes other inputs "
+                "than one image, give example_inputs=, a tensor, a tuple or a dict"
+            ) from error
+
+
+def _count(model: nn.Module, given: Any) -> dict[str, tuple[Counter, int]]:
+    names = {module: name for name, module in model.named_modules()}
+    counter = FlopCounterMode(display=False)
+    done: dict[str, tuple[Counter, int]] = {}
+    began = [(Counter(), Counter())]  # of the modules that are running: all counts at their start, and their children's
+
+    def so_far() -> Counter:
+        return Counter({op.__name__: flops for op, flops in counter.flop_counts["Global"].items()})
+
+    def begin(module, _inputs):
+        done.setdefault(names[module], (Counter(), 0))  # in the order of execution
+        began.append((so_far(), Counter()))
+
+    def end(module, _inputs, output):
+        start, children = began.pop()
+        mine = so_far()
+        mine.subtract(start)
+        began[-1][1].update(mine)
+        mine.subtract(children)
+        counts, positions = done[names[module]]
+        for op, flops in mine.items():
+            if flops:
+                counts[op] += flops // 2  # two for each multiply-add
+        if layer_type(module) and isinstance(output, Tensor):
+            positions += output.numel() // matrix_of(module).shape[0]
+        done[names[module]] = (counts, positions)
+
+    fast_path, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mkldnn.enabled = False  # its recurrent layers are not counted
+    try:
+        with watching(model) as hooks, sdpa_kernel(SDPBackend.MATH):
+            for module in names:
+                hooks.append(module.register_forward_pre_hook(begin))
+                hooks.append(module.register_forward_hook(end))
+            with counter:
+                call(model, given)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch.backends.mkldnn.enabled = onednn
+    return done

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from lrpet.lowrank.factors import replace_layer, symmetric_padding
 from lrpet.lowrank.gains import measure_gains
+from lrpet.lowrank.layers import copy_of, layer_type, matrix_of, rows_first, unwrap, unwritable
 from lrpet.lowrank.projection import truncated_svd
 from lrpet.lowrank.ranks import LayerReport, resolve_ranks
 
@@ -29,7 +29,8 @@ def factorize(
 
     M = U·diag(s)·Vᵀ cut to R columns; a convolution turns into a k×k one from C to R channels with the
     weight diag(√s)·Vᵀ and the original stride, padding and dilation, and a 1×1 one from R to N with U·diag(√s)
-    and the bias. Exact but for rounding where the weight has rank R, the best approximation elsewhere.
+    and the bias. Exact except for rounding where the weight has rank R, the best approximation elsewhere. Layers that
+    share a weight share factors, and a layer of two names is replaced under both.
 
     Args:
         model: the trained network; it is not changed.
@@ -56,13 +57,16 @@ def factorize(
         raise ValueError(
             "min_gain and example go together: gains are measured on a batch of inputs; give both or neither"
         )
+    model = unwrap(model)
     ranks = resolve_ranks(model, ranks)
+    for name in ranks:
+        if reason := unwritable(model.get_submodule(name)):
+            raise ValueError(f"layer {name!r} cannot be factorized: {reason}")
     gains = {} if min_gain is None else measure_gains(model, ranks, example)
-    compact = copy.deepcopy(model)
-    compact.factorization = []
+    compact, made, reports = copy_of(model), {}, []
     for name, rank in ranks.items():
         layer = compact.get_submodule(name)
-        M = layer.weight.reshape(layer.weight.shape[0], -1)  # (N, D)
+        M = matrix_of(layer)  # (N, D)
         if not torch.isfinite(M).all():
             raise ValueError(f"NaN or infinity in the weight of layer {name!r}; it cannot be factorized")
         N, D = M.shape
@@ -71,28 +75,25 @@ def factorize(
         kept = s.square().sum().item() / energy if energy else 1.0
         if (
             s[0] < DEAD_AT_FACTORIZATION
-            and isinstance(layer, nn.Conv2d)
+            and layer_type(layer) is nn.Conv2d
             and symmetric_padding(layer) is not None
         ):
-            reason = (
-                f"dead: largest singular value {s[0]:.1e} < {DEAD_AT_FACTORIZATION:.0e}; replaced by its bias"
-            )
-            compact.factorization.append(LayerReport(name, 0, kept, "constant", reason))
+            reason = f"dead: largest singular value {s[0]:.1e} < {DEAD_AT_FACTORIZATION:.0e}; replaced by its bias"
+            reports.append(LayerReport(name, 0, kept, "constant", reason))
         elif rank == min(N, D):
-            compact.factorization.append(LayerReport(name, rank, 1.0, "dense", "full rank"))
+            reports.append(LayerReport(name, rank, 1.0, "dense", "full rank"))
         elif name in gains and gains[name] < min_gain:
             reason = f"measured: factors {gains[name]:.2f} times as fast, less than {min_gain:g}"
-            compact.factorization.append(LayerReport(name, rank, kept, "dense", reason))
+            reports.append(LayerReport(name, rank, kept, "dense", reason))
         else:
-            costly = (
-                f"factors cost {rank * (N + D) / (N * D):.2f} of the dense layer"
-                if rank * (N + D) >= N * D
-                else ""
-            )
-            compact.factorization.append(LayerReport(name, rank, kept, "factorized", costly))
-        replace_layer(compact, compact.factorization[-1])
-        new = compact.get_submodule(name)
-        if isinstance(new, nn.Sequential):
-            new[0].weight.copy_((s.sqrt().unsqueeze(-1) * Vh).reshape(new[0].weight.shape))
-            new[1].weight.copy_((U * s.sqrt()).reshape(new[1].weight.shape))
+            costly = rank * (N + D) >= N * D
+            reason = f"factors cost {rank * (N + D) / (N * D):.2f} of the dense layer" if costly else ""
+            reports.append(LayerReport(name, rank, kept, "factorized", reason))
+        compact = replace_layer(compact, reports[-1], made)
+        if reports[-1].action == "factorized":
+            first, second = compact.get_submodule(name)
+            rows = rows_first(first, first.weight)
+            rows.copy_((s.sqrt().unsqueeze(-1) * Vh).reshape(rows.shape))
+            second.weight.copy_((U * s.sqrt()).reshape(second.weight.shape))
+    compact.factorization = reports
     return compact

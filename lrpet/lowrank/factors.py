@@ -5,12 +5,93 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from lrpet.lowrank.layers import TRANSPOSED, copy_of, layer_type, replace_module, rows_first, unwrap
 from lrpet.lowrank.ranks import LayerReport
 
-__all__ = ["ConstantOutput", "rebuild"]
+__all__ = ["ConstantOutput", "LowRankConv", "LowRankConv2d", "LowRankLinear", "rebuild"]
+
+
+class _Factors(nn.Sequential):
+    """Two thin layers in the place of a dense one, which can still be asked what the dense one was asked.
+
+    ``weight`` is the product of the factors, computed at each use, so a module that multiplies by it itself computes the
+    same as before and saves nothing.
+    """
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of the second factor, (N,)."""
+        return self[1].bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of the factors, in the shape of the dense layer's weight."""
+        first, second = self
+        rows = rows_first(first, first.weight)  # (R, ...)
+        product = second.weight.flatten(1) @ rows.flatten(1)  # (N, D)
+        return rows_first(first, product.view(-1, *rows.shape[1:]))  # a transposed layer's order, and back
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self[1].weight.shape[1]
+
+
+class LowRankLinear(_Factors):
+    """A Linear layer as two: D → R → N.
+
+    >>> layer = LowRankLinear(nn.Linear(8, 2, bias=False), nn.Linear(2, 5))
+    >>> layer, layer.weight.shape
+    (LowRankLinear(in_features=8, out_features=5, rank=2), torch.Size([5, 8]))
+    """
+
+    def __repr__(self) -> str:
+        return f"LowRankLinear(in_features={self.in_features}, out_features={self.out_features}, rank={self.rank})"
+
+    @property
+    def in_features(self) -> int:
+        """D."""
+        return self[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self[1].out_features
+
+
+class LowRankConv(_Factors):
+    """A convolution, of any number of dimensions or transposed, as two: C → R with the window, and 1×1 from R to N.
+
+    It answers ``kernel_size``, ``stride``, ``padding``, ``dilation``, ``padding_mode`` and ``in_channels`` as its first factor
+    does, and ``groups``, which is 1.
+
+    >>> layer = LowRankConv(nn.Conv1d(8, 2, 3, bias=False), nn.Conv1d(2, 5, 1))
+    >>> layer.weight.shape, layer.kernel_size, layer.out_channels
+    (torch.Size([5, 8, 3]), (3,), 5)
+    """
+
+    WINDOW = ("in_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode", "groups", "output_padding")
+
+    def __getattr__(self, name: str):
+        return getattr(self[0], name) if name in self.WINDOW else super().__getattr__(name)
+
+    @property
+    def out_channels(self) -> int:
+        """N."""
+        return self[1].out_channels
+
+
+class LowRankConv2d(LowRankConv):
+    """A Conv2d as two: a k_h×k_w one from C to R channels and a 1×1 one from R to N.
+
+    >>> layer = LowRankConv2d(nn.Conv2d(8, 2, 3, bias=False), nn.Conv2d(2, 5, 1))
+    >>> layer.weight.shape, layer.rank
+    (torch.Size([5, 8, 3, 3]), 2)
+    """
 
 
 class ConstantOutput(nn.Module):
@@ -55,46 +136,57 @@ def rebuild(model: nn.Module, reports: Sequence[LayerReport]) -> nn.Module:
     >>> [tuple(p.shape) for p in rebuild(nn.Sequential(nn.Conv2d(8, 16, 3)), reports).parameters()]
     [(2, 8, 3, 3), (16, 2, 1, 1), (16,)]
     """
-    compact = copy.deepcopy(model)
-    compact.factorization = list(reports)
+    compact, made = copy_of(unwrap(model)), {}
     for report in reports:
-        replace_layer(compact, report)
+        compact = replace_layer(compact, report, made)
+    compact.factorization = list(reports)
     return compact
 
 
-def replace_layer(model: nn.Module, report: LayerReport) -> None:
-    """Put the layer that a report describes in the place of the dense one; factors come uninitialized and draw no random numbers."""
+def replace_layer(model: nn.Module, report: LayerReport, made: dict[int, _Factors]) -> nn.Module:
+    """Put the layer that a report describes in the place of the dense one, under all its names; return the model.
+
+    Factors come uninitialized and draw no random numbers. ``made`` remembers them by the weight they stand for, so that
+    layers that share a weight share factors.
+    """
     old = model.get_submodule(report.name)
     if report.action == "dense":
-        return
+        return model
     if report.action == "constant":
         bias = old.bias if old.bias is not None else old.weight.new_zeros(old.weight.shape[0])
         new = ConstantOutput(bias, old.kernel_size, old.stride, symmetric_padding(old), old.dilation)
     else:
         new = make_factors(old, report.rank)
-    model.set_submodule(report.name, new.train(old.training))
+        other = made.setdefault(id(old.weight), new)
+        new[0].weight, new[1].weight = other[0].weight, other[1].weight
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+        getattr(new, hooks).update(getattr(old, hooks))
+    return replace_module(model, report.name, new.train(old.training))
 
 
-def make_factors(old: nn.Conv2d | nn.Linear, rank: int) -> nn.Sequential:
-    """Return the two layers that take the place of a dense one, uninitialized but for the bias."""
-    like = {"device": old.weight.device, "dtype": old.weight.dtype}
-    if isinstance(old, nn.Linear):
-        first = skip_init(nn.Linear, old.in_features, rank, bias=False, **like)
-        second = skip_init(nn.Linear, rank, old.out_features, bias=old.bias is not None, **like)
+def make_factors(old: nn.Module, rank: int) -> _Factors:
+    """Return the two layers that take the place of a dense one, uninitialized except for the bias."""
+    like, kind = {"device": old.weight.device, "dtype": old.weight.dtype}, layer_type(old)
+    if kind is nn.Linear:
+        N, D = rows_first(old, old.weight).shape
+        first = skip_init(nn.Linear, D, rank, bias=False, **like)
+        second = skip_init(nn.Linear, rank, N, bias=old.bias is not None, **like)
+        factors = LowRankLinear(first, second)
     else:
-        window = {
-            "stride": old.stride,
-            "padding": old.padding,
-            "dilation": old.dilation,
-            "padding_mode": old.padding_mode,
-        }
-        first = skip_init(nn.Conv2d, old.in_channels, rank, old.kernel_size, bias=False, **window, **like)
-        second = skip_init(nn.Conv2d, rank, old.out_channels, 1, bias=old.bias is not None, **like)
+        window = {setting: getattr(old, setting) for setting in ("stride", "padding", "dilation", "padding_mode")}
+        if kind in TRANSPOSED:
+            window["output_padding"] = old.output_padding
+        pointwise = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(old.kernel_size) - 1]
+        first = skip_init(kind, old.in_channels, rank, old.kernel_size, bias=False, **window, **like)
+        second = skip_init(pointwise, rank, old.out_channels, 1, bias=old.bias is not None, **like)
+        factors = (LowRankConv2d if kind is nn.Conv2d else LowRankConv)(first, second)
     if old.bias is not None:
         second.bias = copy.deepcopy(old.bias)
-    for factor in (first, second):
+    for factor in factors:
         factor.weight.requires_grad_(old.weight.requires_grad)
-    return nn.Sequential(first, second)
+    if old.weight.ndim == 4 and not old.weight.is_contiguous():
+        factors.to(memory_format=torch.channels_last)
+    return factors
 
 
 def symmetric_padding(conv: nn.Conv2d) -> tuple[int, int] | None:

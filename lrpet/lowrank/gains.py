@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from lrpet.lowrank.factors import make_factors
+from lrpet.lowrank.layers import matrix_of, unwrap
+from lrpet.lowrank.observe import call, watching
 from lrpet.lowrank.ranks import resolve_ranks
 from lrpet.lowrank.timing import side_by_side
 
@@ -25,7 +28,7 @@ def measure_gains(
     Args:
         model: the network, on its device and in its memory format.
         ranks: layer name → R, or a list in module order.
-        example: a batch of inputs, as in use.
+        example: a batch of inputs, as in use: a tensor, a tuple or a dict.
         rounds: timed repetitions; the gain is the median of their ratios.
 
     Returns:
@@ -37,24 +40,18 @@ def measure_gains(
     >>> list(measure_gains(nn.Sequential(nn.Conv2d(8, 16, 3)), {"0": 2}, torch.randn(1, 8, 6, 6), rounds=2))
     ['0']
     """
-    ranks = resolve_ranks(model, ranks)
-    inputs, hooks = {}, []
+    model = unwrap(model)
+    ranks, inputs = resolve_ranks(model, ranks), {}
+    names = {model.get_submodule(name): name for name in ranks}
 
     def record(layer, given, _output):
         inputs.setdefault(names[layer], given[0])
 
-    names = {model.get_submodule(name): name for name in ranks}
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with watching(model) as hooks:
         for layer, name in names.items():
-            if ranks[name] < min(layer.weight.flatten(1).shape):
+            if ranks[name] < min(matrix_of(layer).shape):
                 hooks.append(layer.register_forward_hook(record))
-        model.eval()(example)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for hook in hooks:
-            hook.remove()
+        call(model, example)
     gains, measured = {}, {}
     for name, x in inputs.items():
         layer = model.get_submodule(name)
@@ -73,14 +70,10 @@ def measure_gains(
             factors = make_factors(layer, ranks[name])
             for factor in factors:
                 factor.weight.normal_(0, factor.weight[0].numel() ** -0.5)
-            factors = (
-                factors.to(memory_format=torch.channels_last)
-                if layer.weight.is_contiguous(memory_format=torch.channels_last)
-                else factors
-            )
-            timings = side_by_side(
-                {"factors": lambda: factors(x), "dense": lambda: layer(x)}, rounds, x.device
-            )
+            if layer.weight.ndim == 4 and layer.weight.is_contiguous(memory_format=torch.channels_last):
+                factors = factors.to(memory_format=torch.channels_last)
+            tasks = {"factors": partial(factors, x), "dense": partial(layer, x)}
+            timings = side_by_side(tasks, rounds, x.device)
             measured[kind] = timings["dense"]["ratio_to_first"]
         gains[name] = measured[kind]
     return gains

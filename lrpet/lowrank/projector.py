@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from lrpet.lowrank.batchnorm import batchnorm_scale, resolve_batchnorms
+from lrpet.lowrank.batchnorm import batchnorm_scale, find_batchnorms, is_batchnorm, resolve_batchnorms
 from lrpet.lowrank.follow import RESIDUAL_TOLERANCE, follow_basis
+from lrpet.lowrank.layers import layer_type, left_out, matrix_of, rows_first, unwrap, unwritable
 from lrpet.lowrank.projection import (
     Basis,
     gram_matrices,
@@ -23,33 +28,36 @@ from lrpet.lowrank.ranks import LayerReport, resolve_ranks
 
 __all__ = ["DEAD_IN_TRAINING", "LowRankProjector"]
 logger = logging.getLogger("lrpet")
-DEAD_IN_TRAINING = (
-    1e-4  # largest singular value under which a projection leaves a layer alone (authors' code)
-)
-EXACT_EVERY = (
-    10  # with fast=True, every so many projections take the exact path, and the fast one is compared with it
-)
+DEAD_IN_TRAINING = 1e-4  # largest singular value under which a projection leaves a layer alone (authors' code)
+EXACT_EVERY = 10  # with fast=True, every so many projections are exact, and the fast one is compared with them
 
 
 class LowRankProjector:
     """Projects the chosen layers of a model in place: the paper's method in an object with one verb.
 
     It knows of this process alone. Where several train one network, call ``step`` in one and broadcast the weights.
+    Layers, weights and BatchNorms are looked up by name at each step. A weight that layers share is projected once, and
+    without rectification; a frozen one (``requires_grad=False``) is left alone.
 
     Args:
-        model: any ``nn.Module``; its Conv2d (one group) and Linear layers can take part.
+        model: any ``nn.Module``; its convolutions of one group and Linear layers can take part.
         ranks: layer name → R, or one R for each compressible convolution in module order.
         energy_transfer: hand the removed energy to the kept singular values; False is "LRP".
-        bn_rectification: project the weight as the BatchNorm behind it scales it.
+        bn_rectification: project the weight as the BatchNorm after it scales it.
         residual: q in [0, 1], the share of each removed singular value that stays.
-        row_eps: constant in undoing the BatchNorm scale, see :func:`lrpet.project`.
+        row_eps: constant in undoing the BatchNorm scale, see :func:`lrpet.project`. Rows with a² ≤ row_eps, of which the
+            undoing would lose half or more, and a BatchNorm that starts at zero all, are undone exactly; reports count them.
         batchnorms: layer name → BatchNorm name or None, for models that torch.fx cannot trace.
-        fast: start from the directions of the previous projection, see :func:`lrpet.lowrank.follow.follow_basis`; a layer whose result
-            is not certain to be within 1e-5 of the exact one takes the exact path. Pays where few steps lie between two
-            projections. Off by default: a run that is resumed then repeats the uninterrupted one bit for bit.
+        example_inputs: a tensor, tuple or dict to run the model on once, to read BatchNorms off that run.
+        fast: start from the directions of the previous projection, see :func:`lrpet.lowrank.follow.follow_basis`; a layer
+            whose result is not certain to be within 1e-5 of the exact one takes the exact path. Pays where few steps lie
+            between two projections. Off by default: a run that is resumed then repeats the uninterrupted one bit for bit.
 
     Raises:
         ValueError: ranks or pairs that do not fit the model, with the names.
+
+    Warns:
+        UserWarning: the model has BatchNorms, and none was found to follow a layer.
 
     Source: arXiv 2204.05566.
 
@@ -71,29 +79,77 @@ class LowRankProjector:
         residual: float = 0.0,
         row_eps: float = 1e-5,
         batchnorms: Mapping[str, str | None] | None = None,
+        example_inputs: Any = None,
         fast: bool = False,
     ):
+        self.model = unwrap(model)
         self.ranks = resolve_ranks(model, ranks)
         if not isinstance(bn_rectification, bool):
             raise ValueError(f"bn_rectification must be True or False; got {bn_rectification!r}")
         self.settings = {"energy_transfer": energy_transfer, "residual": residual, "row_eps": row_eps}
         project_and_measure(torch.eye(2), 1, **self.settings)  # refuses bad settings here, not an epoch later
-        modules = dict(model.named_modules())
-        pairs = resolve_batchnorms(model, self.ranks, batchnorms) if bn_rectification else {}
-        self._weights = {name: modules[name].weight for name in self.ranks}
-        self._batchnorms = {name: modules[bn] for name, bn in pairs.items() if bn is not None}
+        self._pairs = {}
+        if bn_rectification:
+            pairs = resolve_batchnorms(self.model, self.ranks, batchnorms, example_inputs)
+            self._pairs = {name: bn for name, bn in pairs.items() if bn is not None}
+            if batchnorms is None:
+                self._warn_where_none_is_paired(example_inputs)
         self.fast, self._bases, self._steps = fast, {}, 0
+        self._signature, self._kept_alive = [], []
+        self._look_up()
+        self._dense = [
+            LayerReport(name, None, math.nan, "dense", left_out(module) or "no rank given")
+            for name, module in self.model.named_modules()
+            if isinstance(module, _ConvNd) and name not in self.ranks
+        ]
+
+    def _warn_where_none_is_paired(self, example_inputs: Any) -> None:
+        count = sum(is_batchnorm(module) for module in self.model.modules())
+        if count and not self._pairs and not any(find_batchnorms(self.model, example_inputs).values()):
+            warnings.warn(
+                f"{type(self.model).__name__} has {count} BatchNorms, and none was found right after a layer: nothing is "
+                "rectified; pass example_inputs= to look at a run, or batchnorms= to state the pairs",
+                stacklevel=3,
+            )
+
+    def _look_up(self) -> None:
+        """Find the layers as they are now; where anything was replaced, check and group them anew."""
+        try:
+            layers = {name: self.model.get_submodule(name) for name in self.ranks}
+            batchnorms = {name: self.model.get_submodule(bn) for name, bn in self._pairs.items()}
+        except AttributeError as error:
+            raise ValueError(f"a layer that was to be projected is gone from the model: {error}") from None
+        weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
+        alive = [*layers.values(), *batchnorms.values(), *weights.values()]
+        states = [w if w is None else (w.device, w.dtype, w.requires_grad) for w in weights.values()]
+        signature = [*map(id, alive), *states]
+        if signature == self._signature:
+            return
+        self._layers, self._weights, self._batchnorms, self._kept_alive = layers, weights, batchnorms, alive
         self._groups = defaultdict(list)  # Gram matrices of one size, rank and place are decomposed at once
-        for name, weight in self._weights.items():
-            N, D = weight.flatten(1).shape
-            if self.ranks[name] < min(N, D):  # elsewhere nothing is removed, so nothing is changed
+        self._twins, first = {}, {}  # name → name of the layer whose weight it shares
+        for name, layer in layers.items():
+            self._check(name, layer)
+            if (twin := first.setdefault(id(weights[name]), name)) != name:
+                self._twins[name] = twin
+                self._batchnorms.pop(name, None), self._batchnorms.pop(twin, None)
+        for name, layer in layers.items():
+            (N, D), weight = matrix_of(layer).shape, weights[name]
+            if self.ranks[name] < min(N, D) and weight.requires_grad and name not in self._twins:
                 group = (N, min(N, D), self.ranks[name], weight.device, weight.dtype, name in self._batchnorms)
                 self._groups[group].append(name)
-        self._dense = [
-            LayerReport(name, None, math.nan, "dense", "grouped" if module.groups > 1 else "no rank given")
-            for name, module in modules.items()
-            if isinstance(module, nn.Conv2d) and name not in self.ranks
-        ]
+        self._bases = {}
+        self._signature = signature
+
+    def _check(self, name: str, layer: nn.Module) -> None:
+        reason = left_out(layer) or (unwritable(layer) if layer_type(layer) else "it is no layer to project")
+        if reason:
+            raise ValueError(f"layer {name!r} ({type(layer).__name__}) cannot be projected: {reason}")
+        if name in self._batchnorms and not is_batchnorm(self._batchnorms[name]):
+            raise ValueError(f"layer {name!r} had the BatchNorm {self._pairs[name]!r} after it, which is one no longer")
+        N, D = matrix_of(layer).shape
+        if self.ranks[name] > min(N, D):
+            raise ValueError(f"rank of layer {name!r} is {self.ranks[name]}, but its weight is {N}×{D} now")
 
     @torch.no_grad()
     def step(self, *, exact: bool = False) -> list[LayerReport]:
@@ -103,57 +159,70 @@ class LowRankProjector:
             exact: take the exact path in spite of ``fast``: to be used for the last projection of all.
 
         Returns:
-            A report a layer, in the order of ``ranks``, then the convolutions that stay dense.
+            A report on each layer, in the order of ``ranks``, then on the convolutions that stay dense.
 
         Raises:
-            ValueError: a weight or a BatchNorm holds NaN or infinity; nothing has been changed then.
+            ValueError: a weight or a BatchNorm holds NaN or infinity, or a weight cannot be written any more; nothing has
+                been changed then.
         """
+        self._look_up()
         scales = {
             group: batchnorm_scale(*map(self._batchnorms.get, names))
             for group, names in self._groups.items()
             if names[0] in self._batchnorms
         }
-        self._refuse_lost_values(scales)
+        small = self._refuse_lost_values(scales)
         check = exact or self._steps % EXACT_EVERY == 0
         self._steps += 1
-        own = {}  # name → share of energy kept, whether it was followed, whether it is dead, its largest singular value if so
+        own = {}  # name → share of energy kept, whether it was followed, its largest singular value where it is dead
         for group, names in self._groups.items():
-            matrices, a = [_as_matrix(self._weights[name]) for name in names], scales.get(group)
+            rows = [_in_memory_order(rows_first(self._layers[name], self._weights[name].detach())) for name in names]
+            matrices, a = [row.flatten(1) for row in rows], scales.get(group)
             basis, followed = self._find_basis(group, matrices, a, check)
             kept = torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).tolist()
             largest = _dead_matrices(matrices, a, basis.energy)
-            own |= {
-                name: (kept[i], followed[i], i in largest, largest.get(i, 0.0))
-                for i, name in enumerate(names)
-            }
+            own |= {name: (kept[i], followed[i], largest.get(i)) for i, name in enumerate(names)}
             if largest:
                 alive = [i for i in range(len(names)) if i not in largest]
-                names, matrices = [names[i] for i in alive], [matrices[i] for i in alive]
+                names, matrices, rows = ([values[i] for i in alive] for values in (names, matrices, rows))
                 a, basis = None if a is None else a[alive], Basis(*(values[alive] for values in basis))
+            undone = [
+                (matrices[i], *_undo_exactly(matrices[i], a[i], Basis(*(values[i] for values in basis)), self.settings))
+                for i, name in enumerate(names)
+                if small.get(name)
+            ]
             if matrices:
                 project_on_basis_(matrices, basis, row_scale=a, **self.settings)
-            for name, matrix in zip(names, matrices, strict=True):
-                if matrix.data_ptr() != self._weights[name].data_ptr():
-                    self._weights[name].copy_(matrix.view(self._weights[name].shape))
-        reports = []
-        for name, rank in self.ranks.items():
-            energy_kept, was_followed, dead, largest = own.get(name, (1.0, False, False, 0.0))
-            if dead:
-                scaled = " as its BatchNorm scales it" if name in self._batchnorms else ""
-                reason = f"dead: largest singular value{scaled} {largest:.1e} < {DEAD_IN_TRAINING:.0e}"
-                reports.append(LayerReport(name, rank, math.nan, "left alone", reason))
-            else:
-                reports.append(
-                    LayerReport(name, rank, energy_kept, "projected", "followed" if was_followed else "")
-                )
-        return reports + self._dense
+            for matrix, which, exactly in undone:
+                matrix[which] = exactly
+            for row, matrix in zip(rows, matrices, strict=True):
+                if matrix.data_ptr() != row.data_ptr():
+                    row.copy_(matrix.view(row.shape))
+        return [self._report(name, own, small) for name in self.ranks] + self._dense
+
+    def _report(self, name: str, own: dict[str, tuple], small: dict[str, int]) -> LayerReport:
+        twin, rank = self._twins.get(name, name), self.ranks[name]
+        if not self._weights[name].requires_grad:
+            return LayerReport(name, rank, math.nan, "left alone", "frozen (requires_grad=False)")
+        energy_kept, followed, dead = own.get(twin, (1.0, False, None))
+        if dead is not None:
+            scaled = " as its BatchNorm scales it" if name in self._batchnorms else ""
+            reason = f"dead: largest singular value{scaled} {dead:.1e} < {DEAD_IN_TRAINING:.0e}"
+            return LayerReport(name, rank, math.nan, "left alone", reason)
+        reasons = ["followed"] if followed else []
+        if small.get(name):
+            limit = self.settings["row_eps"] ** 0.5
+            reasons.append(f"{small[name]} rows that BatchNorm scales by {limit:.1e} or less, undone exactly")
+        if name in self._twins:
+            reasons.append(f"shares its weight with {twin!r}, projected once and without rectification")
+        return LayerReport(name, rank, energy_kept, "projected", "; ".join(reasons))
 
     def _find_basis(
         self, group: tuple, matrices: list[Tensor], row_scale: Tensor | None, check: bool
     ) -> tuple[Basis, list[bool]]:
-        """Return the directions that the layers of a group keep, and which of them were followed from the last projection's."""
+        """Return the directions that the layers of a group keep, and which were followed from the last projection's."""
         rank, start = group[2], self._bases.get(group) if self.fast else None
-        grams = lambda **options: gram_matrices(matrices, row_scale, **options)  # (B, K, K)
+        grams = partial(gram_matrices, matrices, row_scale)  # (B, K, K)
         if start is None:
             basis = leading_basis(grams(), rank)
             followed = [False] * len(basis.kept)
@@ -162,13 +231,9 @@ class LowRankProjector:
             if check:
                 G = grams()
                 exact = leading_basis(G, rank)
-                lost = exact.kept - ((G @ basis.vectors) * basis.vectors).sum(
-                    dim=(1, 2)
-                )  # Σ_{i≤R} s_i² − tr QᵀGQ
-                if (
-                    certain
-                    & (lost > 3 * RESIDUAL_TOLERANCE * (exact.energy - exact.kept) + 1e-11 * exact.energy)
-                ).any():
+                kept = ((G @ basis.vectors) * basis.vectors).sum(dim=(1, 2))  # tr QᵀGQ
+                allowed = 3 * RESIDUAL_TOLERANCE * (exact.energy - exact.kept) + 1e-11 * exact.energy
+                if (certain & (exact.kept - kept > allowed)).any():
                     # The bound of follow_basis forbids it, so this is an error of ours, of the hardware or of a library.
                     logger.warning(
                         "the fast projection kept too little energy (%s); all projections are exact from here on",
@@ -184,23 +249,49 @@ class LowRankProjector:
             self._bases[group] = basis.vectors.to(torch.float32)
         return basis, followed
 
-    def _refuse_lost_values(self, scales: Mapping[tuple, Tensor]) -> None:
-        """Raise where a weight or a BatchNorm is not finite; norms and sums are fetched at once, in one wait for a GPU."""
+    def _refuse_lost_values(self, scales: Mapping[tuple, Tensor]) -> dict[str, int]:
+        """Raise where a weight or a BatchNorm is not finite; return how many rows each BatchNorm scales to almost nothing.
+
+        All numbers are fetched at once, in one wait for a GPU.
+        """
         names = list(self.ranks)
         weights = [self._weights[name].detach() for name in names]
-        wide = torch.promote_types(weights[0].dtype, torch.float32)
-        norms = torch.stack(torch._foreach_norm(weights, 2, wide)).double()  # one call, not one a layer
-        rows = {
-            name: row
-            for group, a in scales.items()
-            for name, row in zip(self._groups[group], a.sum(dim=1), strict=True)
-        }
+        wide = torch.float32
+        for weight in weights:
+            wide = torch.promote_types(wide, weight.dtype)
+        norms = torch.stack([n.to(weights[0].device) for n in torch._foreach_norm(weights, 2, wide)]).double()
+        rows, few = {}, {}
+        for group, a in scales.items():
+            counts = (a.square() <= self.settings["row_eps"]).sum(dim=1)
+            for name, row, count in zip(self._groups[group], a.sum(dim=1), counts, strict=True):
+                rows[name], few[name] = row.to(norms), count.to(norms)
         none = norms.new_zeros(())
         sums = norms + torch.stack([rows.get(name, none) for name in names])
-        for name, norm, both in zip(names, *torch.stack([norms, sums]).tolist(), strict=True):
+        counts = torch.stack([few.get(name, none) for name in names])
+        numbers = torch.stack([norms, sums, counts]).tolist()
+        for name, norm, both in zip(names, *numbers[:2], strict=True):
             if not math.isfinite(both):
                 what = "the BatchNorm after layer" if math.isfinite(norm) else "the weight of layer"
                 raise ValueError(f"NaN, infinity or overflow in {what} {name!r}; nothing was projected")
+        return {name: int(count) for name, count in zip(names, numbers[2], strict=True) if count}
+
+
+def _undo_exactly(M: Tensor, a: Tensor, basis: Basis, settings: Mapping) -> tuple[Tensor, Tensor]:
+    """Return which rows of M (N, D) have a² ≤ row_eps, and what they become where the scale is undone by 1/a, also at a = 0.
+
+    With V the kept right singular vectors of diag(a)·M, row n is q·M_n + (f − q)·M_n·V·Vᵀ: a is not in it.
+    """
+    which = a.square() <= settings["row_eps"]
+    V, kept, E = basis  # V: (K, R)
+    if M.shape[0] <= M.shape[1]:
+        V = M.double().mT @ (a.unsqueeze(1) * V)  # (D, R): s_i·v_i
+        length = torch.linalg.vector_norm(V, dim=0)
+        V = V / torch.where(length > 0, length, 1.0)
+    q, f = settings["residual"], 1.0
+    if settings["energy_transfer"]:
+        f = ((E - q**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
+    rows = M[which].double()
+    return which, (q * rows + (f - q) * (rows @ V) @ V.mT).to(M.dtype)
 
 
 def _dead_matrices(matrices: list[Tensor], row_scale: Tensor | None, energy: Tensor) -> dict[int, float]:
@@ -217,8 +308,8 @@ def _dead_matrices(matrices: list[Tensor], row_scale: Tensor | None, energy: Ten
     return dead
 
 
-def _as_matrix(weight: Tensor) -> Tensor:
-    """Return a weight as N×D matrix in the same memory, if that can be; the order of columns, which changes no result, is that of the memory."""
-    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-        weight = weight.permute(0, 2, 3, 1)
-    return weight.detach().flatten(1)
+def _in_memory_order(rows: Tensor) -> Tensor:
+    """Return rows of four dimensions with the others as they lie in memory, so that flattening copies nothing."""
+    if rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last):
+        return rows.permute(0, 2, 3, 1)
+    return rows

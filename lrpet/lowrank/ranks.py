@@ -3,45 +3,82 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType
+from numbers import Integral
 
 from torch import nn
+
+from lrpet.lowrank.layers import (
+    canonical_names,
+    count_parameters,
+    layer_type,
+    left_out,
+    matrix_of,
+    shared_weights,
+    unwrap,
+)
 
 __all__ = ["LayerReport", "compressible_layers", "rank_from_ratio", "ranks_from_ratio", "resolve_ranks"]
 
 
-def compressible_layers(model: nn.Module, layers: str | None = None) -> dict[str, tuple[int, int]]:
+def compressible_layers(
+    model: nn.Module, layers: str | Collection[str] | Callable | None = None
+) -> dict[str, tuple[int, int]]:
     """Return the layers that can be made low-rank, with the shape (N, D) of their weight as a matrix.
 
-    Every ``Conv2d`` with one group counts; grouped and depthwise convolutions stay dense. Linear layers
-    count on request: the paper leaves the classifier of a CNN dense.
+    Every convolution of one group counts; grouped and depthwise ones stay dense, and so do subclasses with a forward of
+    their own, see :func:`lrpet.select` for the reasons. Linear layers count on request: the paper leaves the classifier
+    of a CNN dense.
 
     Args:
-        model: any module.
-        layers: None for all convolutions; else a pattern, as ``*.mlp.*`` or ``*``, and of all convolutions and
-            Linear layers those whose name matches count.
+        model: any module; of a wrapped one (DistributedDataParallel, torch.compile) the network inside.
+        layers: None for all convolutions; else a pattern of names, as ``*.mlp.*`` or ``*``, a list of such patterns, or a
+            function of name and module; of all convolutions and Linear layers those that it fits count.
+
+    Raises:
+        ValueError: ``model`` or ``layers`` is something else.
 
     >>> compressible_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 2)))
     {'0': (8, 27)}
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model must be a torch.nn.Module; got {type(model).__name__} {model!r}; build_model makes one of a name"
-        )
-    if not isinstance(layers, (str, NoneType)):
-        raise ValueError(f"layers must be null or a pattern of layer names, as '*.mlp.*'; got {layers!r}")
+    fits, shared, model = matcher(layers), None, unwrap(model)
     shapes = {}
     for name, module in model.named_modules():
-        convolution = isinstance(module, nn.Conv2d) and module.groups == 1
-        if (
-            convolution
-            if layers is None
-            else (convolution or isinstance(module, nn.Linear)) and fnmatch.fnmatchcase(name, layers)
-        ):
-            shapes[name] = (module.weight.shape[0], module.weight[0].numel())
+        kind = layer_type(module)
+        if kind is None or left_out(module) or not (fits(name, module) if layers is not None else kind is not nn.Linear):
+            continue
+        shared = shared_weights(model) if shared is None else shared
+        if not foreign(model, shared.get(name, [])):
+            shapes[name] = tuple(matrix_of(module).shape)
     return shapes
+
+
+def foreign(model: nn.Module, names: Sequence[str]) -> str:
+    """Return the first of some modules that is no layer to compress, as the embedding that a weight is shared with."""
+    return next((name for name in names if layer_type(model.get_submodule(name)) is None), "")
+
+
+def matcher(layers: str | Collection[str] | Callable | None, *, setting: str = "layers") -> Callable:
+    """Return the function of name and module that a pattern, a list of patterns or a function stands for.
+
+    >>> matcher(["*.mlp.*", "head"])("head", None)
+    True
+    """
+    if callable(layers):
+        return layers
+    patterns = [layers] if isinstance(layers, str) else [] if layers is None else layers
+    if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(
+            f"{setting} must be null, a pattern of layer names, as '*.mlp.*', a list of such, or a function of name and "
+            f"module; got {layers!r}"
+        )
+
+    def fits(name: str, module: nn.Module) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    return fits
 
 
 def rank_from_ratio(K: int, prune_ratio: float) -> int:
@@ -68,16 +105,20 @@ def rank_from_ratio(K: int, prune_ratio: float) -> int:
     return max(1, int(K - K * float(prune_ratio)))
 
 
-def ranks_from_ratio(model: nn.Module, prune_ratio: float, *, layers: str | None = None) -> dict[str, int]:
+def ranks_from_ratio(
+    model: nn.Module, prune_ratio: float, *, layers: str | Collection[str] | Callable | None = None
+) -> dict[str, int]:
     """Return the rank of every compressible layer for one prune ratio.
 
     Args:
         model: any module; see :func:`compressible_layers` for which layers count.
         prune_ratio: ρ in [0, 1).
-        layers: None for all convolutions; else a pattern of names, for Linear layers too, as ``*.mlp.*``.
+        layers: None for all convolutions; else a pattern of names, for Linear layers too, as ``*.mlp.*``, a list of
+            patterns, a function of name and module, or a plan of :func:`lrpet.select`.
 
     Returns:
-        Layer name → R, in module order.
+        Layer name → R, in module order; for a plan, that plan with ranks. A warning says where the ranks cover less than half of the model's parameters
+        by default, or where the factors of layers are larger than they are.
 
     Raises:
         ValueError: the ratio is out of range, or no layer can be compressed.
@@ -90,9 +131,35 @@ def ranks_from_ratio(model: nn.Module, prune_ratio: float, *, layers: str | None
     shapes = compressible_layers(model, layers)
     if not shapes:
         raise ValueError(
-            f"{type(model).__name__} has no layer to compress: no Conv2d with one group, or none whose name matches layers={layers!r}"
+            f"{type(model).__name__} has no layer to compress: no convolution with one group, or none whose name matches "
+            f"layers={layers!r}"
         )
-    return {name: rank_from_ratio(min(shape), prune_ratio) for name, shape in shapes.items()}
+    ranks = {name: rank_from_ratio(min(shape), prune_ratio) for name, shape in shapes.items()}
+    warn_of_growth(shapes, ranks)
+    if layers is None:
+        warn_of_coverage(sum(N * D for N, D in shapes.values()) / max(1, count_parameters(unwrap(model))))
+    return layers.with_ranks(ranks) if hasattr(layers, "with_ranks") else ranks
+
+
+def warn_of_growth(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> None:
+    """Warn where factors R·(N + D) are larger than the dense weight N·D."""
+    larger = [name for name, (N, D) in shapes.items() if N * D < ranks[name] * (N + D) and ranks[name] < min(N, D)]
+    if larger:
+        warnings.warn(
+            f"at these ranks the factors of {len(larger)} of {len(shapes)} layers cost more than the layers themselves, "
+            f"the first is {larger[0]!r}; lower their ranks or leave them out",
+            stacklevel=3,
+        )
+
+
+def warn_of_coverage(share: float) -> None:
+    """Warn where less than half of a model's parameters take part."""
+    if share < 0.5:
+        warnings.warn(
+            f"only {share:.1%} of the model's parameters are in the layers with a rank; print(lrpet.select(model, \"*\")) "
+            "shows all layers, and layers=, a pattern of names, chooses among them",
+            stacklevel=3,
+        )
 
 
 def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) -> dict[str, int]:
@@ -103,20 +170,23 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) ->
         ranks: layer name → R (any subset; the others stay dense), or one R for each compressible convolution.
 
     Returns:
-        Layer name → R.
+        Layer name → R; a module of two names appears under its first.
 
     Raises:
-        ValueError: unknown or grouped layer, wrong length, or a rank outside 1 … min(N, D).
+        ValueError: a name that the model lacks, a layer that cannot be made low-rank, with the reason, a wrong length, a
+            rank outside 1 … min(N, D), or layers that share a weight and not the rank.
 
     Source: the list form is how the authors print searched ranks.
 
     >>> resolve_ranks(nn.Sequential(nn.Conv2d(3, 16, 3)), [6])
     {'0': 6}
     """
+    model = unwrap(model)
     if not isinstance(ranks, Mapping):
         if not isinstance(ranks, Sequence) or isinstance(ranks, str):
             raise ValueError(
-                f"ranks must be a list of whole numbers or a map of layer names to them; got {ranks!r}; ranks_from_ratio makes one"
+                f"ranks must be a list of whole numbers or a map of layer names to them; got {ranks!r}; "
+                "ranks_from_ratio makes one"
             )
         names = list(compressible_layers(model))
         if len(ranks) != len(names):
@@ -124,21 +194,30 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) ->
                 f"ranks has {len(ranks)} entries, but the model has {len(names)} compressible convolutions"
             )
         ranks = dict(zip(names, ranks, strict=True))
-    shapes = compressible_layers(model, "*")
-    modules = dict(model.named_modules())
-    for name, rank in ranks.items():
-        if name not in modules:
+    first, shared, resolved = canonical_names(model), shared_weights(model), {}
+    for given, rank in ranks.items():
+        name = given if given in first else given.removeprefix("_orig_mod.").removeprefix("module.")
+        if name not in first:
+            some = ", ".join(list(compressible_layers(model, "*"))[:5])
+            raise ValueError(f"ranks names a layer {given!r} that the model does not have; it has {some}, …")
+        module, name = model.get_submodule(name), first[name]
+        other = foreign(model, shared.get(name, []))
+        reason = f"its weight is also that of {other!r}, which factorizing would not shrink" if other else left_out(module)
+        if layer_type(module) is None or reason:
+            reason = reason or "only convolutions with one group and Linear layers can"
             raise ValueError(
-                f"ranks names a layer {name!r} that the model does not have; it has {', '.join(list(shapes)[:5])}, …"
+                f"layer {name!r} ({type(module).__name__}) cannot be made low-rank: {reason}; leave it out of ranks"
             )
-        if name not in shapes:
-            raise ValueError(
-                f"layer {name!r} ({type(modules[name]).__name__}) cannot be made low-rank; only Conv2d with one group and Linear can"
-            )
-        K = min(shapes[name])
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= K:
+        K = min(matrix_of(module).shape)
+        if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= K:
             raise ValueError(f"rank of layer {name!r} must be an integer from 1 to {K}; got {rank!r}")
-    return dict(ranks)
+        if resolved.setdefault(name, int(rank)) != rank:
+            raise ValueError(f"ranks gives layer {name!r} two ranks under two names, {resolved[name]} and {rank}")
+    for name, others in shared.items():
+        apart = [other for other in others if name in resolved and resolved.get(other) != resolved[name]]
+        if apart:
+            raise ValueError(f"layers {name!r} and {apart[0]!r} share one weight; give both the same rank")
+    return resolved
 
 
 @dataclass(frozen=True)

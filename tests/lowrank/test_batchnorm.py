@@ -70,7 +70,7 @@ def test_pairs_follow_the_graph_and_not_the_order_of_registration():
     ],
     ids=["direct", "relu between", "sum between", "method between", "convolution between", "output"],
 )
-def test_only_a_batchnorm_right_behind_a_convolution_counts(forward, of_a):
+def test_only_a_batchnorm_right_after_a_convolution_counts(forward, of_a):
     assert find_batchnorms(Module(forward))["a"] == of_a
 
 
@@ -176,7 +176,7 @@ def test_a_batchnorm_of_another_width_is_refused_with_both_names(stated):
 
 
 def test_a_batchnorm_without_running_statistics_is_refused_with_both_names():
-    with pytest.raises(ValueError, match=r"BatchNorm '1' behind layer '0' keeps no running statistics"):
+    with pytest.raises(ValueError, match=r"BatchNorm '1' after layer '0' keeps no running statistics"):
         resolve_batchnorms(nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False)), ["0"])
 
 

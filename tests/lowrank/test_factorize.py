@@ -49,7 +49,7 @@ def test_factorizing_and_folding_keep_the_outputs_of_every_network(name):
     model = randomize_batchnorms(build_model(name)).eval()
     x = images(name)
     assert_same_outputs(model, fold_batchnorm(model), x)
-    ranks = ranks_from_ratio(model, 0.57)
+    ranks = ranks_from_ratio(model, 0.57, layers="*.mlp.*" if name == "vit" else None)
     LowRankProjector(model, ranks).step()
     compact = factorize(model, ranks)
     assert_same_outputs(model, compact, x)

@@ -1,0 +1,56 @@
+"""One run of a network on example inputs, in evaluation mode, that leaves the network as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["call", "watching"]
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """Run a network on a tensor (or any one argument), on a tuple of arguments, or on a dict of named ones.
+
+    >>> call(nn.Linear(2, 3), (torch.ones(1, 2),)).shape
+    torch.Size([1, 3])
+    """
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    return model(*example_inputs) if isinstance(example_inputs, tuple) else model(example_inputs)
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[list]:
+    """Set a model to evaluation without gradients; take back its modes, and the hooks put into the list, at the end.
+
+    >>> model = nn.Linear(2, 2).train()
+    >>> with watching(model) as hooks:
+    ...     hooks.append(model.register_forward_hook(lambda *_: None))
+    >>> model.training, len(model._forward_hooks)
+    (True, 0)
+    """
+    modes, hooks = {module: module.training for module in model.modules()}, []
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield hooks
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+
+
+def image_like(model: nn.Module, input_shape) -> Tensor:
+    """Return zeros (1, *input_shape) of the model's dtype and on its device.
+
+    >>> image_like(nn.Linear(2, 2).double(), (3, 2)).dtype
+    torch.float64
+    """
+    parameters = (p for p in model.parameters() if p.is_floating_point())
+    like = next(parameters, torch.empty(0))
+    return torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
