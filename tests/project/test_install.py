@@ -167,3 +167,30 @@ def test_given_python_is_used_as_it_is(setup):
     assert setup(LRPET_PYTHON=given).installed == []
     refused = setup(LRPET_PYTHON=str(setup.root / "none"))
     assert refused.returncode == 1 and "does not run" in refused.stderr
+
+
+# A python that says which module it was to run, and is a real one otherwise.
+LISTENER = f"""#!/bin/bash
+case "$*" in "-m "*) echo "called $*" ;; *) exec "{sys.executable}" "$@" ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "chosen", "notebooks"),
+    [
+        (["run_tests.sh"], "-m not slow", False),
+        (["run_tests.sh", "-k", "projection"], "-k projection", False),
+        (["run_tests.sh", "--all"], "", True),
+        ([".ci/run"], "", True),
+    ],
+)
+def test_which_tests_a_command_runs(tmp_path, command, chosen, notebooks):
+    python, (script, *arguments) = tmp_path / "python", command
+    python.write_text(LISTENER)
+    python.chmod(0o755)
+    environment = {**os.environ, "LRPET_PYTHON": str(python)}
+    done = subprocess.run([PROJECT / script, *arguments], env=environment, capture_output=True, text=True)
+    called = [line for line in done.stdout.splitlines() if line.startswith("called -m pytest")]
+    assert called[0].endswith(f"loadscope {chosen}".strip())
+    assert [line for line in called if "notebooks/08_tables.ipynb" in line] == called[1:]
+    assert bool(called[1:]) == notebooks
