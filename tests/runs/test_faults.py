@@ -413,6 +413,7 @@ def test_no_flipped_bit_of_the_weights_goes_unnoticed(undisturbed, tmp_path):
             load_network(load_run(folder))
 
 
+@pytest.mark.slow
 @damages
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_also_where_the_run_is_killed_right_then(
     undisturbed, damage, capfd
@@ -566,6 +567,7 @@ def test_a_process_that_was_told_to_ignore_ctrl_c_ignores_it(monkeypatch):
 ENDLESS = RunConfig(epochs=100_000, milestones=())
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_ends_with_a_checkpoint_in_five_seconds_and_status_130():
     command = [sys.executable, "-m", "lrpet", "train", *fields(ENDLESS), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -584,6 +586,7 @@ def test_ctrl_c_in_a_terminal_ends_with_a_checkpoint_in_five_seconds_and_status_
     assert load_checkpoint(checkpoint)["step"] >= 21
 
 
+@pytest.mark.slow
 def test_interrupt_kernel_in_jupyter_ends_with_a_checkpoint_and_the_cell_can_be_run_again():
     from jupyter_client.manager import start_new_kernel
 
