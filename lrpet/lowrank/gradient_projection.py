@@ -69,7 +69,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def projection_groups(
     model: nn.Module, strategy: str, *, layers: str, **settings: Any
 ) -> list[dict[str, Any]]:
-    """Divide a model's trainable parameters into a group whose gradients are projected and a plain one for Adam.
+    """Divide a model's trainable parameters into a projected group and a plain one.
 
     Only the weights of matching layers are projected. Published choices are the block matrices: attention and
     MLP, never embeddings, norms, biases or the output head.
@@ -128,7 +128,8 @@ class GradientProjection(torch.optim.Optimizer):
     ``random``    orthonormal, unlike G: a control       every ``every`` steps
     ============  =====================================  =================================================
 
-    Settings of a group beside ``lr``, ``betas``, ``eps`` and ``weight_decay``; defaults are in ``STRATEGIES``:
+    Settings of a group beside ``lr``, ``betas``, ``eps`` and ``weight_decay``, with defaults in
+    ``STRATEGIES``:
 
     - ``rank``: r; at most the short side is used, of VLoRP that of the cut matrix.
     - ``scale``: α, a factor on the learning rate of the projected layers.
@@ -452,13 +453,13 @@ class GradientProjection(torch.optim.Optimizer):
                 kind = "complex" if G.is_complex() else "sparse"
                 raise ValueError(f"{item.name}: the gradient is {kind}, and must be dense and real")
         items = [item for item in items if item.group["strategy"] is not None]
-        finite = [item.parameter.grad.isfinite().all() for item in items]
-        # Stacked, they make the host wait for a GPU once.
-        if finite and not torch.stack([good.to(finite[0].device) for good in finite]).all():
-            name = next(item.name for item, good in zip(items, finite, strict=True) if not good)
-            raise ValueError(
-                f"{name}: the gradient holds NaN or infinite values; look at the loss or skip the step"
-            )
+        sums = [item.parameter.grad.sum() for item in items]  # cheap, and finite only where every entry is
+        # Stacked, they make the host wait for a GPU once. A sum may also overflow.
+        if items and not torch.stack([each.to(sums[0]) for each in sums]).isfinite().all():
+            for item in items:
+                if not item.parameter.grad.isfinite().all():
+                    what = "the gradient holds NaN or infinite values; look at the loss or skip the step"
+                    raise ValueError(f"{item.name}: {what}")
         due = [item for item in items if self._state(item)["due"]]
         stored = [item for item in due if item.group["strategy"] != "vlorp"]
         for item, basis in zip(stored, self._new_bases(stored), strict=True):
@@ -538,7 +539,7 @@ class GradientProjection(torch.optim.Optimizer):
             p.mul_(1 - group["lr"] * group["weight_decay"])
         state["step"] += 1
         if strategy is None:
-            update = _adam(G, state, group)
+            update = group["lr"] * _adam(G, state, group)
         else:
             frame = item.frame()
             basis = item.drawn_basis(state["refreshes"]) if strategy == "vlorp" else state["basis"]
@@ -546,10 +547,12 @@ class GradientProjection(torch.optim.Optimizer):
             state["since"] += 1
             state["due"] |= _due(S, state, group)
             if strategy == "vlorp":
-                update = _projfactor(S, lambda X: frame.up(X, basis).reshape(len(p), -1), state, group)
+                update = group["lr"] * _projfactor(
+                    S, lambda X: frame.up(X, basis).view(len(p), -1), state, group
+                )
             else:
-                update = group["scale"] * frame.up(_adam(S, state, group), basis)
-        p.sub_(group["lr"] * update.view(p.shape))
+                update = frame.up(group["lr"] * group["scale"] * _adam(S, state, group), basis)
+        p.sub_(update.view(p.shape))
 
 
 class _Frame(NamedTuple):
@@ -573,7 +576,7 @@ class _Frame(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """A parameter of the optimizer, with its position among all, the name that errors give it, and its group."""
+    """A parameter, with its position in the optimizer, the name that errors give it, and its group."""
 
     number: int
     name: str
@@ -588,20 +591,19 @@ class _Item:
         """Return how this parameter's gradient is read; decided by shape and settings alone."""
         p, grain = self.parameter, self.group.get("grain", 1)
         if p.ndim < 2 or not p.numel():
-            raise ValueError(
-                f"{self.name}: a weight of shape {tuple(p.shape)} cannot be projected; it needs two axes or "
-                "more, none of them empty"
-            )
+            shape = tuple(p.shape)
+            raise ValueError(f"{self.name}: a weight of shape {shape} cannot be projected; it needs two axes")
         N, D = len(p), p.numel() // len(p)
-        tall, c = N >= D, Fraction(grain).limit_denominator(2**20)  # 1/3 as a float is close enough
-        rows, columns = (N * c, D / c) if tall else (N / c, D * c)
-        if rows.denominator > 1 or columns.denominator > 1:
+        tall, (c, d) = N >= D, Fraction(grain).limit_denominator(2**20).as_integer_ratio()  # 1/3 is a float
+        if not tall:
+            c, d = d, c
+        if N * c % d or D * d % c:
             raise ValueError(
                 f"{self.name}: grain must divide the short side of the {N}×{D} gradient, or 1/grain the long "
                 f"one; got {grain}"
             )
-        side = int(columns if tall else rows)
-        return _Frame(int(rows), int(columns), tall, min(self.group["rank"], side))
+        rows, columns = N * c // d, D * d // c
+        return _Frame(rows, columns, tall, min(self.group["rank"], columns if tall else rows))
 
     def gradient(self) -> Tensor:
         """Return the gradient in the optimizer's precision, as the matrix that is projected where it is."""
@@ -691,7 +693,7 @@ def _adam(S: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     (beta1, beta2), t = group["betas"], state["step"]
     m = state["exp_avg"].lerp_(S, 1 - beta1)
     v = state["exp_avg_sq"].mul_(beta2).addcmul_(S, S, value=1 - beta2)
-    return (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
+    return (m / (1 - beta1**t)) / (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
 
 
 def _projfactor(
@@ -705,7 +707,7 @@ def _projfactor(
     col = state["col"].lerp_(square.sum(dim=0), 1 - beta2)
     total = row.sum()
     V = torch.outer(row / total.where(total > 0, 1.0), col)  # 0, not 0/0, where no gradient came yet
-    return math.sqrt(1 - beta2**t) / (1 - beta1**t) * up(m) / (V.sqrt() + group["eps"])
+    return up(math.sqrt(1 - beta2**t) / (1 - beta1**t) * m) / V.sqrt_().add_(group["eps"])
 
 
 def _product(A: Tensor, B: Tensor) -> Tensor:
