@@ -46,7 +46,7 @@ def _evenly(values: Sequence, n: int) -> list:
 
 
 def _spectrum(table: pd.DataFrame, layer: str, epoch: int, when: str, rank: int | None) -> pd.DataFrame:
-    """Return i and s of one spectrum; after a projection the first R only, as the others are zero but for rounding."""
+    """Return i and s of one spectrum; after a projection the first R only, as the others are rounding."""
     rows = table[(table["layer"] == layer) & (table["epoch"] == epoch) & (table["when"] == when)]
     return rows[rows["i"] <= rank] if when == "after" and rank is not None else rows
 
@@ -58,14 +58,15 @@ def _at_rank(ax, rank: int | None) -> None:
 
 @in_style()
 def plot_spectra(spectra: Mapping[str, pd.DataFrame], ranks: Mapping[str, int]) -> ProjectFigure:
-    """Draw the singular values of each layer at the last epoch that every run recorded, before and after the projection.
+    """Draw the singular values of each layer at the last epoch that every run recorded.
 
     Args:
         spectra: method → table of :func:`lrpet.training.recording.load_spectra`; may be empty.
-        ranks: layer → R, drawn as a dotted line; values behind it are removed.
+        ranks: layer → R, drawn as a dotted line; values after it are removed.
 
     Returns:
-        A panel a layer, twenty layers evenly chosen of more: s_i against i. Lines are before the projection, markers after it.
+        A panel per layer, twenty layers evenly chosen of more: s_i against i. Lines are before the
+        projection, markers after it.
 
     >>> plot_spectra({}, {}).axes[0].texts[0].get_text()
     'not recorded'
@@ -119,16 +120,17 @@ def plot_spectra(spectra: Mapping[str, pd.DataFrame], ranks: Mapping[str, int]) 
 def plot_spectra_over_training(
     spectra: Mapping[str, pd.DataFrame], layers: Sequence[str], ranks: Mapping[str, int]
 ) -> ProjectFigure:
-    """Draw how the singular values of some layers change over the epochs, a column a method.
+    """Draw how the singular values of some layers change over the epochs, a column per method.
 
     Args:
         spectra: method → table of :func:`lrpet.training.recording.load_spectra`; may be empty.
-        layers: a row each.
+        layers: one row each.
         ranks: layer → R, drawn as a dotted line.
 
     Returns:
-        A grid of panels: s_i on a log scale against i, four of the recorded epochs from pale (early) to dark (late). Lines are
-        before the projection that ends the epoch, dots after it. Panels of a row share their axes.
+        A grid of panels: s_i on a log scale against i, four of the recorded epochs from pale (early) to dark
+        (late). Lines are before the projection that ends the epoch, dots after it. Panels of a row share
+        their axes.
 
     >>> plot_spectra_over_training({}, ["conv"], {}).axes[0].texts[0].get_text()
     'not recorded'
@@ -177,9 +179,11 @@ def plot_energy_kept(shares: pd.DataFrame) -> ProjectFigure:
         shares: table of :func:`lrpet.tables.recorded.energy_shares`; may be empty.
 
     Returns:
-        Two panels, in %: the layers at the last epoch; mean (thick) and lowest (thin) of all layers over the epochs.
+        Two panels, in %: the layers at the last epoch; mean (thick) and lowest (thin) of all layers over the
+        epochs.
 
-    >>> plot_energy_kept(pd.DataFrame(columns=["method", "epoch", "layer", "kept_pct"])).axes[0].texts[0].get_text()
+    >>> nothing = pd.DataFrame(columns=["method", "epoch", "layer", "kept_pct"])
+    >>> plot_energy_kept(nothing).axes[0].texts[0].get_text()
     'not recorded'
     """
     figure = ProjectFigure(3.4)
@@ -213,14 +217,15 @@ def plot_energy_kept(shares: pd.DataFrame) -> ProjectFigure:
 
 @in_style()
 def plot_gradients(gradients: Mapping[str, pd.DataFrame]) -> ProjectFigure:
-    """Draw the gradient norms of some runs, by layer and over the epochs, as they are and freed of the weight's scale.
+    """Draw the gradient norms of runs, by layer and over the epochs, with and without the weight's scale.
 
     Args:
         gradients: method → table of :func:`lrpet.training.recording.load_gradients`; may be empty.
 
     Returns:
-        Four panels on log scales. Left: each layer, geometric mean over the recorded epochs. Right: the first layer over the epochs.
-        Above: ‖∂L/∂M‖. Below: ‖M‖·‖∂L/∂M‖, which does not change when a BatchNorm follows and M is multiplied by a number.
+        Four panels on log scales. Left: each layer, geometric mean over the recorded epochs. Right: the first
+        layer over the epochs. Above: ‖∂L/∂M‖. Below: ‖M‖·‖∂L/∂M‖, which does not change when a BatchNorm
+        follows and M is multiplied by a number.
 
     >>> plot_gradients({}).axes[0].texts[0].get_text()
     'not recorded'
@@ -268,9 +273,11 @@ def plot_gradient_ratios(ratios: pd.DataFrame) -> ProjectFigure:
         ratios: table of :func:`lrpet.tables.recorded.gradient_ratios`; may be empty.
 
     Returns:
-        Two maps with one log scale of colours that is symmetric about 1; a dot marks where LRPET's is the larger one.
+        Two maps with one log scale of colours that is symmetric about 1; a dot marks where LRPET's is the
+        larger one.
 
-    >>> plot_gradient_ratios(pd.DataFrame(columns=["epoch", "layer", "gradient", "scale_free"])).axes[0].texts[0].get_text()
+    >>> nothing = pd.DataFrame(columns=["epoch", "layer", "gradient", "scale_free"])
+    >>> plot_gradient_ratios(nothing).axes[0].texts[0].get_text()
     'not recorded'
     """
     layers = list(dict.fromkeys(ratios["layer"]))
@@ -306,13 +313,14 @@ def plot_gradient_ratios(ratios: pd.DataFrame) -> ProjectFigure:
 
 @in_style()
 def plot_gradient_bound(panels: Mapping[str, Mapping[str, pd.DataFrame]]) -> ProjectFigure:
-    """Draw the gradient that arrives at each layer, and the bound by the product of the norms of the layers above it.
+    """Draw the gradient that arrives at each layer, and the bound by the norms of the layers above it.
 
     Args:
-        panels: title → method → a row a layer from the input, with ``gradient`` = ‖∂L/∂h‖ and ``bound``.
+        panels: title → method → a row per layer from the input, with ``gradient`` = ‖∂L/∂h‖ and ``bound``.
 
     Returns:
-        A panel a title, on a log scale against the number of the layer: markers are measured, thin lines the bound.
+        A panel per title, on a log scale against the number of the layer: markers are measured, thin lines
+        the bound.
 
     >>> table = pd.DataFrame({"gradient": [1.0, 2.0], "bound": [4.0, 2.0]})
     >>> plot_gradient_bound({"one network": {"dense": table}}).axes[0].get_ylabel()
@@ -350,7 +358,7 @@ def plot_gradient_bound(panels: Mapping[str, Mapping[str, pd.DataFrame]]) -> Pro
 
 
 def _logarithmic(ax) -> None:
-    """Give the y axis a log scale that is labelled at 1, 2 and 5 times a power of ten where it spans less than two of them."""
+    """Give the y axis a log scale, labelled at 1, 2, 5 times a power of ten where it spans less than two."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     if high < 100 * low:

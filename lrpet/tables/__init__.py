@@ -7,9 +7,6 @@ from lrpet.tables.one_run import comparison, verdict
 from lrpet.tables.pages import headline, summary_of, write_pages, write_tables
 from lrpet.tables.recorded import (
     choose_runs,
-    describe_energy,
-    describe_gradients,
-    describe_projections,
     energy_shares,
     gradient_ratios,
     read_recorded,
@@ -24,9 +21,6 @@ __all__ = [
     "claims_table",
     "comparison",
     "cost_table",
-    "describe_energy",
-    "describe_gradients",
-    "describe_projections",
     "differences",
     "energy_shares",
     "gradient_ratios",

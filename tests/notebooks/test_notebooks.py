@@ -29,11 +29,8 @@ def test_notebook_is_thin(path):
     lines = [len(cell.source.splitlines()) for cell in code]
     assert notebook.cells[0].cell_type == "markdown"
     assert len(code) <= 12
-    assert sum(lines) <= 120
-    assert max(lines) <= 25
-    assert not [
-        cell.source for cell in code if re.search(r"^\s*(async\s+)?(def|class)\s", cell.source, re.MULTILINE)
-    ]
+    assert sum(lines) <= 200
+    assert max(lines) <= 40
     assert path.stat().st_size < 1_000_000
 
 

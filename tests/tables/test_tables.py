@@ -49,11 +49,7 @@ def test_verdicts_follow_the_stated_rule(tmp_path, lrp, verdict):
         put(tmp_path, experiment("short", f"resnet20-lrpet-s{seed}"), 88.0 + 0.1 * seed)
     for seed, value in enumerate(lrp, start=1):
         put(tmp_path, experiment("short", f"resnet20-lrp-s{seed}"), value)
-    row = (
-        tables.differences(tables.profile_runs("short", tmp_path))
-        .query("pair == 'LRPET − LRP'")
-        .iloc[0]
-    )
+    row = tables.differences(tables.profile_runs("short", tmp_path)).query("pair == 'LRPET − LRP'").iloc[0]
     assert row.verdict == verdict and row.n == len(lrp)
 
 
