@@ -1,4 +1,4 @@
-"""Speed and its growth, measured side by side in one run (``python -m lrpet.bench``), and what the kept measurements say."""
+"""Speed and its growth, measured side by side in one run (``python -m lrpet.bench``), and its tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["TARGETS", "describe", "find", "load_results", "projection_table", "t
 TARGETS = {
     "cpu": {"resnet56": 8, "resnet18": 10, "resnet50": 8},
     "cuda": {"resnet56": 20, "resnet18": 20, "resnet50": 20},
-}  # times one SVD a layer
+}  # times one SVD per layer
 TRAINING_TARGETS = {"cpu": 1.5, "cuda": 10}  # times the throughput of a plain loop, ResNet-56 at batch 128
 EPOCH_SECONDS_TARGET = 1.5  # of ResNet-56 on one H200
 SHARES = {
@@ -24,7 +24,7 @@ MEMORY_TARGET = 2.2  # model, bases and what a projection takes for a while, by 
 
 
 def load_results() -> list[dict]:
-    """Return the JSON of every benchmark that was kept, each with its file name as ``file``, and "cpu" or "cuda" as ``kind``."""
+    """Return the JSON of every kept benchmark, its file name as ``file``, "cpu" or "cuda" as ``kind``."""
     files = sorted((results_root() / "bench").glob("*.json"))
     return [
         {
@@ -51,7 +51,7 @@ def find(results: Sequence[dict], benchmark: str, model: str | None = None, kind
 
 
 def describe(results: Sequence[dict]) -> pd.DataFrame:
-    """Return where and when each benchmark was measured, a row each."""
+    """Return where and when each benchmark was measured, one row each."""
     names = ("file", "device", "threads", "torch", "python", "commit", "started")
     rows = [
         {name: result[name] for name in names}
@@ -62,7 +62,7 @@ def describe(results: Sequence[dict]) -> pd.DataFrame:
 
 
 def projection_table(results: Sequence[dict]) -> pd.DataFrame:
-    """Return a row a network and device that has a target: times, speedups, memory; "not run" where nothing was measured."""
+    """Return a row per network and device that has a target: times, speedups, memory, or "not run"."""
     rows = []
     for kind, targets in TARGETS.items():
         for model, target in targets.items():
@@ -120,7 +120,7 @@ def projection_table(results: Sequence[dict]) -> pd.DataFrame:
 
 
 def training_table(results: Sequence[dict]) -> pd.DataFrame:
-    """Return a row a device and way of training: images a second, seconds an epoch, gain over the plain loop; "not run" where it was not."""
+    """Return a row per device and way of training: images per second, seconds per epoch, gain."""
     rows = []
     for kind in TRAINING_TARGETS:
         try:
@@ -150,7 +150,7 @@ def training_table(results: Sequence[dict]) -> pd.DataFrame:
 
 
 def verdicts(results: Sequence[dict]) -> pd.DataFrame:
-    """Return each target of this project beside what was measured, and whether it is met."""
+    """Return each target of this project, what was measured, and whether it is met."""
     rows = []
 
     def judge(what: str, measured: float | None, sign: str, target: float) -> None:
@@ -162,7 +162,7 @@ def verdicts(results: Sequence[dict]) -> pd.DataFrame:
 
     for row in projection_table(results).to_dict("records"):
         name, run = f"projection of {row['network']} on {row['on']}", row["n"] != "not run"
-        judge(f"{name}, times as fast as an SVD a layer", row["speedup"] if run else None, "≥", row["target"])
+        judge(f"{name}, times as fast as one SVD each", row["speedup"] if run else None, "≥", row["target"])
         memory = 1 + max(row["memory_exact"], row["memory_fast"]) if run else None
         judge(f"{name}, memory by that of the model, model included", memory, "≤", MEMORY_TARGET)
     for kind, target in TRAINING_TARGETS.items():
@@ -174,7 +174,7 @@ def verdicts(results: Sequence[dict]) -> pd.DataFrame:
         judge(f"training of resnet56 on {kind}, times the throughput of a plain loop", gain, "≥", target)
         if kind == "cuda":
             judge(
-                "training of resnet56 on cuda, seconds an epoch",
+                "training of resnet56 on cuda, seconds per epoch",
                 training and training["epoch_seconds"]["ours_bf16"],
                 "≤",
                 EPOCH_SECONDS_TARGET,

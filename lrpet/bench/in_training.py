@@ -1,4 +1,4 @@
-"""A network caught in training: its weights ten steps of SGD after a projection, to be put back as often as one likes."""
+"""A network in training: its weights ten steps of SGD after a projection, to be put back at will."""
 
 from __future__ import annotations
 

@@ -39,10 +39,11 @@ def bench_inference(
         seconds: see ``rounds``; for one setting.
 
     Returns:
-        ``ideal``, dense by compact multiply-adds; ``rows``, one a batch size, number of threads, memory format and mode (eager or
-        ``torch.compile``, at all threads only), each with the seconds of ``dense``, ``compact`` and, if eager, ``selective`` (compact
-        with ``min_gain=1``: layers that lose stay dense), and the gain of the latter two; ``layers``, the measured gain of
-        each distinct one, for each batch size, beside its ideal.
+        ``ideal``, dense by compact multiply-adds; ``rows``, one a batch size, number of threads, memory
+        format and mode (eager or ``torch.compile``, at all threads only), each with the seconds of ``dense``,
+        ``compact`` and, if eager, ``selective`` (compact with ``min_gain=1``: layers that lose stay dense),
+        and the gain of the latter two; ``layers``, the measured gain of each distinct one, for each batch
+        size, and its ideal.
     """
     where = torch.device(device)
     torch.manual_seed(0)
@@ -120,7 +121,7 @@ def bench_inference(
 
 
 def _winners(ranks: dict[str, int], gains: dict[str, float]) -> dict[str, int]:
-    """Return the ranks of the layers that are not slower as factors: what ``min_gain=1`` makes of these measurements."""
+    """Return the ranks of the layers that are not slower as factors: what ``min_gain=1`` makes of these."""
     return {name: rank for name, rank in ranks.items() if gains.get(name, 1.0) >= 1}
 
 

@@ -1,4 +1,4 @@
-"""Projection of all layers of a network, against one SVD a layer."""
+"""Projection of all layers of a network, against one SVD per layer."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def bench_projection(
     rounds: int = 15,
     seconds: float = 150,
 ) -> dict:
-    """Compare one projection of all layers with one ``torch.linalg.svd`` a layer, the usual implementation's main cost.
+    """Compare one projection of all layers with one ``torch.linalg.svd`` per layer, the usual main cost.
 
-    The weights are those of a network in training, ten steps of SGD (random images) after its last projection.
+    The weights are those of a network in training, ten steps of SGD (random images) after its last
+    projection.
 
     Args:
         model: a name of ``build_model``.
@@ -34,10 +35,11 @@ def bench_projection(
         seconds: see ``rounds``.
 
     Returns:
-        ``timings`` of ``svd`` (as torch defaults, full matrices), ``svd_thin`` (``full_matrices=False``), ``exact`` and ``fast``
-        (this project's projection with everything that belongs to it), and, where torchao is installed, ``torchao``: its prototype's
-        SVDGrouper with a hard rank constraint, which is LRP without rectification. ``memory``: bytes of the model's parameters, and of
-        what a projector holds and takes at most beside them. ``followed``: how many layers the fast path was certain of.
+        ``timings`` of ``svd`` (as torch defaults, full matrices), ``svd_thin`` (``full_matrices=False``),
+        ``exact`` and ``fast`` (this project's projection with everything that belongs to it), and, where
+        torchao is installed, ``torchao``: its prototype's SVDGrouper with a hard rank constraint, which is
+        LRP without rectification. ``memory``: bytes of the model's parameters, and of what a projector holds
+        and takes at most beside them. ``followed``: how many layers the fast path was certain of.
     """
     where = torch.device(device)
     torch.manual_seed(0)

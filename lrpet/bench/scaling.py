@@ -21,17 +21,18 @@ EDGE = 8  # pixels, height and width
 
 
 def bench_scaling(device: str = "cpu", rounds: int = 5) -> dict:
-    """Measure time and memory of a training step, an exact and a fast projection while one size grows and the others stand.
+    """Measure time and memory of a training step, an exact and a fast projection while one size grows.
 
-    The network is a stack of 3×3 convolutions of one width, each with BatchNorm and ReLU, on 8×8 images. The ranks grow in
-    proportion to the width, a quarter of it, except where the rank itself is what grows.
+    The network is a stack of 3×3 convolutions of one width, each with BatchNorm and ReLU, on 8×8 images. The
+    ranks grow in proportion to the width, a quarter of it, except where the rank itself is what grows.
 
     Args:
         device: "cpu" or "cuda".
         rounds: timed repetitions of each.
 
     Returns:
-        ``base``, the sizes that stand, and ``rows``: axis, value, what, median_seconds, min_seconds, peak_bytes.
+        ``base``, the sizes that stand, and ``rows``: axis, value, what, median_seconds, min_seconds,
+        peak_bytes.
     """
     where = torch.device(device)
     rows = []

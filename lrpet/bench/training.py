@@ -40,21 +40,23 @@ def bench_training(
 ) -> dict:
     """Compare the throughput of training here with a plain loop, and what both lead to on a short schedule.
 
-    The plain loop is the usual one: fp32, a DataLoader with two workers that crop and flip one image after the other, the loss
-    read at every step. Ours: images on the device and augmented there a batch at a time, channels_last, and on a GPU CUDA graphs.
+    The plain loop is the usual one: fp32, a DataLoader with two workers that crop and flip one image after
+    the other, the loss read at every step. Ours: images on the device and augmented there a batch at a time,
+    channels_last, and on a GPU CUDA graphs.
 
     Args:
         model: a name of ``build_model``.
-        batch_size: images a step.
+        batch_size: images per step.
         device: "cpu" or "cuda".
         steps: of SGD that are timed together.
         rounds: timed repetitions of each.
-        epochs: of the schedule on the embedded digits (resnet8, batch 64) whose accuracies are compared; 0 leaves that out.
+        epochs: of the schedule on the embedded digits (resnet8, batch 64) whose accuracies are compared; 0
+            leaves that out.
 
     Returns:
-        ``timings`` of ``steps`` steps of ``plain``, ``ours_fp32`` and ``ours_bf16``; ``images_per_second`` of each;
-        ``epoch_seconds``, what an epoch of CIFAR-10 takes at that rate; ``top1_pct``: the accuracies of ``plain`` and
-        ``ours_bf16`` on digits, one a seed, last epoch.
+        ``timings`` of ``steps`` steps of ``plain``, ``ours_fp32`` and ``ours_bf16``; ``images_per_second`` of
+        each; ``epoch_seconds``, what an epoch of CIFAR-10 takes at that rate; ``top1_pct``: the accuracies of
+        ``plain`` and ``ours_bf16`` on digits, one per seed, last epoch.
     """
     where = torch.device(device)
     draw = torch.Generator().manual_seed(0)
@@ -163,7 +165,7 @@ def _advance(task: Iterator, steps: int) -> None:
 
 
 def _accuracies(epochs: int, device: torch.device) -> dict[str, list[float]]:
-    """Return top-1 in percent of dense training on digits, one a seed, by the plain loop and by ours."""
+    """Return top-1 in percent of dense training on digits, one per seed, by the plain loop and by ours."""
     top1_pct: dict[str, list[float]] = {"plain": [], "ours_bf16": []}
     for seed in SEEDS:
         config = RunConfig(

@@ -1,7 +1,8 @@
 """The figures: DataFrames and matrices in, a Figure out, and one style for all of them.
 
 Needs matplotlib (``pip install lrpet[notebooks]``), which the rest of the package does without. Figures are
-made without pyplot: nothing is shown, kept open or set for other code. A notebook shows the one that a cell ends with.
+made without pyplot: nothing is shown, kept open or set for other code. A notebook shows the one that a cell
+ends with.
 """
 
 from lrpet.figures.accuracy import plot_ablations, plot_accuracy_against_macs, plot_rank_search

@@ -30,7 +30,7 @@ __all__ = ["plot_ablations", "plot_accuracy_against_macs", "plot_rank_search"]
 
 @in_style()
 def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | None = None) -> ProjectFigure:
-    """Draw accuracy against cost: runs as full markers with mean and deviation over their seeds, published ones hollow.
+    """Draw accuracy against cost: runs full, with mean and deviation over their seeds, published ones hollow.
 
     Runs that differ in the seed only are one point: mean of the last epoch's accuracy and of the MACs, bars
     of one standard deviation (n − 1) where there are two seeds or more. Points of equal cost stand side by
@@ -55,9 +55,8 @@ def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | Non
     """
     for column in ("dataset", "profile"):
         if column in runs and runs[column].nunique() > 1:
-            raise ValueError(
-                f"runs must be of one {column}, else their numbers do not compare; got {', '.join(sorted(runs[column].unique()))}"
-            )
+            got = ", ".join(sorted(runs[column].unique()))
+            raise ValueError(f"runs must be of one {column}, else their numbers do not compare; got {got}")
     everything = _series_of_runs(runs) if len(runs) else []
     if everything and published is not None:
         everything += _series_of_published(published, runs)
@@ -139,7 +138,7 @@ def plot_rank_search(candidates: pd.DataFrame, uniform: pd.DataFrame) -> Project
     Args:
         candidates: ``top1_pct``, ``macs`` and ``pareto`` of each candidate, as
             :func:`lrpet.runs.search.trials_table` returns them.
-        uniform: the same without ``pareto``, a row a ratio.
+        uniform: the same without ``pareto``, a row per ratio.
 
     Returns:
         One panel; both axes cover the data.
@@ -206,7 +205,7 @@ def _dodges(everything: list[_Series]) -> list[float]:
 
 
 def _series_of_runs(runs: pd.DataFrame) -> list[_Series]:
-    """Average over seeds, then split by what the figure tells apart: method, network, and settings that differ within a method."""
+    """Average over seeds, then split by method, network, and settings that differ within a method."""
     fields = [
         f.name
         for f in dataclasses.fields(RunConfig)
@@ -274,7 +273,7 @@ def _count(seeds: list[int]) -> str:
 
 
 def _series_of_published(published: pd.DataFrame, runs: pd.DataFrame) -> list[_Series]:
-    """Return a hollow point for each published row that can stand beside the runs."""
+    """Return a hollow point for each published row that compares with the runs."""
     table = published.rename(columns={"macs_m": "macs", "top1_pct": "top1"})
     table = table[table["dataset"].isin(runs["dataset"]) & table["model"].isin(runs["model"])]
     dense = table["model"].map(runs.groupby("model")["dense_macs"].max()).astype(float) / 1e6
@@ -306,8 +305,8 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
         runs: of :func:`lrpet.tables.rows.profile_runs`, from which it was made.
 
     Returns:
-        A panel a question, a line a setting; LRPET as it is has the filled marker, and a dotted line stands
-        at its mean. A setting that was not run says so, and so does a profile without ablations.
+        A panel per question, a line per setting; LRPET as it is has the filled marker, and a dotted line
+        stands at its mean. A setting that was not run says so, and so does a profile without ablations.
 
     >>> columns = ["question", "setting", "experiment", "verdict"]
     >>> rows = pd.DataFrame([["residual factor", "0", "a", "LRPET as it is"]], columns=columns)

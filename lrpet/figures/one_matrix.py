@@ -26,7 +26,7 @@ __all__ = ["plot_by_depth", "plot_channel_errors", "plot_rank_sweep", "plot_spec
 
 @in_style()
 def plot_spectrum(matrix: Tensor, rank: int) -> ProjectFigure:
-    """Draw the singular values of a matrix before the projection, after LRP and after LRPET, and their cumulative energy.
+    """Draw the singular values of a matrix before the projection, after LRP, after LRPET, and their energy.
 
     Args:
         matrix: M, (N, D), floating point.
@@ -135,13 +135,14 @@ def plot_rank_sweep(matrix: Tensor, rank: int | None = None) -> ProjectFigure:
 
 @in_style()
 def plot_by_depth(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> ProjectFigure:
-    """Draw quantities that have a value a layer, relative to the dense network, from the first layer to the last.
+    """Draw quantities of each layer, relative to the dense network, from the first layer to the last.
 
     Args:
-        panels: label of the y axis → method → a value a layer, above 0; 1 means "as in the dense network".
+        panels: label of the y axis → method → a value per layer, above 0; 1 means "as in the dense network".
 
     Returns:
-        A panel a quantity, side by side, against the number of the layer; on a log scale if it spans a factor of ten.
+        A panel per quantity, side by side, against the number of the layer; on a log scale if it spans a
+        factor of ten.
 
     >>> plot_by_depth({"norm, relative": {"lrp": [0.8, 0.6]}}).axes[0].get_xlabel()
     'layer, from the input'
@@ -175,7 +176,7 @@ def plot_by_depth(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Projec
 
 @in_style()
 def plot_channel_errors(scales: Sequence[float], errors: Mapping[str, Sequence[float]]) -> ProjectFigure:
-    """Draw how wrong each output channel is after a projection, against the scale that BatchNorm gives the channel.
+    """Draw how wrong each output channel is after a projection, against the scale that BatchNorm gives it.
 
     Args:
         scales: |a| of each channel, all above 0.

@@ -31,14 +31,16 @@ def plot_history(
     Args:
         histories: the ``history`` of a run, or name → history or list of histories. A list is one run in
             several seeds: its mean is drawn, and a band from the lowest to the highest. Names are those of
-            methods or hold one ("lrpet", "lrpet, seed 1") and take its colour; others get a colour of their own.
+            methods or hold one ("lrpet", "lrpet, seed 1") and take its colour; others get a colour of their
+            own.
 
     Returns:
-        Two panels against the epoch: cross-entropy in nats on a log scale, top-1 accuracy in %. Pale lines are
-        the training images, with augmentation; full lines the images that ``scored_on`` names. Dotted vertical
-        lines are where the learning rate falls.
+        Two panels against the epoch: cross-entropy in nats on a log scale, top-1 accuracy in %. Pale lines
+        are the training images, with augmentation; full lines the images that ``scored_on`` names. Dotted
+        vertical lines are where the learning rate falls.
 
-    >>> table = {"epoch": [1, 2], "learning_rate": 0.1, "train_loss": [2, 1], "train_top1_pct": [30, 60], "loss": [2, 1], "top1_pct": [30, 60]}
+    >>> table = {"epoch": [1, 2], "learning_rate": 0.1, "train_loss": [2, 1], "loss": [2, 1]}
+    >>> table |= {"train_top1_pct": [30, 60], "top1_pct": [30, 60]}
     >>> plot_history(pd.DataFrame(table)).axes[1].get_ylabel()
     'top-1 accuracy, %'
     """
@@ -100,7 +102,7 @@ def plot_history(
 
 
 def _line_styles(names) -> list[MethodStyle]:
-    """Return a style for each name; a name without a method, or a second one with the same method, looks different from all before."""
+    """Return a style per name; one without a method, or with one that came before, gets its own."""
     unused = [style for name, style in METHOD_STYLES.items() if name not in ("dense", "lrp", "lrpet")]
     dashes = ["-", (0, (4, 2)), (0, (1, 1)), (0, (6, 1, 1, 1)), (0, (2, 3))]
     styles = []
@@ -115,12 +117,12 @@ def _line_styles(names) -> list[MethodStyle]:
 
 @in_style()
 def plot_layers(layers: pd.DataFrame) -> ProjectFigure:
-    """Draw the cost of every layer, dense and compact, and which share of its energy the kept singular values hold.
+    """Draw the cost of every layer, dense and compact, and the share of energy that is kept.
 
     Args:
         layers: the ``layers`` of a run, or any table with the columns ``name``, ``macs`` and ``dense_macs``
-            (multiply-adds for one image), and if there are any ``energy_kept`` (0 to 1, before energy transfer) and
-            ``action`` ("constant" marks a dead layer).
+            (multiply-adds for one image), and if there are any ``energy_kept`` (0 to 1, before energy
+            transfer) and ``action`` ("constant" marks a dead layer).
 
     Returns:
         Two panels against the layer, in the order of execution: MACs in millions, energy kept in %.

@@ -16,7 +16,7 @@ __all__ = ["plot_growth", "plot_inference", "plot_layer_gains", "plot_projection
 
 @in_style()
 def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
-    """Draw how many times as fast as one SVD a layer each way to project a network is.
+    """Draw how many times as fast as one SVD per layer each way to project a network is.
 
     Args:
         results: JSON of ``python -m lrpet.bench projection``, one a network and device.
@@ -24,14 +24,15 @@ def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
     Returns:
         One panel with a bar a network and way; the time in milliseconds stands at each bar.
 
-    >>> timings = {"svd": {"median_seconds": 1.0, "ratio_to_first": 1.0}, "fast": {"median_seconds": 0.1, "ratio_to_first": 0.1}}
-    >>> figure = plot_projection_speed([{"model": "resnet20", "device": "CPU", "threads": 2, "timings": timings}])
+    >>> slow, fast = ({"median_seconds": seconds, "ratio_to_first": seconds} for seconds in (1.0, 0.1))
+    >>> result = {"model": "resnet20", "device": "CPU", "threads": 2, "timings": {"svd": slow, "fast": fast}}
+    >>> figure = plot_projection_speed([result])
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['1,000 ms', '100 ms']
     """
     labels = {
-        "svd": "SVD a layer",
-        "svd_thin": "thin SVD a layer",
+        "svd": "SVD per layer",
+        "svd_thin": "thin SVD per layer",
         "torchao": "torchao SVDGrouper",
         "exact": "ours, exact",
         "fast": "ours, fast",
@@ -59,7 +60,7 @@ def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
         ticks[y - (len(ways) + 1) / 2] = f"{result['model']}\n{result['device']}, {result['threads']} threads"
         y += 0.8
     ax.set(
-        xlabel="times as fast as one torch.linalg.svd a layer",
+        xlabel="times as fast as one torch.linalg.svd per layer",
         yticks=list(ticks),
         yticklabels=list(ticks.values()),
     )
@@ -74,13 +75,15 @@ def plot_inference(rows: pd.DataFrame, ideal: float) -> ProjectFigure:
     """Draw how many times as fast as the dense network the compact one is, setting by setting.
 
     Args:
-        rows: of ``python -m lrpet.bench inference``: batch, threads, memory, mode, compact_gain, selective_gain.
+        rows: of ``python -m lrpet.bench inference``: batch, threads, memory, mode, compact_gain,
+            selective_gain.
         ideal: dense by compact multiply-adds.
 
     Returns:
-        One panel a batch size, with two bars a setting, a line at 1 and one at the ideal.
+        One panel per batch size, with two bars per setting, a line at 1 and one at the ideal.
 
-    >>> row = {"batch": 1, "threads": 1, "memory": "contiguous", "mode": "eager", "compact_gain": 0.8, "selective_gain": 1.1}
+    >>> row = {"batch": 1, "threads": 1, "memory": "contiguous", "mode": "eager"}
+    >>> row |= {"compact_gain": 0.8, "selective_gain": 1.1}
     >>> len(plot_inference(pd.DataFrame([row]), 2.2).axes)
     1
     """
@@ -123,7 +126,8 @@ def plot_layer_gains(layers: pd.DataFrame) -> ProjectFigure:
         layers: of ``python -m lrpet.bench inference``: batch, layer, N, D, rank, gain, ideal.
 
     Returns:
-        One panel with a group of points a distinct layer and a line at 1: to its left a layer loses by being factorized.
+        One panel with a group of points per distinct layer and a line at 1: to its left a layer loses by
+        being factorized.
 
     >>> row = {"batch": 1, "layer": "conv1", "N": 16, "D": 27, "rank": 6, "gain": 0.5, "ideal": 1.7}
     >>> plot_layer_gains(pd.DataFrame([row])).axes[0].get_yticklabels()[0].get_text()
@@ -168,11 +172,12 @@ def plot_growth(rows: pd.DataFrame) -> ProjectFigure:
         rows: of ``python -m lrpet.bench scaling``: axis, value, what, median_seconds, peak_bytes.
 
     Returns:
-        Time above, memory below, a column a size; both axes logarithmic. A slope of 2 means four times the cost at twice the size;
-        it is fitted to the upper half of the values, where fixed costs matter least.
+        Time above, memory below, a column per size; both axes logarithmic. A slope of 2 means four times the
+        cost at twice the size; it is fitted to the upper half of the values, where fixed costs matter least.
 
-    >>> rows = [{"axis": "width", "value": v, "what": "x", "median_seconds": v**3, "peak_bytes": v**2} for v in (8, 16, 32)]
-    >>> [text.get_text() for ax in plot_growth(pd.DataFrame(rows)).axes for text in ax.texts]
+    >>> rows = pd.DataFrame({"axis": "width", "value": [8, 16, 32], "what": "x"})
+    >>> rows = rows.assign(median_seconds=rows.value**3, peak_bytes=rows.value**2)
+    >>> [text.get_text() for ax in plot_growth(rows).axes for text in ax.texts]
     ['3.0', '2.0']
     """
     columns = list(dict.fromkeys(rows["axis"]))

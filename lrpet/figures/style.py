@@ -158,7 +158,7 @@ def whole_number_ticks(ax) -> None:
 
 
 def mark_rank(ax, x: float, text: str, *, at_top: bool = False) -> None:
-    """Draw a dotted vertical line with a text beside it, on the side that has room."""
+    """Draw a dotted vertical line with a text next to it, on the side that has room."""
     ax.axvline(x, color=INK, linewidth=0.8, linestyle=":")
     low, high = ax.get_xlim()
     side, align = (-3, "right") if x > low + 0.7 * (high - low) else (3, "left")

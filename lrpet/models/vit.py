@@ -14,7 +14,7 @@ __all__ = ["SmallViT"]
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and with a shortcut around it."""
+    """Attention and MLP, each after a LayerNorm and with a shortcut around it."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: int):
         super().__init__()

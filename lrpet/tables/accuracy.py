@@ -145,7 +145,7 @@ def _estimated_hours(config: RunConfig, results: Path | None) -> str:
 
 
 def related_table() -> pd.DataFrame:
-    """Return the published CIFAR-10 rows of Trained Rank Pruning; other schedule and authors, for orientation."""
+    """Return the published CIFAR-10 rows of Trained Rank Pruning: another schedule, for orientation only."""
     rows = published().query("table == 'related' and dataset == 'cifar10'")
     rows = rows[["model", "method", "params_m", "macs_reduction_pct", "top1_pct", "source"]].rename(
         columns={"model": "network"}

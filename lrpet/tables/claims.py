@@ -24,7 +24,7 @@ DECIDED = ("difference", "ci95", "p", "p_holm", "n", "detectable", "verdict", "r
 
 
 def _paired(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
-    """Return the differences in last-epoch accuracy of two experiments, one per seed that both have finished."""
+    """Return the differences in last-epoch accuracy of two experiments, per seed that both have finished."""
     left, right = (
         pd.Series(side.top1_pct.values, index=[config.seed for config in side.config], dtype=float)
         for side in (left, right)
@@ -33,7 +33,7 @@ def _paired(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
 
 
 def _remark(d: pd.Series, runs: pd.DataFrame) -> str:
-    """Say so where a mean difference in accuracy is below the sampling error of one accuracy, √(p(1 − p)/images)."""
+    """Say so where a mean difference is below the sampling error of one accuracy, √(p(1 − p)/images)."""
     images, p = TEST_IMAGES.get(runs.iloc[0].config.dataset), runs.top1_pct.mean() / 100
     if not images or d.empty:
         return ""
@@ -57,9 +57,9 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
         runs: of :func:`profile_runs`, for one profile.
 
     Returns:
-        A row per pair that shares a network and, between low-rank methods, a ratio: mean difference, 95 % interval,
-        p, p adjusted by Holm over the table, n, the difference that n seeds could have shown (80 % power), and the
-        verdict "higher", "lower" or "undecided" of :mod:`lrpet.tables.statistics`.
+        A row per pair that shares a network and, between low-rank methods, a ratio: mean difference, 95 %
+        interval, p, p adjusted by Holm over the table, n, the difference that n seeds could have shown (80 %
+        power), and the verdict "higher", "lower" or "undecided" of :mod:`lrpet.tables.statistics`.
     """
     names, samples = [], []
     for network, group in runs.groupby("network", sort=False):
@@ -78,7 +78,7 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
     return _decided(names, samples, HIGHER)
 
 
-# What each ablation varies, as fields of RunConfig; all other settings are those of LRPET at the ratio of the main table.
+# What each ablation varies, as fields of RunConfig; all else is as in LRPET at the ratio of the main table.
 ABLATED = {
     "energy transfer × BN rectification": ("method", "bn_rectification"),
     "projection interval": ("projection_interval", "projection_unit"),
@@ -90,14 +90,14 @@ ABLATED = {
 
 
 def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return each ablation: LRPET as it is and LRPET with one thing changed, on the network that has ablations.
+    """Return each ablation: LRPET as it is and with one thing changed, on the network that has ablations.
 
     Args:
         runs: of :func:`profile_runs`, for one profile.
 
     Returns:
-        A row per setting, grouped by question: ``setting``, cost, accuracy as mean and 95 % interval (n), and the
-        difference to LRPET as it is, decided as in :func:`differences`.
+        A row per setting, grouped by question: ``setting``, cost, accuracy as mean and 95 % interval (n), and
+        the difference to LRPET as it is, decided as in :func:`differences`.
     """
     names, samples = [], []
     for network in dict.fromkeys(runs[runs.feeds == ABLATIONS].network):
@@ -127,7 +127,7 @@ def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _settings(group: pd.DataFrame, free: tuple[str, ...], base: RunConfig) -> list[pd.DataFrame]:
-    """Return the runs of each experiment that differs from LRPET as it is in some fields only, by their values."""
+    """Return the runs of each experiment that differs from LRPET in some fields only, ordered by these."""
 
     def values(seeds: pd.DataFrame) -> list:
         return [getattr(seeds.iloc[0].config, name) or 0 for name in reversed(free)]
@@ -162,7 +162,7 @@ def summary_of_ablations(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-# The paper's claims about accuracy: LRPET is better than the experiments of this label, at the same network, ratio and epochs.
+# The paper's claims about accuracy: LRPET is better than this at the same network, ratio and epochs.
 CLAIMS = {
     "energy transfer helps": "LRP",
     "BN rectification helps": "LRPET without BN rectification",
@@ -175,11 +175,11 @@ CLAIMS = {
 def claims_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the claims of the paper with evidence and verdict, computed from the store by one rule.
 
-    A claim holds, or does not hold, where the p of the mean difference over three seeds or more, adjusted by Holm over
-    the claims of the table, is below 0.05; it is undecided otherwise, and not tested without a run. Accuracy is
-    compared in points of the last epoch, gradients in the decimal logarithm of the ratio LRPET to LRP of the first
-    layer's ‖M‖·‖∂L/∂M‖, averaged over the recorded epochs; the gradient alone would grow where a BatchNorm follows a
-    smaller M.
+    A claim holds, or does not hold, where the p of the mean difference over three seeds or more, adjusted by
+    Holm over the claims of the table, is below 0.05; it is undecided otherwise, and not tested without a run.
+    Accuracy is compared in points of the last epoch, gradients in the decimal logarithm of the ratio LRPET to
+    LRP of the first layer's ‖M‖·‖∂L/∂M‖, averaged over the recorded epochs; the gradient alone would grow
+    where a BatchNorm follows a smaller M.
 
     Args:
         runs: of :func:`profile_runs`, for one profile.
@@ -210,7 +210,7 @@ def claims_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _gradient_ratios(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
-    """Return the mean difference of log10 of the first layer's ‖M‖·‖∂L/∂M‖, per seed recorded on both sides."""
+    """Return the mean difference of log10 of the first layer's ‖M‖·‖∂L/∂M‖ per seed recorded for both."""
 
     def logarithms(side: pd.DataFrame) -> dict[int, float]:
         values = {}

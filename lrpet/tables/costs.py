@@ -17,10 +17,8 @@ from lrpet.paths import PROJECT
 from lrpet.tables.rows import published
 
 __all__ = ["cost_table"]
-NOT_HERE, NO_RANKS = (
-    "not here",
-    "ranks not published",
-)  # a network or method of others; a network whose ranks nobody can know
+NOT_HERE = "not here"  # a network or method of others
+NO_RANKS = "ranks not published"  # a network whose ranks nobody can know
 COST_COLUMNS = (
     "network",
     "dataset",
@@ -36,7 +34,7 @@ COST_COLUMNS += ("macs_reduction_pct", "paper_macs_reduction_pct", "paper_source
 
 
 def cost_table() -> pd.DataFrame:
-    """Return our multiply-adds and parameters beside the published ones, for every published network that we have.
+    """Return multiply-adds and parameters, ours and published, of every published network that we have.
 
     Nothing is trained: ranks come from the published ratio or list, costs from layer shapes.
 

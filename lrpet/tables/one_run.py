@@ -11,13 +11,13 @@ __all__ = ["comparison", "verdict"]
 
 
 def comparison(run) -> pd.DataFrame:
-    """Return one run's numbers beside the published ones of the same network, method and ratio, with the difference.
+    """Return one run's numbers, the published ones of the same network, method and ratio, and the difference.
 
     Args:
         run: a finished :class:`lrpet.runs.store.Run`.
 
     Returns:
-        A row a quantity: ours, published ("none" where the paper has no such row), difference.
+        A row per quantity: ours, published ("none" where the paper has no such row), difference.
     """
     config, summary = run.config, run.summary
     reported = published()
@@ -46,13 +46,12 @@ def comparison(run) -> pd.DataFrame:
 
 
 def verdict(run) -> str:
-    """Return in words what of one run agrees with the paper and what cannot be compared, computed from its numbers."""
+    """Return in words what of one run agrees with the paper and what cannot be compared."""
     s, config = run.summary, run.config
     same = s["compact_max_relative_error"] < 1e-4
     agrees = "agrees" if same else "**does not agree**"
-    lines = [
-        f"- The compact network {agrees} with the projected one (bound 1e-4, measured {s['compact_max_relative_error']:.1e})."
-    ]
+    error = f"bound 1e-4, measured {s['compact_max_relative_error']:.1e}"
+    lines = [f"- The compact network {agrees} with the projected one ({error})."]
     for row in comparison(run).itertuples():
         if row.published == "none":
             continue
@@ -71,6 +70,7 @@ def verdict(run) -> str:
             )
     if len(lines) == 1:
         lines.append(
-            f"- The paper has no row for {config.model} by {label_of(config)} on {config.dataset} at this ratio: nothing to compare."
+            f"- The paper has no row for {config.model}, {label_of(config)}, {config.dataset} at this ratio:"
+            " nothing to compare."
         )
     return "\n".join(lines)

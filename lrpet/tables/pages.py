@@ -20,7 +20,7 @@ __all__ = ["headline", "summary_of", "write_pages", "write_tables"]
 
 
 def headline(profile: str) -> str:
-    """Return the numbers of a profile that matter most: accuracy and cost of each main row, claims' verdicts."""
+    """Return the numbers of a profile that matter most: accuracy and cost of main rows, claims' verdicts."""
     runs = profile_runs(profile)
     table = accuracy_table(runs[runs.feeds.isin(MAIN)], published())
     lines = [
@@ -55,7 +55,7 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
 
 
 def write_tables(profile: str, results: Path | None = None) -> dict[str, pd.DataFrame]:
-    """Write every table of a profile as Markdown and CSV to ``results/<profile>/tables``; return them by name."""
+    """Write every table of a profile to ``results/<profile>/tables``, .md and .csv; return them by name."""
     runs, reported = profile_runs(profile, results), published()
     tables = {
         "accuracy": accuracy_table(runs, reported),
@@ -85,7 +85,7 @@ PAGES = (PROJECT / "README.md", PROJECT / "REPRODUCING.md")  # whose tables come
 
 
 def write_pages(pages: Sequence[Path] | None = None) -> list[str]:
-    """Put the tables of the store where README.md and REPRODUCING.md have a marker for them; return the new texts.
+    """Put the tables of the store where README.md and REPRODUCING.md have a marker; return the new texts.
 
     A marker is ``<!-- table: short accuracy -->``, closed by ``<!-- end -->``; with columns,
     ``<!-- table: short accuracy: method top1_pct -->``, it shows these alone.

@@ -18,7 +18,7 @@ from lrpet.tables.names import PUBLISHED_NAMES, label_of
 from lrpet.tables.statistics import NOT_RUN, half_width
 
 __all__ = ["profile_runs", "published"]
-COMPETITORS, ABLATIONS = "competitors", "ablations"  # what experiments beside the main table feed
+COMPETITORS, ABLATIONS = "competitors", "ablations"  # what experiments of other tables feed
 MACS_TOLERANCE = 0.02  # two networks whose multiply-adds differ by less are compared as equal
 
 
@@ -101,7 +101,7 @@ def _expected(config: RunConfig) -> tuple[int | None, int | None, int]:
 
 
 def lrpet_targets(runs: pd.DataFrame) -> dict[str, int]:
-    """Return the multiply-adds of each network's LRPET at the main table's ratio, which competitors aim at."""
+    """Return the multiply-adds of each network's LRPET at the main ratio, which competitors aim at."""
     mains = runs[runs.feeds.isin(MAIN) & (runs.label == "LRPET")].drop_duplicates("network")
     return {
         row.network: target_macs(build_model(row.network, _num_classes(row.config)), row.config)

@@ -1,7 +1,7 @@
 """The one rule by which tables decide: Student's t over seeds, adjusted by Holm over the rows of a table.
 
-A row is decided where n ≥ 3 and its adjusted p is below 0.05. Rows of fewer seeds are descriptive: no test is made
-of them, and they do not count in the adjustment. The interval shown is the unadjusted one of 95 %.
+A row is decided where n ≥ 3 and its adjusted p is below 0.05. Rows of fewer seeds are descriptive: no test is
+made of them, and they do not count in the adjustment. The interval shown is the unadjusted one of 95 %.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def holm(p: Sequence[float]) -> list[float]:
 def detectable(values: Sequence[float]) -> float:
     """Return the true mean that so many values, three or more, of this spread show with a power of 80 %.
 
-    The test is the unadjusted two-sided one at 0.05. The true spread is taken to be that of the values, which for
-    few of them is a rough guess.
+    The test is the unadjusted two-sided one at 0.05. The true spread is taken to be that of the values, which
+    for few of them is a rough guess.
 
     >>> round(detectable([1.0, 2.0, 3.0]), 2)
     3.26
@@ -77,7 +77,7 @@ def detectable(values: Sequence[float]) -> float:
 
 @cache
 def _noncentrality(n: int) -> float:
-    """Return the mean in standard errors at which |t| exceeds its critical value with a probability of 80 %."""
+    """Return the mean, in standard errors, at which |t| exceeds its critical value in 80 % of cases."""
     critical = stats.t.ppf(1 - ALPHA / 2, n - 1)
 
     def missing_power(shift: float) -> float:
@@ -87,7 +87,7 @@ def _noncentrality(n: int) -> float:
 
 
 def decide(samples: Sequence[pd.Series | None], words: Words) -> list[dict]:
-    """Return difference, interval, p, adjusted p, n, detectable difference and verdict of each row of a table.
+    """Return difference, interval, p, adjusted p, n, detectable difference, verdict of each row of a table.
 
     Args:
         samples: per row the paired differences, one per seed; None where a row is no comparison.

@@ -10,7 +10,7 @@ __all__ = ["projection_share", "provenance", "replication_cost"]
 
 
 def projection_share(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the seconds of each finished run that went into projections, and their share of training and projecting, in percent."""
+    """Return the seconds of each finished run that went into projections, and their share in percent."""
     done = runs.dropna(subset=["top1_pct"])
     done = done[done.projections > 0] if len(done) else done
     if done.empty:
@@ -26,13 +26,13 @@ def projection_share(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def replication_cost(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return what each experiment cost on the machine that ran it: device hours of all its seeds, and what one run spent them on.
+    """Return what each experiment cost where it ran: device hours, and what one run spent them on.
 
     Args:
         runs: of :func:`profile_runs`, for one profile.
 
     Returns:
-        A row an experiment with ``device_hours`` (training, projections, evaluation, recording; all finished
+        A row per experiment with ``device_hours`` (training, projections, evaluation, recording; all finished
         seeds) and the mean seconds of one run's parts; "not run" where nothing has finished.
     """
     rows = []
@@ -60,7 +60,7 @@ def replication_cost(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def provenance(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return where each finished run came from: its name, the commit of the code, the device, when it ended, the images it saw."""
+    """Return where each finished run came from: name, commit of the code, device, end, the images it saw."""
     done = runs.dropna(subset=["top1_pct"])
     columns = ["run_id", "commit", "device", "finished", "data_train_sha256"]
     return (
