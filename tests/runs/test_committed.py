@@ -27,13 +27,15 @@ def test_every_run_is_whole_and_called_after_its_configuration(folder):
         run.summary["top1_pct"] == run.history.top1_pct.iloc[-1]
         and run.summary["best_top1_pct"] == run.history.top1_pct.max()
     )
-    assert run.summary["scored_on"] == "test" and not run.environment["dirty"]
+    assert run.summary["scored_on"] == ("held out" if run.config.profile == "selection" else "test")
+    assert not run.environment["dirty"]
     assert re.fullmatch("[0-9a-f]{40}", run.environment["commit"])
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "imagefolder"])
-def test_all_runs_saw_the_same_images(dataset):
-    origins = [run.environment for run in map(load_run, RUNS) if run.config.dataset == dataset]
+@pytest.mark.parametrize(("dataset", "held_out"), [("cifar10", 0.0), ("cifar10", 0.1), ("imagefolder", 0.0)])
+def test_all_runs_saw_the_same_images(dataset, held_out):
+    runs = [run for run in map(load_run, RUNS) if run.config.dataset == dataset]
+    origins = [run.environment for run in runs if run.config.validation_fraction == held_out]
     assert len({(origin["data_train_sha256"], origin["data_test_sha256"]) for origin in origins}) == 1
 
 
