@@ -139,8 +139,8 @@ class GradientProjection(torch.optim.Optimizer):
     - ``threshold``, ``check``: Lotus asks every ``check`` steps whether ‖S/‖S‖ − S₀/‖S₀‖‖ / n < threshold,
       where S₀ is the first projected gradient of the basis and n counts the steps that used it; the next step
       then has a new basis.
-    - ``grain``: c; VLoRP cuts each row of a tall G into c pieces, or joins 1/c rows for c < 1, and treats the
-      columns of a wide one alike. The second moment is factored as in Adafactor.
+    - ``grain``: c; VLoRP cuts each row of a tall G into c pieces and joins c rows of a wide one; c < 1 is the
+      reverse, with 1/c. The second moment is factored as in Adafactor.
     - ``distribution``: of VLoRP's entries, ``normal`` or ``sign`` (±1). Take ``sign`` where processes run on
       different CPUs: normal numbers are not promised to be the same bits everywhere.
 
@@ -175,7 +175,7 @@ class GradientProjection(torch.optim.Optimizer):
     856
     """
 
-    process_group = None  # copies and unpickled optimizers have none
+    process_group = None  # of a copied or unpickled optimizer: every process then computes all bases
 
     def __init__(
         self,
@@ -226,10 +226,11 @@ class GradientProjection(torch.optim.Optimizer):
         if unknown := sorted(group.keys() - known.keys() - others):
             has = f"strategy {strategy} has {', '.join(known) or 'none'}"
             raise ValueError(f"{first}: unknown setting {', '.join(unknown)}; {has}")
-        for name in (*self.defaults.keys() & _ALLOWED.keys(), *known):
-            value, (wanted, allowed) = group.setdefault(name, known.get(name)), _ALLOWED[name]
-            if not allowed(value):
-                raise ValueError(f"{first}: {name} must be {wanted}; got {value!r}")
+        for name, (wanted, allowed) in _ALLOWED.items():
+            if name in known or name in self.defaults:
+                value = group.setdefault(name, known.get(name))
+                if not allowed(value):
+                    raise ValueError(f"{first}: {name} must be {wanted}; got {value!r}")
         for item in self._items():
             if item.group is group and strategy is not None:
                 item.frame()
