@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+from functools import partial
 
 import torch
 
@@ -39,7 +40,7 @@ def bench_inference(
         seconds: see ``rounds``; for one setting.
 
     Returns:
-        ``ideal``, dense by compact multiply-adds; ``rows``, one a batch size, number of threads, memory
+        ``ideal``, dense by compact multiply-adds; ``rows``, one per batch size, number of threads, memory
         format and mode (eager or ``torch.compile``, at all threads only), each with the seconds of ``dense``,
         ``compact`` and, if eager, ``selective`` (compact with ``min_gain=1``: layers that lose stay dense),
         and the gain of the latter two; ``layers``, the measured gain of each distinct one, for each batch
@@ -67,34 +68,12 @@ def bench_inference(
                     "selective": factorize(dense, _winners(ranks, gains)),
                 }
                 variants = {name: variant.to(memory_format=layout) for name, variant in variants.items()}
-                for mode in (
+                modes = (
                     ("eager", "compiled") if threads == all_threads and _can_compile(device) else ("eager",)
-                ):
-                    torch.compiler.reset()
-                    run = variants
-                    if (
-                        mode == "compiled"
-                    ):  # each takes a good part of a minute, so only the two that matter most
-                        run = {
-                            name: torch.compile(copy.deepcopy(variants[name]))
-                            for name in ("dense", "compact")
-                        }
-                    timings = side_by_side(
-                        {n: lambda v=v, x=x: v(x) for n, v in run.items()}, rounds, where, seconds=seconds
-                    )
-                    row = {
-                        "batch": batch,
-                        "threads": threads,
-                        "memory": memory,
-                        "mode": mode,
-                        "n": timings["dense"]["n"],
-                    }
-                    row |= {f"{name}_seconds": t["median_seconds"] for name, t in timings.items()}
-                    row |= {
-                        f"{name}_gain": 1 / t["ratio_to_first"]
-                        for name, t in timings.items()
-                        if name != "dense"
-                    }
+                )
+                for mode in modes:
+                    row = {"batch": batch, "threads": threads, "memory": memory, "mode": mode}
+                    row |= _timed(variants, x, mode, rounds, seconds)
                     rows.append(row | {"kept_dense": sum(gain < 1 for gain in gains.values())})
                 if threads == all_threads and memory == "channels_last":
                     seen = {(c.N, c.D, c.dense_macs): c for c in counted.layers if c.name in gains}
@@ -118,6 +97,19 @@ def bench_inference(
         "rows": rows,
         "layers": layers,
     }
+
+
+def _timed(variants: dict, x: torch.Tensor, mode: str, rounds: int, seconds: float) -> dict:
+    """Return the seconds of each variant of a network, and its gain over the first, the dense one."""
+    torch.compiler.reset()
+    if mode == "compiled":  # each takes a good part of a minute, so only the two that matter most
+        variants = {name: torch.compile(copy.deepcopy(variants[name])) for name in ("dense", "compact")}
+    tasks = {name: partial(variant, x) for name, variant in variants.items()}
+    timings = side_by_side(tasks, rounds, x.device, seconds=seconds)
+    row = {"n": timings["dense"]["n"]}
+    row |= {f"{name}_seconds": t["median_seconds"] for name, t in timings.items()}
+    row |= {f"{name}_gain": 1 / t["ratio_to_first"] for name, t in timings.items() if name != "dense"}
+    return row
 
 
 def _winners(ranks: dict[str, int], gains: dict[str, float]) -> dict[str, int]:

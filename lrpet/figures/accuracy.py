@@ -24,16 +24,17 @@ from lrpet.figures.style import (
     say_in_panel,
 )
 from lrpet.registry import METHODS
+from lrpet.tables.statistics import half_width
 
 __all__ = ["plot_ablations", "plot_accuracy_against_macs", "plot_rank_search"]
 
 
 @in_style()
 def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | None = None) -> ProjectFigure:
-    """Draw accuracy against cost: runs full, with mean and deviation over their seeds, published ones hollow.
+    """Draw accuracy against cost: runs full, with mean and 95 % interval over seeds, published ones hollow.
 
     Runs that differ in the seed only are one point: mean of the last epoch's accuracy and of the MACs, bars
-    of one standard deviation (n − 1) where there are two seeds or more. Points of equal cost stand side by
+    of the 95 % interval by Student's t where there are two seeds or more. Points of equal cost stand side by
     side.
 
     Args:
@@ -64,47 +65,9 @@ def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | Non
     ax = figure.subplots()
     dodges = _dodges(everything)
     for series, dodge in zip(everything, dodges, strict=True):
-        points, style = series.points, series.style
-        inside = (
-            {"markerfacecolor": PAPER, "markeredgewidth": 1.5}
-            if series.hollow
-            else {"fillstyle": series.fill, "markerfacecoloralt": PAPER}
-        )
-        look = {
-            "color": style.color,
-            "linestyle": style.linestyle,
-            "marker": style.marker,
-            "markersize": 7,
-            "linewidth": 0.9,
-            **inside,
-        }
-        lines = ax.plot(points["macs"], points["top1"], label=series.label, **look)
-        deviation = {"xerr": points["macs_std"].where(points["macs_std"] > 0), "yerr": points["top1_std"]}
-        bars = ax.errorbar(
-            points["macs"], points["top1"], **deviation, fmt="none", ecolor=style.color, elinewidth=1.1
-        )
-        for artist in (
-            *lines,
-            *bars[1],
-            *bars[2],
-        ):  # shifted only now, as a shifted artist does not count for the axis limits
-            artist.set_transform(
-                artist.get_transform() + ScaledTranslation(dodge / 72, 0, figure.dpi_scale_trans)
-            )
+        _draw_series(ax, series, ScaledTranslation(dodge / 72, 0, figure.dpi_scale_trans))
     if len({series.model for series in everything}) > 1:
-        for k, series in enumerate(sorted(everything, key=lambda series: series.points["macs"].max())):
-            x, y, below = (
-                *series.points[["macs", "top1"]].iloc[-1],
-                k % 2 == 0,
-            )  # by turns, so that neighbours do not collide
-            place = {
-                "ha": "left" if below else "right",
-                "va": "top" if below else "bottom",
-                "textcoords": "offset points",
-            }
-            ax.annotate(
-                series.model, (x, y), (6, -4) if below else (-6, 4), fontsize=8, color="#555555", **place
-            )
+        _name_networks(ax, everything)
     if not everything:
         say_in_panel(ax, "no run has finished")
     where = sorted(set(runs["scored_on"])) if "scored_on" in runs else []
@@ -116,7 +79,7 @@ def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | Non
     hollow = "; hollow: published" if any(series.hollow for series in everything) else ""
     seeds = sorted({n for series in everything for n in series.seeds})
     if everything:
-        spread = "" if seeds[-1] == 1 else "mean and standard deviation over "
+        spread = "" if seeds[-1] == 1 else "mean and 95 % interval over "
         ax.set_title(f"last epoch, {spread}{_count(seeds)}{hollow}", color="#555555")
     ax.margins(0.08)
     macs = [value for series in everything for value in series.points["macs"]]
@@ -190,8 +153,54 @@ class _Series(NamedTuple):
     style: MethodStyle
     fill: str  # which part of the marker is filled
     seeds: frozenset[int]  # how many; empty where nothing is said
-    points: pd.DataFrame  # macs and macs_std in millions, top1 and top1_std in percent
+    points: pd.DataFrame  # macs in millions, top1 in percent, and half their intervals
     hollow: bool = False
+
+
+def _draw_series(ax, series: _Series, shift: ScaledTranslation) -> None:
+    points, style = series.points, series.style
+    inside = (
+        {"markerfacecolor": PAPER, "markeredgewidth": 1.5}
+        if series.hollow
+        else {"fillstyle": series.fill, "markerfacecoloralt": PAPER}
+    )
+    look = {
+        "color": style.color,
+        "linestyle": style.linestyle,
+        "marker": style.marker,
+        "markersize": 7,
+        "linewidth": 0.9,
+        **inside,
+    }
+    lines = ax.plot(points["macs"], points["top1"], label=series.label, **look)
+    interval = {"xerr": points["macs_half"].where(points["macs_half"] > 0), "yerr": points["top1_half"]}
+    bars = ax.errorbar(
+        points["macs"], points["top1"], **interval, fmt="none", ecolor=style.color, elinewidth=1.1
+    )
+    for artist in (
+        *lines,
+        *bars[1],
+        *bars[2],
+    ):  # shifted only now, as a shifted artist does not count for the axis limits
+        artist.set_transform(artist.get_transform() + shift)
+
+
+def _name_networks(ax, everything: list[_Series]) -> None:
+    for k, series in enumerate(sorted(everything, key=lambda series: series.points["macs"].max())):
+        x, y, below = (
+            *series.points[["macs", "top1"]].iloc[-1],
+            k % 2 == 0,
+        )  # by turns, so that neighbours do not collide
+        place = {
+            "ha": "left" if below else "right",
+            "va": "top" if below else "bottom",
+            "textcoords": "offset points",
+        }
+        ax.annotate(series.model, (x, y), (6, -4) if below else (-6, 4), fontsize=8, color="#555555", **place)
+
+
+def _half(values: pd.Series) -> float:
+    return half_width(values) if len(values) > 1 else np.nan
 
 
 def _dodges(everything: list[_Series]) -> list[float]:
@@ -239,9 +248,9 @@ def _series_of_runs(runs: pd.DataFrame) -> list[_Series]:
         ):
             points = rows.groupby(fields).agg(
                 macs=("macs", "mean"),
-                macs_std=("macs", "std"),
+                macs_half=("macs", _half),
                 top1=("top1", "mean"),
-                top1_std=("top1", "std"),
+                top1_half=("top1", _half),
                 seeds=("seed", "nunique"),
             )
             style, seeds = method_style(method), frozenset(points["seeds"])
@@ -279,7 +288,7 @@ def _series_of_published(published: pd.DataFrame, runs: pd.DataFrame) -> list[_S
     dense = table["model"].map(runs.groupby("model")["dense_macs"].max()).astype(float) / 1e6
     saved = table["macs_reduction_pct"].where(~table["method"].str.startswith("baseline"), 0.0)
     table = table.assign(
-        macs=table["macs"].fillna(dense * (1 - saved / 100)), macs_std=np.nan, top1_std=np.nan
+        macs=table["macs"].fillna(dense * (1 - saved / 100)), macs_half=np.nan, top1_half=np.nan
     )
     table = table.dropna(subset=["macs", "top1"])
     return [

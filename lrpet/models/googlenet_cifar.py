@@ -68,7 +68,10 @@ class CifarGoogLeNet(nn.Module):
 
     def __init__(self, num_classes: int = 10, width: float = 1.0):
         super().__init__()
-        scaled = lambda channels: max(1, round(width * channels))
+
+        def scaled(channels: int) -> int:
+            return max(1, round(width * channels))
+
         inputs = scaled(192)
         layers = _unit(3, inputs, 3)
         for stage, modules in enumerate(STAGES):

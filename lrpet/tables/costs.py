@@ -73,19 +73,13 @@ def _cost_rows() -> list[dict]:
 
 def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, reported) -> dict:
     imagenet = dataset == "imagenet"
-    paper = lambda value: "" if pd.isna(value) else f"{value:g}"
-    published_cost = {
-        "paper_macs_m": paper(reported.macs_m),
-        "paper_params_m": paper(reported.params_m),
-        "paper_macs_reduction_pct": paper(reported.macs_reduction_pct),
-        "paper_source": reported.source,
-    }
-    names = {"network": network, "dataset": dataset, "method": method, "prune_ratio": paper(ratio)}
-    row_of = lambda ours: {column: (names | ours | published_cost)[column] for column in COST_COLUMNS}
+    row = dict.fromkeys(COST_COLUMNS, NOT_HERE)
+    row |= {"network": network, "dataset": dataset, "method": method, "prune_ratio": _published(ratio)}
+    for name in ("macs_m", "params_m", "macs_reduction_pct"):
+        row[f"paper_{name}"] = _published(getattr(reported, name))
+    row["paper_source"] = reported.source
     if network not in MODELS or method.split(",")[0] not in ("LRPET", "baseline"):
-        return row_of(
-            dict.fromkeys(("macs_m", "params_m", "params_without_bn_m", "macs_reduction_pct"), NOT_HERE)
-        )
+        return row
     model = build_model(network, {"imagenet": 1000, "cifar100": 100}.get(dataset, 10))
     fixed = json.loads((PROJECT / "paper" / "fixed_ranks.json").read_text()).get(network)
     known = True
@@ -97,16 +91,17 @@ def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, repo
         else:
             known = False  # neither ratio nor list is published
     counted = cost(model, (3, 224, 224) if imagenet else (3, 32, 32), ranks)
-    text = lambda value, form: form.format(value) if known else NO_RANKS
-    ours = {
-        "macs_m": text(counted.macs / 1e6, "{:.2f}"),
-        "params_m": text(counted.params / 1e6, "{:.3f}"),
-        "params_without_bn_m": text(
-            sum(layer.params for layer in counted.layers) / 1e6, "{:.3f}"
-        ),  # what the authors count
-        "macs_reduction_pct": text(100 * (1 - counted.macs / counted.dense_macs), "{:.1f}"),
-    }
-    return row_of(ours)
+    without_bn = sum(layer.params for layer in counted.layers)  # what the authors count
+    row["macs_m"] = f"{counted.macs / 1e6:.2f}" if known else NO_RANKS
+    row["params_m"] = f"{counted.params / 1e6:.3f}" if known else NO_RANKS
+    row["params_without_bn_m"] = f"{without_bn / 1e6:.3f}" if known else NO_RANKS
+    reduction = 100 * (1 - counted.macs / counted.dense_macs)
+    row["macs_reduction_pct"] = f"{reduction:.1f}" if known else NO_RANKS
+    return row
+
+
+def _published(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:g}"
 
 
 def _ranks_by_pattern(model, patterns: dict[str, int]) -> dict[str, int]:

@@ -294,12 +294,9 @@ def test_accuracy_averages_over_seeds():
     np.testing.assert_allclose(points(ax, "LRP"), [[40.0, 92.2], [56.25, 92.2]])
     np.testing.assert_allclose(points(ax, "LRPET, published"), [[56.06, 93.27]])
     bars = [segment for collection in ax.collections for segment in collection.get_segments() if len(segment)]
-    np.testing.assert_allclose(
-        np.ptp(np.array(bars)[:, :, 1], axis=1), 0.2, rtol=1e-6
-    )  # from −1 to +1 standard deviation of 0.1
-    assert (
-        ax.get_title(loc="left") == "last epoch, mean and standard deviation over 3 seeds; hollow: published"
-    )
+    interval = 2 * 4.302653 * 0.1 / 3**0.5  # Student's t for three values of standard deviation 0.1
+    np.testing.assert_allclose(np.ptp(np.array(bars)[:, :, 1], axis=1), interval, rtol=1e-6)
+    assert ax.get_title(loc="left") == "last epoch, mean and 95 % interval over 3 seeds; hollow: published"
 
 
 def test_accuracy_of_equal_cost_stands_side_by_side():
