@@ -268,7 +268,7 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
-    monkeypatch.setattr(lrpet.data.sets, "PROJECT", tmp_path)
+    monkeypatch.setattr(lrpet.data.sets, "project_file", lambda *_: tmp_path)
     with pytest.raises(
         DataError, match=r"could not be downloaded \(OSError: no network\).*--data or LRPET_DATA"
     ):

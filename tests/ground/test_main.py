@@ -26,7 +26,7 @@ def own_experiments(monkeypatch, tmp_path):
     (tmp_path / "experiments.yaml").write_text(
         yaml.safe_dump({"smoke": profile}, sort_keys=False), encoding="utf-8"
     )
-    monkeypatch.setattr(lrpet.experiments, "PROJECT", tmp_path)
+    monkeypatch.setattr(lrpet.experiments, "project_file", lambda name: tmp_path / name)
 
 
 def states(out):

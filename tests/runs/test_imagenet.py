@@ -40,10 +40,9 @@ def test_settings_are_those_of_the_paper(e):
     assert [learning_rate(c, epoch) for epoch in (29, 30, 60, 90)] == [0.1, 0.01, 0.001, 0.0001]
     if c.method != "dense":
         assert (c.projection_interval, c.projection_unit, c.bn_rectification) == (250, "iteration", True)
-        assert (
-            c.prune_ratio
-            == tables.published().query(f"table == 'imagenet' and model == '{c.model}'").prune_ratio.item()
-        )
+    if c.method != "dense" and e.feeds == "imagenet":  # others try the authors' further ratios and ranks
+        row = tables.published().query(f"table == 'imagenet' and model == '{c.model}'")
+        assert c.prune_ratio == row.prune_ratio.item()
 
 
 def test_every_network_of_the_paper_is_run_dense_by_lrp_and_by_lrpet():
@@ -209,7 +208,7 @@ def test_the_ten_classes_are_compared_with_no_published_number(tmp_path):
         column for column in table if "paper" in column or "difference" in column or column == "command"
     ]
     rows = table.set_index("method")
-    assert (rows.top1_pct["LRPET"], rows.top5_pct["LRPET"]) == ("70.50 ± 0.71 (n=2)", "95.00 (n=1)")
+    assert (rows.top1_pct["LRPET"], rows.top5_pct["LRPET"]) == ("70.50 [64.15, 76.85] (n=2)", "95.00 (n=1)")
     assert (rows.top5_pct["dense"], rows.top5_pct["LRP"]) == ("not recorded", "not run")
     claims = tables.claims_table(tables.profile_runs("imagenette", tmp_path)).set_index("claim")
     assert claims.verdict["energy transfer helps"] == "not tested"
