@@ -1,7 +1,7 @@
 """Train compact networks by low-rank projection with energy transfer (LRPET, arXiv 2204.05566).
 
-This loads the library alone. What runs experiments (``run``, ``load_runs``, ``RunConfig``) is loaded when it is first
-asked for.
+This loads the library alone. What runs experiments (``run``, ``load_runs``, ``RunConfig``) is loaded when it
+is first asked for.
 """
 
 from lrpet.lowrank import (

@@ -1,4 +1,4 @@
-"""The library: low-rank projection with energy transfer on any PyTorch network. Knows no run, no data set and no experiment."""
+"""The library: low-rank projection with energy transfer for any network. It knows no run and no data set."""
 
 from lrpet.lowrank.batchnorm import (
     batchnorm_scale,

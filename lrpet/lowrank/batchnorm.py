@@ -37,12 +37,13 @@ __all__ = [
 
 
 def is_batchnorm(module: nn.Module) -> bool:
-    """Tell whether a module scales and shifts each channel by fixed numbers in evaluation: BatchNorm, also a frozen one.
+    """Tell whether a module is a BatchNorm, which scales each channel by a fixed number in evaluation.
 
     >>> is_batchnorm(nn.BatchNorm2d(8)), is_batchnorm(nn.GroupNorm(2, 8))
     (True, False)
     """
-    frozen = type(module).__name__ == "FrozenBatchNorm2d" and hasattr(module, "eps")  # torchvision, detectron2
+    # of torchvision and detectron2
+    frozen = type(module).__name__ == "FrozenBatchNorm2d" and hasattr(module, "eps")
     return isinstance(module, _BatchNorm) or frozen
 
 
@@ -59,13 +60,15 @@ def _can_be_paired(module: nn.Module) -> bool:
 def find_batchnorms(model: nn.Module, example_inputs: Any = None) -> dict[str, str | None]:
     """Find the BatchNorm that consumes the output of each convolution and Linear layer.
 
-    A pair counts only where the two can be merged: the layer runs once and its output goes to that BatchNorm and nowhere
-    else (``nn.Identity`` in between is looked through), which scales the same dimension. BatchNorm1d scales the second
-    dimension, a Linear layer makes the last: without a run, those two are a pair only after ``Flatten``.
+    A pair counts only where the two can be merged, that is, where the layer runs once and its output goes to
+    that BatchNorm and nowhere else (``nn.Identity`` in between is looked through), which scales the same
+    dimension. BatchNorm1d scales the second dimension, a Linear layer makes the last; without a run, those
+    two are a pair only after ``Flatten``.
 
     Args:
         model: any module; without ``example_inputs`` one that torch.fx can trace.
-        example_inputs: a tensor, a tuple or a dict to run the model on once, in evaluation mode; None to read its graph.
+        example_inputs: a tensor, a tuple or a dict to run the model on once, in evaluation mode; None to read
+            its graph.
 
     Returns:
         Layer name → BatchNorm name, or None where no BatchNorm follows; in the order of execution.
@@ -84,7 +87,7 @@ def find_batchnorms(model: nn.Module, example_inputs: Any = None) -> dict[str, s
 
 def _pairs_of_run(model: nn.Module, example_inputs: Any) -> dict[str, str | None]:
     names = {module: name for name, module in model.named_modules()}
-    made: dict[int, tuple[nn.Module, Tensor]] = {}  # id of an output, which is kept so that no other gets its id
+    made: dict[int, tuple[nn.Module, Tensor]] = {}  # by id; an output is kept so that no other gets its id
     uses, calls, consumers = Counter(), Counter(), {}
 
     class CountUses(TorchDispatchMode):
@@ -126,7 +129,7 @@ def _dimensions(layer: nn.Module) -> int:
 
 
 def _pairs_of_graph(model: nn.Module) -> tuple[dict[str, str | None], dict[str, str]]:
-    """Return the pairs that torch.fx shows, and those of Linear and BatchNorm1d that depend on the input's dimensions."""
+    """Return the pairs that torch.fx shows, and those of Linear that depend on the input's dimensions."""
 
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, module, qualified_name):
@@ -138,7 +141,8 @@ def _pairs_of_graph(model: nn.Module) -> tuple[dict[str, str | None], dict[str, 
     except Exception as error:  # tracing runs the user's forward, which can raise anything
         raise ValueError(
             f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}). Pass "
-            "batchnorms={layer name: BatchNorm name or None}, example_inputs= to read the pairs off one run, or switch BN rectification off."
+            "batchnorms={layer name: BatchNorm name or None}, example_inputs= to read the pairs off one run, "
+            "or switch BN rectification off."
         ) from error
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     modules = dict(model.named_modules())
@@ -165,8 +169,18 @@ def _sole_batchnorm(node, modules, calls) -> str | None:
 
 
 def _is_matrix(node, modules) -> bool:
-    """Tell whether a value certainly has two dimensions: it was flattened, and no more than elementwise modules followed."""
-    keep = (nn.Linear, nn.BatchNorm1d, nn.Identity, nn.Dropout, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
+    """Tell whether a value surely has two dimensions: after Flatten, elementwise and Linear modules only."""
+    keep = (
+        nn.Linear,
+        nn.BatchNorm1d,
+        nn.Identity,
+        nn.Dropout,
+        nn.ReLU,
+        nn.GELU,
+        nn.SiLU,
+        nn.Tanh,
+        nn.Sigmoid,
+    )
     while node.op == "call_module" and type(modules[node.target]) in keep:
         node = node.args[0]
     if node.op == "call_module":
@@ -178,7 +192,7 @@ def _is_matrix(node, modules) -> bool:
 def resolve_batchnorms(
     model: nn.Module, layers, batchnorms: Mapping[str, str | None] | None = None, example_inputs: Any = None
 ) -> dict[str, str | None]:
-    """Return the BatchNorm of each named layer: found, or stated by the caller and checked against what is found.
+    """Return the BatchNorm of each named layer: found, or stated and checked against what is found.
 
     Args:
         model: the network.
@@ -200,7 +214,7 @@ def resolve_batchnorms(
     """
     if batchnorms is None:
         has_any = any(is_batchnorm(module) for module in model.modules())
-        found = find_batchnorms(model, example_inputs) if has_any else {}  # a LayerNorm network need not be traceable
+        found = find_batchnorms(model, example_inputs) if has_any else {}  # without any it need not trace
         pairs = {name: found.get(name) for name in layers}
     else:
         missing = [name for name in layers if name not in batchnorms]
@@ -221,13 +235,14 @@ def resolve_batchnorms(
         for name, bn in pairs.items():
             if bn not in (found.get(name), unsure.get(name, found.get(name))):
                 raise ValueError(
-                    f"layer {name!r} is paired with BatchNorm {bn!r}, but in the graph it feeds {found.get(name)!r}"
+                    f"layer {name!r} is paired with BatchNorm {bn!r}, but in the graph it feeds "
+                    f"{found.get(name)!r}"
                 )
     modules = dict(model.named_modules())
     for name, bn in pairs.items():
         if name not in modules or not _can_be_paired(modules[name]):
             raise ValueError(
-                f"batchnorms names {name!r}, which is not a layer of this model that can be paired with a BatchNorm"
+                f"batchnorms names {name!r}, which is not a layer of this model that a BatchNorm can follow"
             )
         if bn is None:
             continue
@@ -235,7 +250,8 @@ def resolve_batchnorms(
             raise ValueError(f"layer {name!r} is paired with {bn!r}, which is not a BatchNorm of this model")
         if modules[bn].running_var is None:
             raise ValueError(
-                f"BatchNorm {bn!r} after layer {name!r} keeps no running statistics, which rectification and folding need"
+                f"BatchNorm {bn!r} after layer {name!r} keeps no running statistics, which rectification and "
+                "folding need"
             )
         layer = modules[name]
         width = len(layer.bias) if isinstance(layer, ConstantOutput) else matrix_of(layer).shape[0]
@@ -248,7 +264,7 @@ def resolve_batchnorms(
 
 
 def normalized_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Return the weights that a BatchNorm follows: in training, scaling one changes nothing that the network computes.
+    """Return the weights that a BatchNorm follows: in training, scaling one changes no output of the network.
 
     Of a factorized layer these are both factors, of a parametrized one all that its weight is made of.
 
@@ -294,8 +310,8 @@ def fold_batchnorm(
 ) -> nn.Module:
     """Return a copy for inference in which each BatchNorm is merged into the layer before it.
 
-    With a = γ / sqrt(running_var + eps) the layer's weight becomes diag(a)·M and its bias
-    a·(bias − running_mean) + β; in a factorized layer the second factor takes both. A BatchNorm that does more (an
+    With a = γ / sqrt(running_var + eps) the layer's weight becomes diag(a)·M and its bias a·(bias −
+    running_mean) + β; in a factorized layer the second factor takes both. A BatchNorm that does more (an
     activation inside), or that follows a layer whose weight is computed at each use, stays as it is.
 
     Args:
@@ -304,8 +320,8 @@ def fold_batchnorm(
         example_inputs: a tensor, tuple or dict, to read the pairs off one run instead.
 
     Returns:
-        A new module in eval mode, with ``nn.Identity`` where a BatchNorm was; layers keep their dtype. Its attribute
-        ``folded_batchnorms`` holds the pairs.
+        A new module in eval mode, with ``nn.Identity`` where a BatchNorm was; layers keep their dtype. Its
+        attribute ``folded_batchnorms`` holds the pairs.
 
     Raises:
         ValueError: the model cannot be traced and no pairs are given, or a pair is wrong.
@@ -326,7 +342,8 @@ def fold_batchnorm(
             continue
         layer, bn = folded.get_submodule(name), folded.get_submodule(bn_name)
         computed = "bias" not in layer._parameters or "weight" not in layer._parameters
-        transposed_groups = layer_type(layer) in TRANSPOSED and layer.groups > 1  # outputs are not one dimension
+        # whose outputs are not one dimension of the weight
+        transposed_groups = layer_type(layer) in TRANSPOSED and layer.groups > 1
         if not _is_plain(bn) or (computed and not isinstance(layer, ConstantOutput)) or transposed_groups:
             continue
         a = batchnorm_scale(bn)[0]  # (N,)
@@ -338,7 +355,8 @@ def fold_batchnorm(
             weight = weight.clone() if weight is old else weight
             rows = rows_first(layer, weight)
             rows.mul_(a.reshape(-1, *[1] * (rows.ndim - 1)))
-            layer.weight = nn.Parameter(weight.to(old.dtype), old.requires_grad)  # another layer may share the old one
+            # a new one: another layer may share the old
+            layer.weight = nn.Parameter(weight.to(old.dtype), old.requires_grad)
         layer.bias = nn.Parameter(bias.to(like.dtype), like.requires_grad)
         replace_module(folded, bn_name, nn.Identity())
         folded.folded_batchnorms[name] = bn_name

@@ -30,11 +30,11 @@ def ranks_for_budget(
 ) -> dict[str, int]:
     """Return ranks with which a network needs a given share fewer multiply-adds.
 
-    ``uniform`` finds by bisection the ratio ρ at which the ranks K − K·ρ, not rounded, meet the budget, rounds them
-    down and spends what is left on the layers that rounding hurt most. ``energy`` starts from rank 1 and raises by
-    one, again and again, the rank whose next singular value brings the largest share of its layer's energy for a
-    multiply-add; it wants a network that has been trained for a while, and measures diag(a)·M, the weight as BatchNorm
-    scales it.
+    ``uniform`` finds by bisection the ratio ρ at which the ranks K − K·ρ, not rounded, meet the budget,
+    rounds them down and spends what is left on the layers that rounding hurt most. ``energy`` starts from
+    rank 1 and raises by one, again and again, the rank whose next singular value brings the largest share of
+    its layer's energy for a multiply-add; it wants a network that has been trained for a while, and measures
+    diag(a)·M, the weight as BatchNorm scales it.
 
     Args:
         model: the network.
@@ -42,17 +42,20 @@ def ranks_for_budget(
         macs_reduction: share of the dense network's multiply-adds to save, in (0, 1).
         allocation: "uniform" or "energy".
         batchnorms: layer name → BatchNorm name or None, for models that torch.fx cannot trace; "energy" only.
-        layers: None for all convolutions; else as for :func:`ranks_from_ratio`, a plan of :func:`lrpet.select` included.
-        example_inputs: in the place of ``input_shape``, see :func:`cost`; BatchNorms are then read off a run as well.
+        layers: None for all convolutions; else as for :func:`ranks_from_ratio`, a plan of
+            :func:`lrpet.select` included.
+        example_inputs: in the place of ``input_shape``, see :func:`cost`; BatchNorms are then read off a run
+            as well.
 
     Returns:
-        Layer name → R, in module order, for a plan that plan with ranks; the MACs are at most the budget. No rank is so high that the factors
-        would cost as much as the dense layer.
+        Layer name → R, in module order, for a plan that plan with ranks; the MACs are at most the budget. No
+        rank is so high that the factors would cost as much as the dense layer.
 
     Raises:
         ValueError: the budget cannot be met even at rank 1 everywhere, or an argument is out of range.
 
-    Source: largest-remainder rounding and greedy marginal gain, both textbook; the paper gives ratios, not budgets.
+    Source: largest-remainder rounding and greedy marginal gain, both textbook; the paper gives ratios, not
+        budgets.
 
     >>> from lrpet.models import build_model
     >>> model = build_model("resnet20")

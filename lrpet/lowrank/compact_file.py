@@ -25,7 +25,8 @@ def save_compact(compact: nn.Module, path: str | Path, **description: str | int)
     """Write a compact network to a safetensors file: its factors, and in the header what was factorized how.
 
     Args:
-        compact: result of :func:`factorize`, BatchNorm folded or not; tensors that are shared are written once.
+        compact: result of :func:`factorize`, BatchNorm folded or not; tensors that are shared are written
+            once.
         path: the file to write; it appears whole or not at all.
         description: further entries for the header, such as ``model="resnet20"``.
 
@@ -48,8 +49,9 @@ def save_compact(compact: nn.Module, path: str | Path, **description: str | int)
             f"{type(compact).__name__} was not made by factorize(); save_compact needs its record of ranks"
         )
     layers = {layer.name: [layer.rank, layer.action] for layer in compact.factorization}
-    header = {"layers": layers, "batchnorm_folded": getattr(compact, "batchnorm_folded", False), **description}
-    if header["batchnorm_folded"]:
+    folded = getattr(compact, "batchnorm_folded", False)
+    header = {"layers": layers, "batchnorm_folded": folded, **description}
+    if folded:
         header["batchnorms"] = compact.folded_batchnorms
     tensors, first, shared = {}, {}, {}
     for name, tensor in compact.state_dict().items():
@@ -75,7 +77,7 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def compact_header(path: str | Path) -> dict:
-    """Return what :func:`save_compact` wrote about a file: its layers, whether BatchNorm is folded, and the description.
+    """Return what :func:`save_compact` wrote about a file: layers, whether BatchNorm is folded, description.
 
     Raises:
         ValueError: the file is not a whole safetensors file of ours.
@@ -87,7 +89,8 @@ def _read(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("lrpet")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()  # safe_open is no mapping
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); save the compact network again"
@@ -112,7 +115,8 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
 
     Args:
         path: file of :func:`save_compact`.
-        model: a network of the same architecture with any weights, as ``build_model`` returns it; not changed.
+        model: a network of the same architecture with any weights, as ``build_model`` returns it; not
+            changed.
 
     Returns:
         The compact network, as it was saved.

@@ -1,4 +1,4 @@
-"""Multiply-adds and parameters: counted by PyTorch on one run, and by arithmetic for what factorizing changes."""
+"""Multiply-adds and parameters: counted on one run, and by arithmetic for what factorizing changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LayerCost:
     """Cost of one layer for one image: as it would be deployed, and dense."""
 
     name: str
-    kind: str  # type of the module, as Conv2d or Linear; of a layer called as a function that of the module around it
+    kind: str  # type of the module, as Conv2d; of a layer called as a function, of the module around it
     N: int  # outputs; 0 where a module calls layers as functions
     D: int  # inputs times kernel area (of one group)
     rank: int | None  # None: dense
@@ -56,7 +56,7 @@ class Cost:
     dense_macs: int
     dense_params: int
     layers: tuple[LayerCost, ...]
-    other_macs: dict[str, int] = field(default_factory=dict)  # what else multiplies: "attn: bmm" → multiply-adds
+    other_macs: dict[str, int] = field(default_factory=dict)  # of all else, as "attn: bmm"
 
 
 def cost(
@@ -68,18 +68,19 @@ def cost(
 ) -> Cost:
     """Count multiply-adds and parameters of a network, dense or factorized at the given ranks.
 
-    A layer of N outputs and D inputs that runs at P positions costs N·D·P multiply-adds dense and
-    R·(N + D)·P factorized; its weights N·D and R·(N + D). Convolutions and Linear layers count, as often as they run;
-    BatchNorm, pooling and activations do not (their parameters do). Attention products and recurrent cells stand in
-    ``other_macs``. The rank min(N, D) is dense. A layer that never runs has parameters and no multiply-adds.
+    A layer of N outputs and D inputs that runs at P positions costs N·D·P multiply-adds dense and R·(N + D)·P
+    factorized; its weights N·D and R·(N + D). Convolutions and Linear layers count, as often as they run;
+    BatchNorm, pooling and activations do not (their parameters do). Attention products and recurrent cells
+    stand in ``other_macs``. The rank min(N, D) is dense. A layer that never runs has parameters and no
+    multiply-adds.
 
     Args:
-        model: any module; it is run once on the "meta" device, which computes shapes only, or where it cannot be, in
-            evaluation mode as it is.
+        model: any module; it is run once on the "meta" device, which computes shapes only, or where it cannot
+            be, in evaluation mode as it is.
         input_shape: (C, H, W) of one image.
         ranks: layer name → R or a list in module order; None counts the model as it is.
-        example_inputs: in the place of ``input_shape``: a tensor, a tuple or a dict, counted as it is, for one image of
-            batch size 1.
+        example_inputs: in the place of ``input_shape``: a tensor, a tuple or a dict, counted as it is, for
+            one image of batch size 1.
 
     Returns:
         Totals and a row a layer, in the order of execution.
@@ -94,7 +95,7 @@ def cost(
     """
     model = unwrap(model)
     if (input_shape is None) == (example_inputs is None):
-        raise ValueError("give either input_shape, (C, H, W) of one image, or example_inputs, a tensor, tuple or dict")
+        raise ValueError("give either input_shape, (C, H, W) of one image, or example_inputs=, any inputs")
     ranks = {} if ranks is None else resolve_ranks(model, ranks)
     names = {module: name for name, module in model.named_modules()}
     modules = {name: module for module, name in names.items()}
@@ -144,12 +145,12 @@ def _row(name: str, module: nn.Module, dense_macs: int, positions: int, rank: in
     params, macs, factored = N * D + (0 if module.bias is None else N), dense_macs, 0
     if rank is not None:
         factored = N * D - rank * (N + D)
-        macs = dense_macs // N * rank + rank * N * positions  # the first factor, and a product of N×R at each output
+        macs = dense_macs // N * rank + rank * N * positions  # the window on R channels, then N×R
     return LayerCost(name, type(module).__name__, N, D, rank, macs, params - factored, dense_macs, params)
 
 
 def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Counter, int]]:
-    """Return the multiply-adds of each module that runs, by operation and without its children's, and its output positions."""
+    """Return of each module that runs its own multiply-adds by operation, and its output positions."""
     given = image_like(model, input_shape) if example_inputs is None else example_inputs
     shadow = copy_of(model, meta=True)
     try:
@@ -158,10 +159,11 @@ def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Count
         try:
             return _count(model, given)
         except Exception as error:
-            what = f"inputs of input_shape={input_shape!r}, (C, H, W)" if example_inputs is None else "example_inputs"
+            shape = f"inputs of input_shape={input_shape!r}, (C, H, W)"
+            what = shape if example_inputs is None else "example_inputs"
             raise ValueError(
-                f"{type(model).__name__} does not run on {what}: {type(error).__name__}: {error}. Where it takes other inputs "
-                "than one image, give example_inputs=, a tensor, a tuple or a dict"
+                f"{type(model).__name__} does not run on {what}: {type(error).__name__}: {error}. Where "
+                "it takes other inputs than one image, give example_inputs=, a tensor, a tuple or a dict"
             ) from error
 
 
@@ -169,7 +171,7 @@ def _count(model: nn.Module, given: Any) -> dict[str, tuple[Counter, int]]:
     names = {module: name for name, module in model.named_modules()}
     counter = FlopCounterMode(display=False)
     done: dict[str, tuple[Counter, int]] = {}
-    began = [(Counter(), Counter())]  # of the modules that are running: all counts at their start, and their children's
+    began = [(Counter(), Counter())]  # of running modules: the counts at their start, their children's
 
     def so_far() -> Counter:
         return Counter({op.__name__: flops for op, flops in counter.flop_counts["Global"].items()})

@@ -27,17 +27,18 @@ def factorize(
 ) -> nn.Module:
     """Return a compact copy of a network: each chosen layer becomes two thinner ones.
 
-    M = U·diag(s)·Vᵀ cut to R columns; a convolution turns into a k×k one from C to R channels with the
-    weight diag(√s)·Vᵀ and the original stride, padding and dilation, and a 1×1 one from R to N with U·diag(√s)
-    and the bias. Exact except for rounding where the weight has rank R, the best approximation elsewhere. Layers that
-    share a weight share factors, and a layer of two names is replaced under both.
+    M = U·diag(s)·Vᵀ cut to R columns; a convolution turns into a k×k one from C to R channels with the weight
+    diag(√s)·Vᵀ and the original stride, padding and dilation, and a 1×1 one from R to N with U·diag(√s) and
+    the bias. Exact except for rounding where the weight has rank R, the best approximation elsewhere. Layers
+    that share a weight share factors, and a layer of two names is replaced under both.
 
     Args:
         model: the trained network; it is not changed.
         ranks: layer name → R, or one R for each compressible convolution in module order. A layer with
             R = min(N, D) stays dense; one whose largest singular value is under 1e-5 becomes its bias.
-        min_gain: leave a layer dense where its factors are not at least so many times as fast, as :func:`measure_gains` finds
-            on this machine: 1 for "not slower". None factorizes every layer, whatever it costs.
+        min_gain: leave a layer dense where its factors are not at least so many times as fast, as
+            :func:`measure_gains` finds on this machine: 1 for "not slower". None factorizes every layer,
+            whatever it costs.
         example: a batch of inputs as in use, for ``min_gain``.
 
     Returns:
@@ -78,7 +79,8 @@ def factorize(
             and layer_type(layer) is nn.Conv2d
             and symmetric_padding(layer) is not None
         ):
-            reason = f"dead: largest singular value {s[0]:.1e} < {DEAD_AT_FACTORIZATION:.0e}; replaced by its bias"
+            limit = f"{s[0]:.1e} < {DEAD_AT_FACTORIZATION:.0e}"
+            reason = f"dead: largest singular value {limit}; replaced by its bias"
             reports.append(LayerReport(name, 0, kept, "constant", reason))
         elif rank == min(N, D):
             reports.append(LayerReport(name, rank, 1.0, "dense", "full rank"))

@@ -18,8 +18,8 @@ __all__ = ["ConstantOutput", "LowRankConv", "LowRankConv2d", "LowRankLinear", "r
 class _Factors(nn.Sequential):
     """Two thin layers in the place of a dense one, which can still be asked what the dense one was asked.
 
-    ``weight`` is the product of the factors, computed at each use, so a module that multiplies by it itself computes the
-    same as before and saves nothing.
+    ``weight`` is the product of the factors, computed at each use, so a module that multiplies by it itself
+    computes the same as before and saves nothing.
     """
 
     @property
@@ -50,7 +50,8 @@ class LowRankLinear(_Factors):
     """
 
     def __repr__(self) -> str:
-        return f"LowRankLinear(in_features={self.in_features}, out_features={self.out_features}, rank={self.rank})"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"LowRankLinear({sizes})"
 
     @property
     def in_features(self) -> int:
@@ -64,20 +65,22 @@ class LowRankLinear(_Factors):
 
 
 class LowRankConv(_Factors):
-    """A convolution, of any number of dimensions or transposed, as two: C → R with the window, and 1×1 from R to N.
+    """A convolution, of any number of dimensions or transposed, as two: the window, C → R, and 1×1, R → N.
 
-    It answers ``kernel_size``, ``stride``, ``padding``, ``dilation``, ``padding_mode`` and ``in_channels`` as its first factor
-    does, and ``groups``, which is 1.
+    It answers ``kernel_size``, ``stride``, ``padding``, ``dilation``, ``padding_mode`` and ``in_channels`` as
+    its first factor does, and ``groups``, which is 1.
 
     >>> layer = LowRankConv(nn.Conv1d(8, 2, 3, bias=False), nn.Conv1d(2, 5, 1))
     >>> layer.weight.shape, layer.kernel_size, layer.out_channels
     (torch.Size([5, 8, 3]), (3,), 5)
     """
 
-    WINDOW = ("in_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode", "groups", "output_padding")
+    WINDOW = ("in_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode", "output_padding")
 
     def __getattr__(self, name: str):
         return getattr(self[0], name) if name in self.WINDOW else super().__getattr__(name)
+
+    groups = 1
 
     @property
     def out_channels(self) -> int:
@@ -144,10 +147,10 @@ def rebuild(model: nn.Module, reports: Sequence[LayerReport]) -> nn.Module:
 
 
 def replace_layer(model: nn.Module, report: LayerReport, made: dict[int, _Factors]) -> nn.Module:
-    """Put the layer that a report describes in the place of the dense one, under all its names; return the model.
+    """Put the layer that a report describes in the place of the dense one, under all names; return the model.
 
-    Factors come uninitialized and draw no random numbers. ``made`` remembers them by the weight they stand for, so that
-    layers that share a weight share factors.
+    Factors come uninitialized and draw no random numbers. ``made`` remembers them by the weight they stand
+    for, so that layers that share a weight share factors.
     """
     old = model.get_submodule(report.name)
     if report.action == "dense":
@@ -159,8 +162,9 @@ def replace_layer(model: nn.Module, report: LayerReport, made: dict[int, _Factor
         new = make_factors(old, report.rank)
         other = made.setdefault(id(old.weight), new)
         new[0].weight, new[1].weight = other[0].weight, other[1].weight
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
-        getattr(new, hooks).update(getattr(old, hooks))
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        for hooks in (kind, f"{kind}_with_kwargs"):
+            getattr(new, hooks).update(getattr(old, hooks))
     return replace_module(model, report.name, new.train(old.training))
 
 
@@ -173,7 +177,8 @@ def make_factors(old: nn.Module, rank: int) -> _Factors:
         second = skip_init(nn.Linear, rank, N, bias=old.bias is not None, **like)
         factors = LowRankLinear(first, second)
     else:
-        window = {setting: getattr(old, setting) for setting in ("stride", "padding", "dilation", "padding_mode")}
+        settings = ("stride", "padding", "dilation", "padding_mode")
+        window = {setting: getattr(old, setting) for setting in settings}
         if kind in TRANSPOSED:
             window["output_padding"] = old.output_padding
         pointwise = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(old.kernel_size) - 1]
@@ -190,7 +195,7 @@ def make_factors(old: nn.Module, rank: int) -> _Factors:
 
 
 def symmetric_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
-    """Return the padding as (vertical, horizontal), or None where it is uneven ("same" with an even window)."""
+    """Return the padding as (vertical, horizontal), or None where it is uneven ("same", even window)."""
     if conv.padding == "valid":
         return (0, 0)
     if conv.padding != "same":

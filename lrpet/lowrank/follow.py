@@ -1,4 +1,4 @@
-"""Subspace iteration: the leading directions of a matrix from those of an earlier, similar one, certified or refused."""
+"""Subspace iteration: leading directions of a matrix from those of an earlier one, certified or refused."""
 
 from __future__ import annotations
 
@@ -8,26 +8,23 @@ from torch import Tensor
 from lrpet.lowrank.projection import Basis, thin_dtype
 
 __all__ = ["follow_basis"]
-RESIDUAL_TOLERANCE = (
-    1e-5  # of follow_basis: the removed part is at most this share larger than the smallest possible
-)
-RESULT_TOLERANCE = (
-    1e-5  # of follow_basis: its result differs from the exact one by at most this share of the weight's norm
-)
+RESIDUAL_TOLERANCE = 1e-5  # the removed part is at most this share larger than the smallest possible
+RESULT_TOLERANCE = 1e-5  # the result differs from the exact one by at most this share of the weight's norm
 
 
 @torch.no_grad()
 def follow_basis(gram: Tensor, start: Tensor, rounds: int = 4) -> tuple[Basis, Tensor]:
-    """Find the leading directions from those of an earlier, similar matrix: subspace iteration that knows when to be trusted.
+    """Find the leading directions from those of an earlier, similar matrix, and whether to trust them.
 
     With G the Gram matrix, a round is Q ← orth(G·(G·Q)). In the basis (Q, rest) G is then::
 
-        T = QᵀGQ     W = GQ − QT     c² = ‖G‖² − ‖T‖² − 2‖W‖²     (Frobenius norms; c bounds what is outside Q)
+        T = QᵀGQ     W = GQ − QT     c² = ‖G‖² − ‖T‖² − 2‖W‖²     (Frobenius norms)
 
-    If every eigenvalue of T is at least 2c + 1e-5·E (a Cholesky factorization of the difference exists), Q spans the
-    *leading* directions but for an angle, and no R directions hold more energy than tr T + ‖W‖²/(c + 1e-5·E). That excess is
-    required to be at most 2e-5 of the energy outside Q, so that the norm of the removed part is optimal to 1e-5, and so
-    small that the result differs from the exact one by less than 1e-5 of the norm of A (1e-6 is taken as rounding).
+    If every eigenvalue of T is at least 2c + 1e-5·E (a Cholesky factorization of the difference exists), Q
+    spans the *leading* directions except for an angle, and no R directions hold more energy than
+    tr T + ‖W‖²/(c + 1e-5·E). That excess is required to be at most 2e-5 of the energy outside Q, so that the
+    norm of the removed part is optimal to 1e-5, and so small that the result differs from the exact one by
+    less than 1e-5 of the norm of A (1e-6 is taken as rounding).
 
     Args:
         gram: G, (B, K, K), float64; its entries may be rounded to float32.
@@ -35,10 +32,11 @@ def follow_basis(gram: Tensor, start: Tensor, rounds: int = 4) -> tuple[Basis, T
         rounds: at most so many for one matrix.
 
     Returns:
-        The basis, and whether it fulfils the two tolerances, (B,) bool. Where it does not (no gap after s_R, a rank below R,
-        a matrix unlike the earlier one) call :func:`leading_basis`.
+        The basis, and whether it fulfils the two tolerances, (B,) bool. Where it does not (no gap after s_R,
+        a rank below R, a matrix unlike the earlier one) call :func:`leading_basis`.
 
-    Source: Golub and Van Loan, Matrix Computations, section 8.2.4, for the iteration; Mathias, Quadratic residual bounds for the
+    Source: Golub and Van Loan, Matrix Computations, section 8.2.4, for the iteration; Mathias, Quadratic
+        residual bounds for the
     Hermitian eigenvalue problem (1998), for the bound.
 
     >>> from lrpet.lowrank import gram_matrices

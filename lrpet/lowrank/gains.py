@@ -21,9 +21,10 @@ __all__ = ["measure_gains"]
 def measure_gains(
     model: nn.Module, ranks: Mapping[str, int] | Sequence[int], example: torch.Tensor, rounds: int = 15
 ) -> dict[str, float]:
-    """Measure how many times as fast the two factors of each layer are as the layer itself, on its own inputs.
+    """Measure how many times as fast as a layer its two factors are, on its own inputs.
 
-    Layers of one shape with inputs of one shape are measured once, eagerly, with the threads that PyTorch has.
+    Layers of one shape with inputs of one shape are measured once, eagerly, with the threads that PyTorch
+    has.
 
     Args:
         model: the network, on its device and in its memory format.

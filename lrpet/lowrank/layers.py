@@ -1,6 +1,7 @@
-"""What a layer is that can be made low-rank, decided once: its type, its weight as an N×D matrix, or why it is left out.
+"""What a layer is that can be made low-rank, decided once: type, weight as a matrix, or why it is left out.
 
-Also what has to be known about the model around it: what wraps it, what it shares, and how a module is copied or replaced.
+Also what has to be known about the model around it: what wraps it, what it shares, and how a module is copied
+or replaced.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -37,7 +37,8 @@ KINDS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 def layer_type(module: nn.Module) -> type | None:
     """Return the type that says what a layer computes, or None where it is no layer that is known here.
 
-    Types are compared, not subclasses: a subclass may have a forward of its own. Hugging Face's ``Conv1D``, a Linear layer
+    Types are compared, not subclasses: a subclass may have a forward of its own. Hugging Face's ``Conv1D``, a
+        Linear layer
     with its weight transposed, counts as Linear; a parametrized layer as what it was before.
 
     >>> layer_type(nn.Conv2d(3, 8, 3)).__name__, layer_type(nn.ReLU())
@@ -52,7 +53,7 @@ def _is_hugging_face(kind: type) -> bool:
 
 
 def left_out(module: nn.Module) -> str:
-    """Return why a convolution or Linear layer cannot be made low-rank; empty where it can, and for other modules.
+    """Return why a convolution or Linear layer cannot be made low-rank; empty where it can, or is none.
 
     >>> left_out(nn.Conv2d(8, 8, 3, groups=8)), left_out(nn.Conv2d(8, 8, 3))
     ('grouped', '')
@@ -76,21 +77,23 @@ def left_out(module: nn.Module) -> str:
 def unwritable(module: nn.Module) -> str:
     """Return why the weight of a layer cannot be replaced by another, and what to do; empty where it can.
 
-    >>> unwritable(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)))[:53]
+    >>> unwritable(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)))[:53]
     'its weight is computed from other parameters at each '
     """
     for part in ("weight", "bias"):
         if part not in module._parameters:
             return (
-                f"its {part} is computed from other parameters at each use (parametrization, weight norm, spectral norm "
-                "or pruning mask); remove that first, by torch.nn.utils.parametrize.remove_parametrizations, "
-                "remove_weight_norm, remove_spectral_norm or prune.remove"
+                f"its {part} is computed from other parameters at each use (parametrization, weight norm, "
+                "spectral norm or pruning mask); remove that first, by "
+                "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+                "remove_spectral_norm or prune.remove"
             )
     weight = module._parameters["weight"]
     if weight.is_meta:
         return "its weight is on the meta device and has no values; load it first"
     if type(weight) is not nn.Parameter:
-        return f"its weight is a {type(weight).__name__}, such as FSDP's shards or quantized weights; gather it first"
+        kind = type(weight).__name__
+        return f"its weight is a {kind}, such as a shard of FSDP or a quantized weight; gather it first"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
     return ""
@@ -118,7 +121,7 @@ def matrix_of(layer: nn.Module) -> Tensor:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of a model, shared ones once; those that have no shape yet do not count.
+    """Return the number of parameters of a model, shared ones once, those without a shape yet not.
 
     >>> count_parameters(nn.Linear(2, 3))
     9
@@ -137,7 +140,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"model must be a torch.nn.Module; got {type(model).__name__} {model!r}; build_model makes one of a name"
+            f"model must be a torch.nn.Module; got {type(model).__name__} {model!r}; build_model makes "
+            "one of a name"
         )
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
@@ -157,8 +161,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     """
     first: dict[nn.Module, str] = {}
     return {
-        name: first.setdefault(module, name)
-        for name, module in model.named_modules(remove_duplicate=False)
+        name: first.setdefault(module, name) for name, module in model.named_modules(remove_duplicate=False)
     }
 
 
@@ -184,7 +187,7 @@ def shared_weights(model: nn.Module) -> dict[str, list[str]]:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Put a module in the place of another, under all its names; return the model, which is ``new`` for the name "".
+    """Put a module in the place of another, under all its names; return the model, for "" ``new`` itself.
 
     >>> replace_module(nn.Sequential(nn.Linear(2, 2)), "0", nn.ReLU())
     Sequential(
@@ -200,7 +203,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 def copy_of(model: nn.Module, *, meta: bool = False) -> nn.Module:
-    """Return a deep copy of a model; activations that it keeps are detached, and what nobody can copy (a lock) is shared.
+    """Return a deep copy of a model; activations in it are detached, what cannot be copied (a lock) shared.
 
     Args:
         model: any module.

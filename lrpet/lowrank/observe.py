@@ -25,7 +25,7 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 @contextmanager
 def watching(model: nn.Module) -> Iterator[list]:
-    """Set a model to evaluation without gradients; take back its modes, and the hooks put into the list, at the end.
+    """Set a model to evaluation without gradients; take that back at the end, and hooks in the list.
 
     >>> model = nn.Linear(2, 2).train()
     >>> with watching(model) as hooks:

@@ -46,9 +46,10 @@ class PlannedLayer:
 
 @dataclass(frozen=True, eq=False)
 class Plan(Mapping):
-    """The layers that take part, as a mapping of their names to ranks, and all others with the reason; prints as a table.
+    """The layers that take part, as a mapping of names to ranks, and all others with the reason.
 
-    It can be given wherever ranks are taken, once they are chosen, and as ``layers=`` to the functions that choose them.
+    It prints as a table, can be given wherever ranks are taken, once they are chosen, and as ``layers=`` to
+    the functions that choose them.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -87,10 +88,11 @@ class Plan(Mapping):
             taken = "yes" if layer.taken else "no"
             table.append((layer.name, layer.kind, size, str(layer.rank or ""), taken, layer.note))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in table]
+        lines = ["  ".join(map(str.ljust, row, widths)) for row in table]
         macs = "" if self.macs_share is None else f" and {self.macs_share:.1%} of the multiply-adds"
-        share = f"{len(self)} of {len(self.layers)} layers taken: {self.params_share:.1%} of the parameters{macs}"
-        return "\n".join([line.rstrip() for line in lines] + [share])
+        share = f"{self.params_share:.1%} of the parameters{macs}"
+        count = f"{len(self)} of {len(self.layers)} layers taken"
+        return "\n".join([*map(str.rstrip, lines), f"{count}: {share}"])
 
 
 def select(
@@ -105,15 +107,15 @@ def select(
 
     Args:
         model: any module; of a wrapped one the network inside.
-        include: a pattern of names, as ``*.mlp.*``, a list of patterns, or a function of name and module; None for all
-            convolutions.
+        include: a pattern of names, as ``*.mlp.*``, a list of patterns, or a function of name and module;
+            None for all convolutions.
         exclude: the same, for layers to leave out.
         prune_ratio: ρ in [0, 1), to give each layer the rank K − K·ρ; None to choose ranks later.
         example_inputs: a tensor, tuple or dict to run the model on, for the share of multiply-adds.
 
     Returns:
-        A :class:`Plan`. Where it covers less than half of the parameters, or factors are larger than their layer, a
-        warning says so.
+        A :class:`Plan`. Where it covers less than half of the parameters, or factors are larger than their
+        layer, a warning says so.
 
     Raises:
         ValueError: an argument is out of range.

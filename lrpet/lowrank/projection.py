@@ -1,8 +1,8 @@
 """The paper as functions on matrices: keep the R largest singular values and hand on the energy.
 
-Nothing here knows of models or files. Letters: ``M`` is a weight as an N×D matrix, ``K = min(N, D)``,
+Nothing here knows of models or files. Notation: ``M`` is a weight as an N×D matrix, ``K = min(N, D)``,
 ``R`` the rank that is kept, ``s_1 ≥ s_2 ≥ …`` its singular values, ``E = Σ s_i²`` its energy and ``a``
-the factor by which a BatchNorm behind the layer scales each row. All arithmetic is in float64: a
+the factor by which a BatchNorm after the layer scales each row. All arithmetic is in float64: a
 projection is small next to the training steps between two of them, and the Gram matrix, which
 squares the condition number, then costs no accuracy that float32 weights could show.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ logger = logging.getLogger("lrpet")
 
 
 class Basis(NamedTuple):
-    """What a projection needs to know of B matrices A = diag(a)·M: the kept directions of the shorter side, and two energies."""
+    """What a projection needs to know of B matrices A = diag(a)·M: the kept directions, and energies."""
 
     vectors: (
         Tensor  # (B, K, R), orthonormal columns: left singular vectors of A for N ≤ D, right ones for N > D
@@ -97,7 +98,7 @@ def project(
         matrix: (..., N, D), floating point; float16 and bfloat16 are computed in float64 like all others.
         rank: R, 1 ≤ R ≤ min(N, D).
         energy_transfer: False is the paper's ablation "LRP".
-        row_scale: ``a``, (..., N), from the BatchNorm behind the layer; None for no rectification.
+        row_scale: ``a``, (..., N), from the BatchNorm after the layer; None for no rectification.
         residual: q in [0, 1], the share of each removed singular value that stays.
         row_eps: the constant of the authors' way to undo ``a``; 0 is the exact inverse (a row with a = 0
             then becomes 0, the limit for row_eps → 0).
@@ -161,13 +162,14 @@ def project_and_measure(
         raise ValueError(f"row_eps must be 0 (exact inverse) or positive; got {row_eps!r}")
     if not torch.isfinite(matrix.double().square().sum()):
         raise ValueError(
-            "matrix holds NaN or infinite values, or overflows when squared; the weights were lost before this projection"
+            "matrix holds NaN or infinite values, or overflows when squared; the weights were lost before "
+            "this projection"
         )
     if row_scale is not None and not (isinstance(row_scale, Tensor) and row_scale.is_floating_point()):
         raise ValueError(f"row_scale must be a floating-point tensor or None; got {type(row_scale).__name__}")
     if row_scale is not None and row_scale.shape != matrix.shape[:-1]:
         raise ValueError(
-            f"row_scale must have a value a row, {tuple(matrix.shape[:-1])}; got {tuple(row_scale.shape)}"
+            f"row_scale must have one value per row, {tuple(matrix.shape[:-1])}; got {tuple(row_scale.shape)}"
         )
     if row_scale is not None and not torch.isfinite(row_scale).all():
         raise ValueError("row_scale holds NaN or infinite values; look at the BatchNorm it was taken from")
@@ -198,7 +200,8 @@ def gram_matrices(
     Args:
         matrices: B matrices, (N, D); those with N ≤ D need not have one D.
         row_scale: ``a``, (B, N), or None.
-        rounded: multiply in float32 where the weights are no finer and not on a GPU, which may be set to use TF32.
+        rounded: multiply in float32 where the weights are no finer and not on a GPU, which may be set to use
+            TF32.
 
     Returns:
         (B, K, K), float64.
@@ -297,12 +300,12 @@ def project_on_basis_(
 
 
 def thin_dtype(matrix: Tensor) -> torch.dtype:
-    """Return float32 where it suffices; float64 for float64 and on a GPU, which may be set to round float32 products to TF32."""
+    """Return float32 where it suffices; float64 for float64 and on a GPU, where TF32 may be switched on."""
     return torch.promote_types(matrix.dtype, torch.float64 if matrix.is_cuda else torch.float32)
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, ascending, and eigenvectors of symmetric, positive matrices, by the next way where one does not converge."""
+    """Return ascending eigenvalues, eigenvectors of symmetric matrices; where one way fails, by the next."""
 
     def by_svd():
         U, s, _ = torch.linalg.svd(gram, driver="gesvd" if gram.is_cuda else None)
@@ -316,7 +319,7 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(values).to(gram.device), torch.from_numpy(vectors).to(gram.device)
 
     ways = {
-        "torch.linalg.eigh": lambda: torch.linalg.eigh(gram),
+        "torch.linalg.eigh": partial(torch.linalg.eigh, gram),
         "torch.linalg.svd": by_svd,
         "numpy.linalg.eigh on the CPU": on_cpu,
     }
@@ -326,14 +329,15 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
         except torch.linalg.LinAlgError as error:
             logger.warning("%s failed on %s matrices %s: %s", name, gram.device, tuple(gram.shape), error)
     raise torch.linalg.LinAlgError(
-        f"none of {', '.join(ways)} converged on Gram matrices {tuple(gram.shape)}; are there extreme weights?"
+        f"none of {', '.join(ways)} converged on Gram matrices {tuple(gram.shape)}; look for extreme weights"
     )
 
 
 def _check(matrix: Tensor, rank: int) -> None:
     if not isinstance(matrix, Tensor):
         raise ValueError(
-            f"matrix must be a floating-point tensor, (..., N, D); got {type(matrix).__name__}; torch.as_tensor makes one"
+            f"matrix must be a floating-point tensor, (..., N, D); got {type(matrix).__name__}; "
+            "torch.as_tensor makes one"
         )
     if not matrix.is_floating_point() or matrix.ndim < 2:
         raise ValueError(
@@ -342,5 +346,6 @@ def _check(matrix: Tensor, rank: int) -> None:
     K = min(matrix.shape[-2:])
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= K:
         raise ValueError(
-            f"rank must be an integer from 1 to {K} for a {matrix.shape[-2]}×{matrix.shape[-1]} matrix; got {rank!r}"
+            f"rank must be an integer from 1 to {K} for a {matrix.shape[-2]}×{matrix.shape[-1]} matrix; got "
+            f"{rank!r}"
         )

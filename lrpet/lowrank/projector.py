@@ -1,4 +1,4 @@
-"""The method on a model: which layers, which BatchNorm after each, weights of one shape decomposed in one batch."""
+"""The method on a model: which layers, which BatchNorm after each, weights of one shape in one batch."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from lrpet.lowrank.ranks import LayerReport, resolve_ranks
 
 __all__ = ["DEAD_IN_TRAINING", "LowRankProjector"]
 logger = logging.getLogger("lrpet")
-DEAD_IN_TRAINING = 1e-4  # largest singular value under which a projection leaves a layer alone (authors' code)
-EXACT_EVERY = 10  # with fast=True, every so many projections are exact, and the fast one is compared with them
+DEAD_IN_TRAINING = 1e-4  # largest singular value under which a layer is left alone (authors' code)
+EXACT_EVERY = 10  # with fast=True, every so many projections are exact and compared with the fast one
 
 
 class LowRankProjector:
     """Projects the chosen layers of a model in place: the paper's method in an object with one verb.
 
-    It knows of this process alone. Where several train one network, call ``step`` in one and broadcast the weights.
-    Layers, weights and BatchNorms are looked up by name at each step. A weight that layers share is projected once, and
-    without rectification; a frozen one (``requires_grad=False``) is left alone.
+    It knows of this process alone. Where several train one network, call ``step`` in one and broadcast the
+    weights. Layers, weights and BatchNorms are looked up by name at each step. A weight that layers share is
+    projected once, and without rectification; a frozen one (``requires_grad=False``) is left alone.
 
     Args:
         model: any ``nn.Module``; its convolutions of one group and Linear layers can take part.
@@ -45,13 +45,15 @@ class LowRankProjector:
         energy_transfer: hand the removed energy to the kept singular values; False is "LRP".
         bn_rectification: project the weight as the BatchNorm after it scales it.
         residual: q in [0, 1], the share of each removed singular value that stays.
-        row_eps: constant in undoing the BatchNorm scale, see :func:`lrpet.project`. Rows with a² ≤ row_eps, of which the
-            undoing would lose half or more, and a BatchNorm that starts at zero all, are undone exactly; reports count them.
+        row_eps: constant in undoing the BatchNorm scale, see :func:`lrpet.project`. Rows with a² ≤ row_eps,
+            of which the undoing would lose half or more, and a BatchNorm that starts at zero all, are undone
+            exactly; reports count them.
         batchnorms: layer name → BatchNorm name or None, for models that torch.fx cannot trace.
         example_inputs: a tensor, tuple or dict to run the model on once, to read BatchNorms off that run.
-        fast: start from the directions of the previous projection, see :func:`lrpet.lowrank.follow.follow_basis`; a layer
-            whose result is not certain to be within 1e-5 of the exact one takes the exact path. Pays where few steps lie
-            between two projections. Off by default: a run that is resumed then repeats the uninterrupted one bit for bit.
+        fast: start from the directions of the previous projection, see
+            :func:`lrpet.lowrank.follow.follow_basis`; a layer whose result is not certain to be within 1e-5
+            of the exact one takes the exact path. Pays where few steps lie between two projections. Off by
+            default: a run that is resumed then repeats the uninterrupted one bit for bit.
 
     Raises:
         ValueError: ranks or pairs that do not fit the model, with the names.
@@ -95,7 +97,9 @@ class LowRankProjector:
             if batchnorms is None:
                 self._warn_where_none_is_paired(example_inputs)
         self.fast, self._bases, self._steps = fast, {}, 0
-        self._signature, self._kept_alive = [], []
+        self._links: list[tuple[dict, str, nn.Module]] | None = (
+            None  # from the model to each layer and BatchNorm
+        )
         self._look_up()
         self._dense = [
             LayerReport(name, None, math.nan, "dense", left_out(module) or "no rank given")
@@ -107,25 +111,27 @@ class LowRankProjector:
         count = sum(is_batchnorm(module) for module in self.model.modules())
         if count and not self._pairs and not any(find_batchnorms(self.model, example_inputs).values()):
             warnings.warn(
-                f"{type(self.model).__name__} has {count} BatchNorms, and none was found right after a layer: nothing is "
-                "rectified; pass example_inputs= to look at a run, or batchnorms= to state the pairs",
+                f"{type(self.model).__name__} has {count} BatchNorms, and none was found right after a "
+                "layer: nothing is rectified; pass example_inputs= to look at a run, or batchnorms= to state "
+                "the pairs",
                 stacklevel=3,
             )
 
     def _look_up(self) -> None:
         """Find the layers as they are now; where anything was replaced, check and group them anew."""
+        if self._links is not None:
+            same = all(children.get(key) is child for children, key, child in self._links)
+            if same and self._states == [_state(layer) for layer in self._layers.values()]:
+                return
+        self._links, self._bases = None, {}
         try:
             layers = {name: self.model.get_submodule(name) for name in self.ranks}
             batchnorms = {name: self.model.get_submodule(bn) for name, bn in self._pairs.items()}
         except AttributeError as error:
             raise ValueError(f"a layer that was to be projected is gone from the model: {error}") from None
         weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
-        alive = [*layers.values(), *batchnorms.values(), *weights.values()]
-        states = [w if w is None else (w.device, w.dtype, w.requires_grad) for w in weights.values()]
-        signature = [*map(id, alive), *states]
-        if signature == self._signature:
-            return
-        self._layers, self._weights, self._batchnorms, self._kept_alive = layers, weights, batchnorms, alive
+        self._layers, self._weights, self._batchnorms = layers, weights, batchnorms
+        self._states = [_state(layer) for layer in layers.values()]
         self._groups = defaultdict(list)  # Gram matrices of one size, rank and place are decomposed at once
         self._twins, first = {}, {}  # name → name of the layer whose weight it shares
         for name, layer in layers.items():
@@ -136,17 +142,22 @@ class LowRankProjector:
         for name, layer in layers.items():
             (N, D), weight = matrix_of(layer).shape, weights[name]
             if self.ranks[name] < min(N, D) and weight.requires_grad and name not in self._twins:
-                group = (N, min(N, D), self.ranks[name], weight.device, weight.dtype, name in self._batchnorms)
+                where = (weight.device, weight.dtype)
+                group = (N, min(N, D), self.ranks[name], *where, name in self._batchnorms)
                 self._groups[group].append(name)
-        self._bases = {}
-        self._signature = signature
+        links = []
+        for path in (*layers, *self._pairs.values()):
+            module = self.model
+            for key in path.split(".") if path else ():
+                links.append((module._modules, key, module := module._modules[key]))
+        self._links = links
 
     def _check(self, name: str, layer: nn.Module) -> None:
         reason = left_out(layer) or (unwritable(layer) if layer_type(layer) else "it is no layer to project")
         if reason:
             raise ValueError(f"layer {name!r} ({type(layer).__name__}) cannot be projected: {reason}")
         if name in self._batchnorms and not is_batchnorm(self._batchnorms[name]):
-            raise ValueError(f"layer {name!r} had the BatchNorm {self._pairs[name]!r} after it, which is one no longer")
+            raise ValueError(f"{self._pairs[name]!r} after layer {name!r} is no BatchNorm any more")
         N, D = matrix_of(layer).shape
         if self.ranks[name] > min(N, D):
             raise ValueError(f"rank of layer {name!r} is {self.ranks[name]}, but its weight is {N}×{D} now")
@@ -162,8 +173,8 @@ class LowRankProjector:
             A report on each layer, in the order of ``ranks``, then on the convolutions that stay dense.
 
         Raises:
-            ValueError: a weight or a BatchNorm holds NaN or infinity, or a weight cannot be written any more; nothing has
-                been changed then.
+            ValueError: a weight or a BatchNorm holds NaN or infinity, or a weight cannot be written any more;
+                nothing has been changed then.
         """
         self._look_up()
         scales = {
@@ -174,9 +185,9 @@ class LowRankProjector:
         small = self._refuse_lost_values(scales)
         check = exact or self._steps % EXACT_EVERY == 0
         self._steps += 1
-        own = {}  # name → share of energy kept, whether it was followed, its largest singular value where it is dead
+        own = {}  # name → share of energy kept, whether followed, largest singular value where dead
         for group, names in self._groups.items():
-            rows = [_in_memory_order(rows_first(self._layers[name], self._weights[name].detach())) for name in names]
+            rows = [self._rows(name) for name in names]
             matrices, a = [row.flatten(1) for row in rows], scales.get(group)
             basis, followed = self._find_basis(group, matrices, a, check)
             kept = torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).tolist()
@@ -187,7 +198,7 @@ class LowRankProjector:
                 names, matrices, rows = ([values[i] for i in alive] for values in (names, matrices, rows))
                 a, basis = None if a is None else a[alive], Basis(*(values[alive] for values in basis))
             undone = [
-                (matrices[i], *_undo_exactly(matrices[i], a[i], Basis(*(values[i] for values in basis)), self.settings))
+                (matrices[i], *_undo_exactly(matrices[i], a[i], [v[i] for v in basis], self.settings))
                 for i, name in enumerate(names)
                 if small.get(name)
             ]
@@ -199,6 +210,12 @@ class LowRankProjector:
                 if matrix.data_ptr() != row.data_ptr():
                     row.copy_(matrix.view(row.shape))
         return [self._report(name, own, small) for name in self.ranks] + self._dense
+
+    def _rows(self, name: str) -> Tensor:
+        """Return a view of a weight, outputs first, the rest as it lies in memory: no result changes."""
+        rows = rows_first(self._layers[name], self._weights[name].detach())
+        in_memory = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
+        return rows.permute(0, 2, 3, 1) if in_memory else rows
 
     def _report(self, name: str, own: dict[str, tuple], small: dict[str, int]) -> LayerReport:
         twin, rank = self._twins.get(name, name), self.ranks[name]
@@ -220,7 +237,7 @@ class LowRankProjector:
     def _find_basis(
         self, group: tuple, matrices: list[Tensor], row_scale: Tensor | None, check: bool
     ) -> tuple[Basis, list[bool]]:
-        """Return the directions that the layers of a group keep, and which were followed from the last projection's."""
+        """Return the directions that the layers of a group keep, and which were followed from the last."""
         rank, start = group[2], self._bases.get(group) if self.fast else None
         grams = partial(gram_matrices, matrices, row_scale)  # (B, K, K)
         if start is None:
@@ -234,9 +251,10 @@ class LowRankProjector:
                 kept = ((G @ basis.vectors) * basis.vectors).sum(dim=(1, 2))  # tr QᵀGQ
                 allowed = 3 * RESIDUAL_TOLERANCE * (exact.energy - exact.kept) + 1e-11 * exact.energy
                 if (certain & (exact.kept - kept > allowed)).any():
-                    # The bound of follow_basis forbids it, so this is an error of ours, of the hardware or of a library.
+                    # The bound of follow_basis forbids it, so this is an error of ours, of the hardware or of
+                    # a library.
                     logger.warning(
-                        "the fast projection kept too little energy (%s); all projections are exact from here on",
+                        "the fast projection kept too little energy (%s); all are exact from here on",
                         self._groups[group],
                     )
                     self.fast = False
@@ -250,7 +268,7 @@ class LowRankProjector:
         return basis, followed
 
     def _refuse_lost_values(self, scales: Mapping[tuple, Tensor]) -> dict[str, int]:
-        """Raise where a weight or a BatchNorm is not finite; return how many rows each BatchNorm scales to almost nothing.
+        """Raise where a weight or a BatchNorm is not finite; return how many rows are scaled to nothing.
 
         All numbers are fetched at once, in one wait for a GPU.
         """
@@ -276,8 +294,13 @@ class LowRankProjector:
         return {name: int(count) for name, count in zip(names, numbers[2], strict=True) if count}
 
 
-def _undo_exactly(M: Tensor, a: Tensor, basis: Basis, settings: Mapping) -> tuple[Tensor, Tensor]:
-    """Return which rows of M (N, D) have a² ≤ row_eps, and what they become where the scale is undone by 1/a, also at a = 0.
+def _state(layer: nn.Module) -> tuple:
+    w = layer._parameters.get("weight")
+    return () if w is None else (id(w), w.shape, w.device, w.dtype, w.requires_grad)
+
+
+def _undo_exactly(M: Tensor, a: Tensor, basis: Sequence[Tensor], settings: Mapping) -> tuple[Tensor, Tensor]:
+    """Return which rows of M (N, D) have a² ≤ row_eps, and what they become if 1/a undoes a, also at 0.
 
     With V the kept right singular vectors of diag(a)·M, row n is q·M_n + (f − q)·M_n·V·Vᵀ: a is not in it.
     """
@@ -306,10 +329,3 @@ def _dead_matrices(matrices: list[Tensor], row_scale: Tensor | None, energy: Ten
         if largest < DEAD_IN_TRAINING:
             dead[i] = largest
     return dead
-
-
-def _in_memory_order(rows: Tensor) -> Tensor:
-    """Return rows of four dimensions with the others as they lie in memory, so that flattening copies nothing."""
-    if rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last):
-        return rows.permute(0, 2, 3, 1)
-    return rows

@@ -28,14 +28,15 @@ def compressible_layers(
 ) -> dict[str, tuple[int, int]]:
     """Return the layers that can be made low-rank, with the shape (N, D) of their weight as a matrix.
 
-    Every convolution of one group counts; grouped and depthwise ones stay dense, and so do subclasses with a forward of
-    their own, see :func:`lrpet.select` for the reasons. Linear layers count on request: the paper leaves the classifier
-    of a CNN dense.
+    Every convolution of one group counts; grouped and depthwise ones stay dense, and so do subclasses with a
+    forward of their own, see :func:`lrpet.select` for the reasons. Linear layers count on request: the paper
+    leaves the classifier of a CNN dense.
 
     Args:
         model: any module; of a wrapped one (DistributedDataParallel, torch.compile) the network inside.
-        layers: None for all convolutions; else a pattern of names, as ``*.mlp.*`` or ``*``, a list of such patterns, or a
-            function of name and module; of all convolutions and Linear layers those that it fits count.
+        layers: None for all convolutions; else a pattern of names, as ``*.mlp.*`` or ``*``, a list of such
+            patterns, or a function of name and module; of all convolutions and Linear layers those that it
+            fits count.
 
     Raises:
         ValueError: ``model`` or ``layers`` is something else.
@@ -47,7 +48,8 @@ def compressible_layers(
     shapes = {}
     for name, module in model.named_modules():
         kind = layer_type(module)
-        if kind is None or left_out(module) or not (fits(name, module) if layers is not None else kind is not nn.Linear):
+        wanted = fits(name, module) if layers is not None else kind is not nn.Linear
+        if kind is None or left_out(module) or not wanted:
             continue
         shared = shared_weights(model) if shared is None else shared
         if not foreign(model, shared.get(name, [])):
@@ -56,7 +58,7 @@ def compressible_layers(
 
 
 def foreign(model: nn.Module, names: Sequence[str]) -> str:
-    """Return the first of some modules that is no layer to compress, as the embedding that a weight is shared with."""
+    """Return the first of some modules that is no layer to compress, as an embedding that shares a weight."""
     return next((name for name in names if layer_type(model.get_submodule(name)) is None), "")
 
 
@@ -71,8 +73,8 @@ def matcher(layers: str | Collection[str] | Callable | None, *, setting: str = "
     patterns = [layers] if isinstance(layers, str) else [] if layers is None else layers
     if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(
-            f"{setting} must be null, a pattern of layer names, as '*.mlp.*', a list of such, or a function of name and "
-            f"module; got {layers!r}"
+            f"{setting} must be null, a pattern of layer names, as '*.mlp.*', a list of such, or a "
+            f"function of name and module; got {layers!r}"
         )
 
     def fits(name: str, module: nn.Module) -> bool:
@@ -113,12 +115,13 @@ def ranks_from_ratio(
     Args:
         model: any module; see :func:`compressible_layers` for which layers count.
         prune_ratio: ρ in [0, 1).
-        layers: None for all convolutions; else a pattern of names, for Linear layers too, as ``*.mlp.*``, a list of
-            patterns, a function of name and module, or a plan of :func:`lrpet.select`.
+        layers: None for all convolutions; else a pattern of names, for Linear layers too, as ``*.mlp.*``, a
+            list of patterns, a function of name and module, or a plan of :func:`lrpet.select`.
 
     Returns:
-        Layer name → R, in module order; for a plan, that plan with ranks. A warning says where the ranks cover less than half of the model's parameters
-        by default, or where the factors of layers are larger than they are.
+        Layer name → R, in module order; for a plan, that plan with ranks. A warning says where the ranks
+        cover less than half of the model's parameters by default, or where the factors of layers are larger
+        than they are.
 
     Raises:
         ValueError: the ratio is out of range, or no layer can be compressed.
@@ -131,8 +134,8 @@ def ranks_from_ratio(
     shapes = compressible_layers(model, layers)
     if not shapes:
         raise ValueError(
-            f"{type(model).__name__} has no layer to compress: no convolution with one group, or none whose name matches "
-            f"layers={layers!r}"
+            f"{type(model).__name__} has no layer to compress: no convolution with one group, or none "
+            f"whose name matches layers={layers!r}"
         )
     ranks = {name: rank_from_ratio(min(shape), prune_ratio) for name, shape in shapes.items()}
     warn_of_growth(shapes, ranks)
@@ -143,11 +146,14 @@ def ranks_from_ratio(
 
 def warn_of_growth(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> None:
     """Warn where factors R·(N + D) are larger than the dense weight N·D."""
-    larger = [name for name, (N, D) in shapes.items() if N * D < ranks[name] * (N + D) and ranks[name] < min(N, D)]
+    larger = []
+    for name, (N, D) in shapes.items():
+        if ranks[name] < min(N, D) and ranks[name] * (N + D) > N * D:
+            larger.append(name)
     if larger:
         warnings.warn(
-            f"at these ranks the factors of {len(larger)} of {len(shapes)} layers cost more than the layers themselves, "
-            f"the first is {larger[0]!r}; lower their ranks or leave them out",
+            f"at these ranks the factors of {len(larger)} of {len(shapes)} layers cost more than the layers "
+            f"themselves, the first is {larger[0]!r}; lower their ranks or leave them out",
             stacklevel=3,
         )
 
@@ -156,8 +162,9 @@ def warn_of_coverage(share: float) -> None:
     """Warn where less than half of a model's parameters take part."""
     if share < 0.5:
         warnings.warn(
-            f"only {share:.1%} of the model's parameters are in the layers with a rank; print(lrpet.select(model, \"*\")) "
-            "shows all layers, and layers=, a pattern of names, chooses among them",
+            f"only {share:.1%} of the model's parameters are in the layers with a rank; "
+            "print(lrpet.select(model, '*')) shows all layers, and layers=, a pattern of names, "
+            "chooses among them",
             stacklevel=3,
         )
 
@@ -173,8 +180,8 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) ->
         Layer name → R; a module of two names appears under its first.
 
     Raises:
-        ValueError: a name that the model lacks, a layer that cannot be made low-rank, with the reason, a wrong length, a
-            rank outside 1 … min(N, D), or layers that share a weight and not the rank.
+        ValueError: a name that the model lacks, a layer that cannot be made low-rank, with the reason, a
+            wrong length, a rank outside 1 … min(N, D), or layers that share a weight and not the rank.
 
     Source: the list form is how the authors print searched ranks.
 
@@ -202,17 +209,18 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) ->
             raise ValueError(f"ranks names a layer {given!r} that the model does not have; it has {some}, …")
         module, name = model.get_submodule(name), first[name]
         other = foreign(model, shared.get(name, []))
-        reason = f"its weight is also that of {other!r}, which factorizing would not shrink" if other else left_out(module)
+        tied = f"its weight is also that of {other!r}, which factorizing would not shrink"
+        reason = tied if other else left_out(module)
         if layer_type(module) is None or reason:
             reason = reason or "only convolutions with one group and Linear layers can"
             raise ValueError(
-                f"layer {name!r} ({type(module).__name__}) cannot be made low-rank: {reason}; leave it out of ranks"
+                f"layer {name!r} ({type(module).__name__}) cannot be made low-rank: {reason}; leave it out"
             )
         K = min(matrix_of(module).shape)
         if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= K:
             raise ValueError(f"rank of layer {name!r} must be an integer from 1 to {K}; got {rank!r}")
         if resolved.setdefault(name, int(rank)) != rank:
-            raise ValueError(f"ranks gives layer {name!r} two ranks under two names, {resolved[name]} and {rank}")
+            raise ValueError(f"ranks gives layer {name!r} two ranks, by two names: {resolved[name]}, {rank}")
     for name, others in shared.items():
         apart = [other for other in others if name in resolved and resolved.get(other) != resolved[name]]
         if apart:

@@ -30,8 +30,8 @@ def side_by_side(
         seconds: no round is begun after this time, but two are always timed.
 
     Returns:
-        name → ``n``, ``median_seconds``, ``min_seconds``, ``max_seconds``, and ``ratio_to_first``, the median over rounds of
-        its time by that of the first task in the same round.
+        name → ``n``, ``median_seconds``, ``min_seconds``, ``max_seconds``, and ``ratio_to_first``, the median
+        over rounds of its time by that of the first task in the same round.
 
     >>> sorted(side_by_side({"a": lambda: None}, 2, torch.device("cpu"))["a"])
     ['max_seconds', 'median_seconds', 'min_seconds', 'n', 'ratio_to_first']

@@ -17,9 +17,10 @@ __all__ = ["LowRankProjection"]
 
 
 class LowRankProjection(Dense):
-    """LRPET: dense SGD with a projection of every compressed layer on a schedule; without energy transfer, LRP.
+    """LRPET: dense SGD and a projection of every compressed layer on a schedule; without energy transfer LRP.
 
-    Cost: one projection every ``projection_interval`` epochs or iterations, and always after the last step. With
+    Cost: one projection every ``projection_interval`` epochs or iterations, and always after the last step.
+        With
     ``pretrain_epochs`` the projections begin after them: from a trained network in place of from scratch.
     Source: arXiv 2204.05566.
 
@@ -53,7 +54,7 @@ class LowRankProjection(Dense):
         return self._project(exact=last) if last or is_due(self.config, step, steps_per_epoch) else None
 
     def _project(self, *, exact: bool) -> list[LayerReport]:
-        """Let the first of the processes project, as its BatchNorm statistics stand, and give all its weights, bit by bit."""
+        """Let the first process project, by its BatchNorm statistics, and give its weights to all."""
 
         def attempt():
             try:

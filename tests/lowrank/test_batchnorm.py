@@ -15,7 +15,7 @@ def conv(inputs=4, outputs=4):
 
 
 class OutOfOrder(nn.Module):
-    """Registers its modules in another order than it runs them; all widths are equal, so counting pairs wrongly."""
+    """Registers its modules in another order than it runs them; all widths are equal."""
 
     def __init__(self):
         super().__init__()

@@ -13,9 +13,9 @@ def shape_for(name):
 
 
 def counted_by_pytorch(model, input_shape):
-    """MACs of one image in convolutions and Linear layers, by PyTorch's own counter, which counts a multiply-add as two.
+    """MACs of one image in convolutions and Linear layers, by PyTorch's counter: two for each multiply-add.
 
-    The products of attention have no weights (they are ``bmm``) and do not count, as in the literature on compression.
+    The products of attention have no weights (they are ``bmm``) and do not count.
     """
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:

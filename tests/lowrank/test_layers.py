@@ -1,4 +1,4 @@
-"""What counts as a layer and as a weight: layers of other kinds, subclasses, computed, shared, frozen and replaced weights."""
+"""What counts as a layer and as a weight: other kinds, subclasses, computed, shared, frozen ones."""
 
 import threading
 
@@ -178,7 +178,7 @@ class TwoNames(nn.Module):
 def test_a_layer_under_two_names_is_one_layer(tmp_path):
     model, x = randomize_batchnorms(TwoNames()).eval(), torch.randn(2, 8, 6, 6)
     assert resolve_ranks(model, {"net.0": 2}) == {"conv": 2}
-    with pytest.raises(ValueError, match="two ranks"):
+    with pytest.raises(ValueError, match="two ranks, by two names"):
         resolve_ranks(model, {"conv": 3, "net.0": 2})
     assert difference(model, fold_batchnorm(model), x) < 1e-6
     compact = factorize(model, {"conv": 2})
@@ -210,12 +210,14 @@ def test_a_shared_weight_is_projected_once_factorized_together_and_saved(tmp_pat
     assert list(compressible_layers(model, "*")) == ["a", "b"]
     reports = LowRankProjector(model, {"a": 3, "b": 3}).step()
     assert model.a.weight.square().sum().item() == pytest.approx(energy, rel=1e-5)
-    assert [r.action for r in reports] == ["projected"] * 2 and "shares its weight with 'a'" in reports[1].reason
+    assert [r.action for r in reports] == ["projected"] * 2
+    assert "shares its weight with 'a'" in reports[1].reason
     compact = factorize(model, {"a": 3, "b": 3})
     assert compact.a[0].weight is compact.b[0].weight and compact.a[1].weight is compact.b[1].weight
     assert difference(model, compact, x) < 1e-5
     promised = cost(model, ranks={"a": 3, "b": 3}, example_inputs=x)
-    assert promised.params == cost(compact, example_inputs=x).params == sum(p.numel() for p in compact.parameters())
+    real = sum(p.numel() for p in compact.parameters())
+    assert promised.params == cost(compact, example_inputs=x).params == real
     save_compact(compact, tmp_path / "net")
     again = load_compact(tmp_path / "net", Tied())
     assert difference(compact, again, x) == 0 and again.a[0].weight is again.b[0].weight
@@ -372,7 +374,8 @@ def test_wrapped_models_are_unwrapped(wrap):
 def test_factors_answer_what_the_dense_layer_was_asked():
     conv, linear = nn.Conv2d(8, 16, 3, 2, 1), nn.Linear(12, 20)
     compact = factorize(nn.ModuleList([conv, linear]), {"0": 3, "1": 4})
-    assert isinstance(compact[1], LowRankLinear) and list(compact.state_dict())[:2] == ["0.0.weight", "0.1.weight"]
+    assert isinstance(compact[1], LowRankLinear)
+    assert list(compact.state_dict())[:2] == ["0.0.weight", "0.1.weight"]
     for setting in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
         assert getattr(compact[0], setting) == getattr(conv, setting)
     assert (compact[1].in_features, compact[1].out_features, compact[1].rank) == (12, 20, 4)

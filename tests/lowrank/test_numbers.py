@@ -1,4 +1,4 @@
-"""Numbers that must not move: the same seed gives the same bits, projections leave nothing behind, memory stays flat."""
+"""Numbers that must not move: same seed, same bits; projections leave nothing behind; memory stays flat."""
 
 import dataclasses
 import gc
@@ -176,7 +176,7 @@ def test_a_thousand_rectified_projections_do_not_drift_in_energy_where_the_scale
 
 
 def test_what_the_authors_constant_costs_is_what_its_formula_says():
-    """A projection shrinks a row by a² / (a² + 1e-5), see DEVIATIONS.md: 10,000 of them at a = 0.33 leave 0.40 of the weight, at a = 1 0.90."""
+    """A projection shrinks a row by a² / (a² + 1e-5): 10,000 of them at a = 0.33 leave 0.40 of the weight."""
     a, times = 0.33, 1000
     model = layer(a)
     projector = LowRankProjector(model, {"0": 5})
@@ -191,7 +191,7 @@ def test_what_the_authors_constant_costs_is_what_its_formula_says():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_memory_stays_flat_over_two_hundred_epochs(tmp_path):
-    """The smoke configuration on 64 of its images, so that 200 epochs, evaluations, projections and checkpoints take seconds."""
+    """The smoke configuration on 64 of its images, so that 200 epochs take seconds."""
     config = RunConfig(epochs=200, milestones=(100, 150), batch_size=32)
     data = load_data(config)
     data = dataclasses.replace(

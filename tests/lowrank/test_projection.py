@@ -334,7 +334,7 @@ def test_where_nothing_converges_the_error_says_what_was_tried(monkeypatch):
 
 
 def with_spectrum(shape, s):
-    """A matrix of each shape with the singular values s, and a basis of its left or right singular vectors on the shorter side."""
+    """A matrix of each shape with the singular values s, and its singular vectors on the shorter side."""
     N, D = shape
     U, V = (
         torch.linalg.qr(torch.randn(N, len(s)).double()).Q,

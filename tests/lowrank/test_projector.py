@@ -308,7 +308,7 @@ def train_a_little(model, scale=0.002):
 
 
 def both(model, ranks, **options):
-    """A model with a fast projector that has made its first step, and a copy of the model with an exact one."""
+    """A model with a fast projector that has made its first step, and a copy with an exact one."""
     twin = copy.deepcopy(model)
     fast, exact = (
         LowRankProjector(model, ranks, fast=True, **options),

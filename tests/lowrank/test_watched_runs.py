@@ -1,4 +1,4 @@
-"""What is read off one run of a network: which BatchNorm follows which layer, what multiplies, and the plans made of that."""
+"""What is read off one run of a network: which BatchNorm follows which layer, what multiplies; and plans."""
 
 import pytest
 import torch
@@ -166,7 +166,7 @@ def test_batchnorm_after_a_linear_layer_over_tokens_is_no_pair():
     assert difference(model, fold_batchnorm(model), tokens) == 0
     assert find_batchnorms(model) == find_batchnorms(model, tokens) == {"0": None}
     assert find_batchnorms(model, rows) == {"0": "1"}
-    assert resolve_batchnorms(model, ["0"], {"0": "1"}) == {"0": "1"}  # what is stated counts where it can be right
+    assert resolve_batchnorms(model, ["0"], {"0": "1"}) == {"0": "1"}  # stated, and can be right
     assert difference(model, fold_batchnorm(model, {"0": "1"}), rows) < 1e-5
     with pytest.raises(ValueError, match="'0' is paired with BatchNorm '1'"):
         resolve_batchnorms(model, ["0"], {"0": "1"}, tokens)
@@ -184,7 +184,9 @@ def test_batchnorms_of_which_none_is_paired_are_counted_in_a_warning():
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (40, 3)])
-@pytest.mark.parametrize("options", [{}, {"energy_transfer": False}, {"residual": 0.3}, {"row_eps": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"energy_transfer": False}, {"residual": 0.3}, {"row_eps": 0.0}], ids=str
+)
 @pytest.mark.parametrize("fast", [False, True])
 def test_rows_that_a_batchnorm_scales_to_nothing_are_projected_and_not_destroyed(shape, options, fast):
     outputs, inputs = shape
@@ -320,7 +322,8 @@ def test_inputs_of_any_kind_and_networks_that_do_not_run_on_them():
     words = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4))
     assert cost(words, example_inputs=torch.zeros(1, 5, dtype=torch.long)).macs == 5 * 32
     for model in (Mask(), words):
-        with pytest.raises(ValueError, match=f"{type(model).__name__} does not run on .*give example_inputs="):
+        name = type(model).__name__
+        with pytest.raises(ValueError, match=f"{name} does not run on .*give example_inputs="):
             cost(model, (3, 8, 8))
     with pytest.raises(ValueError, match="either input_shape"):
         cost(words)
