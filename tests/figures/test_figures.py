@@ -1,4 +1,4 @@
-"""Every figure is made without state left behind, labelled with units, robust to what is missing, and saved byte for byte the same."""
+"""Figures leave no state behind, have units, stand what is missing, and are saved as the same bytes."""
 
 import itertools
 import subprocess
@@ -381,7 +381,8 @@ def test_saved_files_are_the_same_every_time():
 
 
 def test_another_process_saves_the_same_bytes(tmp_path):
-    code = "import torch; from lrpet import figures as f; f.save_figure(f.plot_spectrum(torch.diag(torch.arange(1., 9.)), 3), 's', 'smoke')"
+    code = "import torch; from lrpet import figures as f; M = torch.diag(torch.arange(1., 9.)); "
+    code += "f.save_figure(f.plot_spectrum(M, 3), 's', 'smoke')"
     subprocess.run([sys.executable, "-c", code], check=True)
     folder = figures_root() / "smoke"
     before = [path.read_bytes() for path in sorted(folder.iterdir())]
