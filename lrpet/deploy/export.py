@@ -16,7 +16,7 @@ TOLERANCE = 1e-4  # largest difference of an output, relative to the largest out
 
 
 def export(network: nn.Module, path: str | Path, to: str, image_shape: tuple[int, int, int]) -> float:
-    """Write a network as a program with a batch of any size, and run that program to see that it computes the same.
+    """Write a network as a program for batches of any size, and run it to see that it computes the same.
 
     Args:
         network: in eval mode, such as :func:`lrpet.fold_batchnorm` returns.
@@ -77,7 +77,8 @@ def export(network: nn.Module, path: str | Path, to: str, image_shape: tuple[int
         difference = float((outputs - reference).abs().max() / reference.abs().max())
         if not difference <= TOLERANCE:
             raise ValueError(
-                f"the {to} program differs from the network by {difference:.1e}, more than {TOLERANCE:.0e}; nothing was written"
+                f"the {to} program differs from the network by {difference:.1e}, more than {TOLERANCE:.0e}; "
+                "nothing was written"
             )
         os.replace(part, path)
     finally:

@@ -35,9 +35,8 @@ def follow_basis(gram: Tensor, start: Tensor, rounds: int = 4) -> tuple[Basis, T
         The basis, and whether it fulfils the two tolerances, (B,) bool. Where it does not (no gap after s_R,
         a rank below R, a matrix unlike the earlier one) call :func:`leading_basis`.
 
-    Source: Golub and Van Loan, Matrix Computations, section 8.2.4, for the iteration; Mathias, Quadratic
-        residual bounds for the
-    Hermitian eigenvalue problem (1998), for the bound.
+    Source: Golub and Van Loan, Matrix Computations, section 8.2.4, for the iteration; Mathias,
+    Quadratic residual bounds for the Hermitian eigenvalue problem (1998), for the bound.
 
     >>> from lrpet.lowrank import gram_matrices
     >>> A = torch.diag(torch.tensor([4.0, 3.0, 0.1]))

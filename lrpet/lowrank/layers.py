@@ -37,9 +37,8 @@ KINDS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 def layer_type(module: nn.Module) -> type | None:
     """Return the type that says what a layer computes, or None where it is no layer that is known here.
 
-    Types are compared, not subclasses: a subclass may have a forward of its own. Hugging Face's ``Conv1D``, a
-        Linear layer
-    with its weight transposed, counts as Linear; a parametrized layer as what it was before.
+    Types are compared, not subclasses: a subclass may have a forward of its own. Hugging Face's ``Conv1D``,
+    a Linear layer with its weight transposed, counts as Linear; a parametrized layer as what it was before.
 
     >>> layer_type(nn.Conv2d(3, 8, 3)).__name__, layer_type(nn.ReLU())
     ('Conv2d', None)

@@ -20,8 +20,7 @@ class LowRankProjection(Dense):
     """LRPET: dense SGD and a projection of every compressed layer on a schedule; without energy transfer LRP.
 
     Cost: one projection every ``projection_interval`` epochs or iterations, and always after the last step.
-        With
-    ``pretrain_epochs`` the projections begin after them: from a trained network in place of from scratch.
+    With ``pretrain_epochs`` the projections begin after them: from a trained network, not from scratch.
     Source: arXiv 2204.05566.
 
     >>> from lrpet.models import build_model
@@ -70,7 +69,7 @@ class LowRankProjection(Dense):
         return reports
 
     def adapt(self, optimizer: torch.optim.SGD, reports: list[LayerReport]) -> None:
-        """With ``matched_steps``, let the next steps be LRPET's, whose weights are sqrt(E / Σ_{i≤R} s_i²) as large."""
+        """With ``matched_steps`` take LRPET's steps; its weights are sqrt(E / Σ_{i≤R} s_i²) as large."""
         if self.config.matched_steps:
             projected = [report for report in reports if report.action == "projected"]
             weights = {report.name: self.model.get_submodule(report.name).weight for report in projected}

@@ -96,9 +96,7 @@ def test_papermill_then_nbval_strict(tmp_path, name, parameters):
     if name == "02_imagenet":
         _, defaults = notebook_parameters(PROJECT / "notebooks" / f"{name}.ipynb")
         fields = {
-            key: value
-            for key, value in (defaults | parameters).items()
-            if key not in ("data", "device")
+            key: value for key, value in (defaults | parameters).items() if key not in ("data", "device")
         }
         run(RunConfig.from_dict(fields), data=make_digits_tree(), device="cpu", progress="off")
     if name == "05_gradient_norms":

@@ -139,8 +139,7 @@ def test_a_finished_run_is_loaded_without_data_and_says_so(undisturbed, monkeypa
     again = run(CONFIG, results=undisturbed.folder.parents[2])
     e = undisturbed.environment
     assert (
-        capsys.readouterr().out
-        == f"{CONFIG.run_id}: loaded, trained {e['finished'][:16]} "
+        capsys.readouterr().out == f"{CONFIG.run_id}: loaded, trained {e['finished'][:16]} "
         f"on {e['device']} at commit {e['commit'][:9]}\n"
     )
     assert again.summary == undisturbed.summary
