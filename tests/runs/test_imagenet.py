@@ -59,7 +59,7 @@ def test_names_of_runs_are_those_from_before_crops_came():
     assert RunConfig(dataset="imagefolder", crops="square") == RunConfig(dataset="imagefolder")
     with pytest.raises(ValueError, match="crops must be one of square, whole; got 'middle'"):
         RunConfig(dataset="imagefolder", crops="middle")
-    with pytest.raises(ValueError, match="crops must be left out but for dataset='imagefolder'.*got 'whole'"):
+    with pytest.raises(ValueError, match="crops must be left out .*dataset='imagefolder'.*got 'whole'"):
         RunConfig(crops="whole")
 
 
@@ -148,7 +148,8 @@ def test_what_was_not_run_on_imagenet_says_so_beside_exact_costs_and_published_n
         and (table.hours_of_a_run == "not measured").all()
     )
     assert (table.top1_difference_pct == "").all() and (table.top5_difference_pct == "").all()
-    rows = table.set_index(["network", "method"])
+    names = ["network", "method"]
+    rows = table.drop_duplicates(names).set_index(names)  # the main ratio comes first
     for model, macs, top1, top5 in (
         ("resnet18", 860, "67.87", "88.04"),
         ("resnet34", 1710, "72.95", "90.98"),
@@ -212,8 +213,8 @@ def test_the_ten_classes_are_compared_with_no_published_number(tmp_path):
     assert (rows.top5_pct["dense"], rows.top5_pct["LRP"]) == ("not recorded", "not run")
     claims = tables.claims_table(tables.profile_runs("imagenette", tmp_path)).set_index("claim")
     assert claims.verdict["energy transfer helps"] == "not tested"
-    difference = tables.differences(tables.profile_runs("imagenette", tmp_path)).set_index("difference")
-    assert difference.top1_difference_pct["LRPET − dense"] == "-5.00"
+    difference = tables.differences(tables.profile_runs("imagenette", tmp_path)).set_index("pair").difference
+    assert difference["LRPET − dense"].startswith("-5.00")
 
 
 @pytest.mark.slow
