@@ -151,20 +151,20 @@ def _row(name: str, module: nn.Module, dense_macs: int, positions: int, rank: in
 
 def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Counter, int]]:
     """Return of each module that runs its own multiply-adds by operation, and its output positions."""
-    given = image_like(model, input_shape) if example_inputs is None else example_inputs
-    shadow = copy_of(model, meta=True)
     try:
-        return _count(shadow, tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given))
-    except Exception:  # it looks at values, or keeps tensors of its own on a device
+        given = image_like(model, input_shape) if example_inputs is None else example_inputs
+        shadow = copy_of(model, meta=True)
         try:
+            return _count(shadow, tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given))
+        except Exception:  # it looks at values, or keeps tensors of its own on a device
             return _count(model, given)
-        except Exception as error:
-            shape = f"inputs of input_shape={input_shape!r}, (C, H, W)"
-            what = shape if example_inputs is None else "example_inputs"
-            raise ValueError(
-                f"{type(model).__name__} does not run on {what}: {type(error).__name__}: {error}. Where "
-                "it takes other inputs than one image, give example_inputs=, a tensor, a tuple or a dict"
-            ) from error
+    except Exception as error:
+        shape = f"one image: input_shape must be (C, H, W) of what it takes; got {input_shape!r}"
+        what = shape if example_inputs is None else "example_inputs"
+        raise ValueError(
+            f"{type(model).__name__} does not run on {what}: {type(error).__name__}: {error}. Where it takes "
+            "other inputs than one image, give example_inputs=, a tensor, a tuple or a dict"
+        ) from error
 
 
 def _count(model: nn.Module, given: Any) -> dict[str, tuple[Counter, int]]:

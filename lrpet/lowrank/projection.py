@@ -9,15 +9,14 @@ squares the condition number, then costs no accuracy that float32 weights could 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from lrpet.lowrank.eigen import eigh
 
 __all__ = [
     "Basis",
@@ -28,15 +27,12 @@ __all__ = [
     "project_on_basis_",
     "truncated_svd",
 ]
-logger = logging.getLogger("lrpet")
 
 
 class Basis(NamedTuple):
     """What a projection needs to know of B matrices A = diag(a)·M: the kept directions, and energies."""
 
-    vectors: (
-        Tensor  # (B, K, R), orthonormal columns: left singular vectors of A for N ≤ D, right ones for N > D
-    )
+    vectors: Tensor  # (B, K, R), orthonormal columns: left singular vectors for N ≤ D, right ones for N > D
     kept: Tensor  # Σ_{i≤R} s_i², (B,)
     energy: Tensor  # E, (B,)
 
@@ -69,7 +65,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     tall = A.shape[-2] > A.shape[-1]
     if tall:
         A = A.mT
-    Q = _eigh(A @ A.mT)[1][..., -rank:].flip(-1)  # (..., K, R)
+    Q = eigh(A @ A.mT)[1][..., -rank:].flip(-1)  # (..., K, R)
     B = Q.mT @ A  # (..., R, max(N, D)), row i is s_i times the other singular vector
     s = torch.linalg.vector_norm(B, dim=-1)  # (..., R)
     B = B / torch.where(s > 0, s, 1.0).unsqueeze(-1)
@@ -117,12 +113,7 @@ def project(
             [0., 0.]])
     """
     return project_and_measure(
-        matrix,
-        rank,
-        energy_transfer=energy_transfer,
-        row_scale=row_scale,
-        residual=residual,
-        row_eps=row_eps,
+        matrix, rank, energy_transfer=energy_transfer, row_scale=row_scale, residual=residual, row_eps=row_eps
     )[0]
 
 
@@ -180,14 +171,8 @@ def project_and_measure(
     matrices = result.view(-1, *matrix.shape[-2:])  # (B, N, D)
     row_scale = None if row_scale is None else row_scale.reshape(matrices.shape[:2])
     basis = leading_basis(gram_matrices(matrices, row_scale), rank)
-    project_on_basis_(
-        matrices,
-        basis,
-        energy_transfer=energy_transfer,
-        row_scale=row_scale,
-        residual=residual,
-        row_eps=row_eps,
-    )
+    settings = {"energy_transfer": energy_transfer, "residual": residual, "row_eps": row_eps}
+    project_on_basis_(matrices, basis, row_scale=row_scale, **settings)
     return result, torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).view(matrix.shape[:-2])
 
 
@@ -211,9 +196,8 @@ def gram_matrices(
     """
     N, D = matrices[0].shape
     dtype = thin_dtype(matrices[0]) if rounded else torch.float64
-    with torch.autocast(
-        matrices[0].device.type, enabled=False
-    ):  # which would round the float32 product to bfloat16
+    # autocast would round the float32 product to bfloat16
+    with torch.autocast(matrices[0].device.type, enabled=False):
         cast = (M.to(dtype) for M in matrices)
         if N <= D:
             grams = torch.stack([M @ M.mT for M in cast]).to(torch.float64)
@@ -236,7 +220,7 @@ def leading_basis(gram: Tensor, rank: int) -> Basis:
     >>> leading_basis(gram_matrices([torch.diag(torch.tensor([4.0, 3.0]))]), 1).kept
     tensor([16.], dtype=torch.float64)
     """
-    values, vectors = _eigh(gram)
+    values, vectors = eigh(gram)
     values = values.clamp(min=0)  # s_i², ascending, (..., K)
     return Basis(vectors[..., -rank:], values[..., -rank:].sum(dim=-1), values.sum(dim=-1))
 
@@ -283,9 +267,8 @@ def project_on_basis_(
         rows = (undo * a).to(thin)  # (B, N, 1)
         if N <= D:
             left, right = undo * left, a * right
-    with torch.autocast(
-        matrices[0].device.type, enabled=False
-    ):  # which would round the float32 products to bfloat16
+    # autocast would round the float32 products to bfloat16
+    with torch.autocast(matrices[0].device.type, enabled=False):
         for matrix, row, U, V in zip(matrices, rows, left.to(thin), right.mT.to(thin), strict=True):
             M = matrix.to(thin)
             if N <= D:
@@ -302,35 +285,6 @@ def project_on_basis_(
 def thin_dtype(matrix: Tensor) -> torch.dtype:
     """Return float32 where it suffices; float64 for float64 and on a GPU, where TF32 may be switched on."""
     return torch.promote_types(matrix.dtype, torch.float64 if matrix.is_cuda else torch.float32)
-
-
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ascending eigenvalues, eigenvectors of symmetric matrices; where one way fails, by the next."""
-
-    def by_svd():
-        U, s, _ = torch.linalg.svd(gram, driver="gesvd" if gram.is_cuda else None)
-        return s.flip(-1), U.flip(-1)
-
-    def on_cpu():
-        try:
-            values, vectors = np.linalg.eigh(gram.cpu().numpy())
-        except np.linalg.LinAlgError as error:
-            raise torch.linalg.LinAlgError(str(error)) from error
-        return torch.from_numpy(values).to(gram.device), torch.from_numpy(vectors).to(gram.device)
-
-    ways = {
-        "torch.linalg.eigh": partial(torch.linalg.eigh, gram),
-        "torch.linalg.svd": by_svd,
-        "numpy.linalg.eigh on the CPU": on_cpu,
-    }
-    for name, way in ways.items():
-        try:
-            return way()
-        except torch.linalg.LinAlgError as error:
-            logger.warning("%s failed on %s matrices %s: %s", name, gram.device, tuple(gram.shape), error)
-    raise torch.linalg.LinAlgError(
-        f"none of {', '.join(ways)} converged on Gram matrices {tuple(gram.shape)}; look for extreme weights"
-    )
 
 
 def _check(matrix: Tensor, rank: int) -> None:

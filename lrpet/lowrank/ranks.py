@@ -73,7 +73,7 @@ def matcher(layers: str | Collection[str] | Callable | None, *, setting: str = "
     patterns = [layers] if isinstance(layers, str) else [] if layers is None else layers
     if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(
-            f"{setting} must be null, a pattern of layer names, as '*.mlp.*', a list of such, or a "
+            f"{setting} must be null or a pattern of layer names, as '*.mlp.*', a list of such, or a "
             f"function of name and module; got {layers!r}"
         )
 
@@ -203,7 +203,9 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) ->
         ranks = dict(zip(names, ranks, strict=True))
     first, shared, resolved = canonical_names(model), shared_weights(model), {}
     for given, rank in ranks.items():
-        name = given if given in first else given.removeprefix("_orig_mod.").removeprefix("module.")
+        name = given
+        if isinstance(given, str) and given not in first:
+            name = given.removeprefix("_orig_mod.").removeprefix("module.")
         if name not in first:
             some = ", ".join(list(compressible_layers(model, "*"))[:5])
             raise ValueError(f"ranks names a layer {given!r} that the model does not have; it has {some}, …")

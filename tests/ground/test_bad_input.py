@@ -181,7 +181,7 @@ RANKS = [
     ),
     ({"conv": 2}, "'conv'", "it has 0, 3"),
     ({0: 2}, "0 ", "it has 0, 3"),
-    ({"1": 2}, "layer '1' (BatchNorm2d)", "only Conv2d with one group and Linear"),
+    ({"1": 2}, "layer '1' (BatchNorm2d)", "only convolutions with one group"),
     ({"3": 3}, "rank of layer '3'", "integer from 1 to 2", "got 3"),
 ]
 

@@ -232,7 +232,7 @@ def test_values_that_are_not_finite_are_refused(value, rank):
 
 @pytest.mark.parametrize("shape", [(27,), (8, 1), (1, 8), (2, 8), ()])
 def test_row_scale_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=r"row_scale must have a value a row, \(8,\)"):
+    with pytest.raises(ValueError, match=r"row_scale must have one value per row, \(8,\)"):
         project(torch.randn(8, 27), 3, row_scale=torch.ones(shape))
 
 
