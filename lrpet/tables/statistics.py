@@ -35,7 +35,8 @@ def half_width(values: Sequence[float]) -> float:
     >>> round(half_width([1.0, 2.0, 3.0]), 3)
     2.484
     """
-    return stats.t.ppf(1 - ALPHA / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    critical = stats.t.ppf(1 - ALPHA / 2, len(values) - 1)
+    return float(critical * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def p_value(values: Sequence[float]) -> float:
@@ -72,7 +73,7 @@ def detectable(values: Sequence[float]) -> float:
     >>> round(detectable([1.0, 2.0, 3.0]), 2)
     3.26
     """
-    return _noncentrality(len(values)) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(_noncentrality(len(values)) * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 @cache
