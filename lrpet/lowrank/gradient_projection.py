@@ -546,7 +546,7 @@ class GradientProjection(torch.optim.Optimizer):
             basis = item.drawn_basis(state["refreshes"]) if strategy == "vlorp" else state["basis"]
             S = frame.down(G, basis)
             state["since"] += 1
-            state["due"] |= _due(S, state, group)
+            state["due"] = _due(S, state, group)
             if strategy == "vlorp":
                 update = group["lr"] * _projfactor(
                     S, lambda X: frame.up(X, basis).view(len(p), -1), state, group
