@@ -164,35 +164,11 @@ class RunConfig:
             value, allowed = getattr(self, field.name), _bounds(field)
             if allowed and value is not None and not _within(field, value):
                 self._refuse(field.name, allowed)
-        self._check_image_size()
-        self._check_schedule()
+        _check_image_size(self)
+        _check_schedule(self)
         given = self.ranks.values() if isinstance(self.ranks, dict) else self.ranks
         if given is not None and min(given, default=0) < 1:
             self._refuse("ranks", "one or more ranks of at least 1")
-
-    def _check_image_size(self) -> None:
-        if self.dataset != "imagefolder":
-            if self.image_size != DATASETS[self.dataset]:
-                own = f"{DATASETS[self.dataset]} for {self.dataset}"
-                self._refuse("image_size", f"{own}; another size needs dataset='imagefolder'")
-            if self.crops is not None:
-                own = "the other data sets have crops of their own"
-                self._refuse("crops", f"left out except for dataset='imagefolder'; {own}")
-        if self.image_size < SMALLEST.get(self.model, 0):
-            needed = f"{SMALLEST[self.model]} or more for {self.model}"
-            self._refuse("image_size", f"{needed}; take another model or dataset")
-
-    def _check_schedule(self) -> None:
-        ends = (0, *self.milestones, self.epochs)
-        if self.milestones and any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
-            allowed = f"rising epochs between 1 and {self.epochs - 1}"
-            self._refuse("milestones", f"{allowed}; shorten them together with epochs")
-        if self.pretrain_epochs is not None and not 1 <= self.pretrain_epochs < self.epochs:
-            allowed = f"between 1 and {self.epochs - 1}, one below epochs, which counts them too"
-            self._refuse("pretrain_epochs", allowed)
-
-        if self.matched_steps and (self.recipe != "sgd" or self.residual):
-            self._refuse("matched_steps", "left out except with recipe='sgd' and residual 0")
 
     def _put(self, name: str, value) -> None:
         object.__setattr__(self, name, value)  # the class is frozen for everybody else
@@ -207,7 +183,7 @@ class RunConfig:
             self._put("crops", None)
         if self.image_size is None:
             self._put("image_size", DATASETS[self.dataset])
-        self._drop_what_the_method_does_not_read()
+        _drop_what_is_not_read(self)
         if self.ranks is not None:
             if self.prune_ratio is not None:
                 self._refuse("prune_ratio", "null when ranks are given; drop one of the two")
@@ -216,41 +192,7 @@ class RunConfig:
             self._put("ranks", dict(self.ranks) if isinstance(self.ranks, Mapping) else tuple(self.ranks))
         if self.rank_rule == "stable_rank" and (self.prune_ratio, self.ranks) != (None, None):
             self._refuse("rank_rule", "'given' when prune_ratio or ranks are; the stable rank sets its own")
-        self._fill_in_the_method_s_defaults()
-
-    def _drop_what_the_method_does_not_read(self) -> None:
-        for name, defaults in METHOD_DEFAULTS.items():
-            value = getattr(self, name)
-            if self.method in defaults or value is None:
-                continue
-            meaningless = (
-                name in SIZE or value in defaults.values() or (name, value) == ("pretrain_epochs", 0)
-            )
-            if not meaningless:
-                reads = f"which does not read it (those that do: {', '.join(defaults)})"
-                self._refuse(name, f"left out with method={self.method!r}, {reads}")
-            self._put(name, None)
-
-    def _fill_in_the_method_s_defaults(self) -> None:
-        row = METHODS[self.method]
-        if self.matched_steps is False:
-            self._put("matched_steps", None)  # as every run was before this field came
-        if self.pretrain_epochs == 0 and row.pretrained_share is None:
-            self._put("pretrain_epochs", None)  # from scratch, as every run was before this field came
-        for name, value in row.reads.items():
-            sized = name == "prune_ratio" and (self.ranks is not None or self.rank_rule == "stable_rank")
-            if getattr(self, name) is None and not sized:
-                self._put(name, value)
-        if self.pretrain_epochs is None and row.pretrained_share is not None:
-            self._put("pretrain_epochs", max(1, self.epochs // row.pretrained_share))
-        if self.finetune_learning_rate is not None and self.pretrain_epochs is None:
-            self._refuse("finetune_learning_rate", "left out without pretrain_epochs, after which it holds")
-        if (
-            self.finetune_learning_rate is None
-            and self.pretrain_epochs is not None
-            and "finetune_learning_rate" in row.reads
-        ):
-            self._put("finetune_learning_rate", self.learning_rate / 10)
+        _fill_in_defaults(self)
 
     def _refuse(self, name: str, allowed: str):
         raise ValueError(f"{name} must be {allowed}; got {getattr(self, name)!r}")
@@ -300,6 +242,66 @@ class RunConfig:
     def folder(self, results: Path | None = None) -> Path:
         """Return where the run lives: ``<results>/<profile>/runs/<run_id>``."""
         return (results or results_root()) / self.profile / "runs" / self.run_id
+
+
+def _check_image_size(config: RunConfig) -> None:
+    if config.dataset != "imagefolder":
+        if config.image_size != DATASETS[config.dataset]:
+            own = f"{DATASETS[config.dataset]} for {config.dataset}"
+            config._refuse("image_size", f"{own}; another size needs dataset='imagefolder'")
+        if config.crops is not None:
+            own = "the other data sets have crops of their own"
+            config._refuse("crops", f"left out except for dataset='imagefolder'; {own}")
+    if config.image_size < SMALLEST.get(config.model, 0):
+        needed = f"{SMALLEST[config.model]} or more for {config.model}"
+        config._refuse("image_size", f"{needed}; take another model or dataset")
+
+
+def _check_schedule(config: RunConfig) -> None:
+    ends = (0, *config.milestones, config.epochs)
+    if config.milestones and any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
+        allowed = f"rising epochs between 1 and {config.epochs - 1}"
+        config._refuse("milestones", f"{allowed}; shorten them together with epochs")
+    if config.pretrain_epochs is not None and not 1 <= config.pretrain_epochs < config.epochs:
+        allowed = f"between 1 and {config.epochs - 1}, one below epochs, which counts them too"
+        config._refuse("pretrain_epochs", allowed)
+
+    if config.matched_steps and (config.recipe != "sgd" or config.residual):
+        config._refuse("matched_steps", "left out except with recipe='sgd' and residual 0")
+
+
+def _drop_what_is_not_read(config: RunConfig) -> None:
+    for name, defaults in METHOD_DEFAULTS.items():
+        value = getattr(config, name)
+        if config.method in defaults or value is None:
+            continue
+        meaningless = name in SIZE or value in defaults.values() or (name, value) == ("pretrain_epochs", 0)
+        if not meaningless:
+            reads = f"which does not read it (those that do: {', '.join(defaults)})"
+            config._refuse(name, f"left out with method={config.method!r}, {reads}")
+        config._put(name, None)
+
+
+def _fill_in_defaults(config: RunConfig) -> None:
+    row = METHODS[config.method]
+    if config.matched_steps is False:
+        config._put("matched_steps", None)  # as every run was before this field came
+    if config.pretrain_epochs == 0 and row.pretrained_share is None:
+        config._put("pretrain_epochs", None)  # from scratch, as every run was before this field came
+    for name, value in row.reads.items():
+        sized = name == "prune_ratio" and (config.ranks is not None or config.rank_rule == "stable_rank")
+        if getattr(config, name) is None and not sized:
+            config._put(name, value)
+    if config.pretrain_epochs is None and row.pretrained_share is not None:
+        config._put("pretrain_epochs", max(1, config.epochs // row.pretrained_share))
+    if config.finetune_learning_rate is not None and config.pretrain_epochs is None:
+        config._refuse("finetune_learning_rate", "left out without pretrain_epochs, after which it holds")
+    if (
+        config.finetune_learning_rate is None
+        and config.pretrain_epochs is not None
+        and "finetune_learning_rate" in row.reads
+    ):
+        config._put("finetune_learning_rate", config.learning_rate / 10)
 
 
 def describe_fields() -> str:

@@ -210,30 +210,10 @@ class GradientProjection(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            self._check(self.param_groups[-1])
+            _check(self, self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
-
-    def _check(self, group: dict[str, Any]) -> None:
-        first = next((item.name for item in self._items() if item.group is group), "an empty group")
-        strategy = group["strategy"]
-        if strategy is not None and strategy not in STRATEGIES:
-            raise ValueError(f"{first}: strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
-        known = STRATEGIES.get(strategy, {})
-        # Schedulers that resume are given initial_lr.
-        others = {"params", "param_names", "initial_lr", *self.defaults}
-        if unknown := sorted(group.keys() - known.keys() - others):
-            has = f"strategy {strategy} has {', '.join(known) or 'none'}"
-            raise ValueError(f"{first}: unknown setting {', '.join(unknown)}; {has}")
-        for name, (wanted, allowed) in _ALLOWED.items():
-            if name in known or name in self.defaults:
-                value = group.setdefault(name, known.get(name))
-                if not allowed(value):
-                    raise ValueError(f"{first}: {name} must be {wanted}; got {value!r}")
-        for item in self._items():
-            if item.group is group and strategy is not None:
-                item.frame()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -261,9 +241,9 @@ class GradientProjection(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.prepare()
-        for item in self._items():
+        for item in _items(self):
             if item.parameter.grad is not None:
-                self._update(item)
+                _update(self, item)
         return loss
 
     def prepare(self) -> None:
@@ -283,7 +263,7 @@ class GradientProjection(torch.optim.Optimizer):
         Traceback (most recent call last):
         ValueError: parameter 0: the gradient holds NaN or infinite values; look at the loss or skip the step
         """
-        self._prepare([item for item in self._items() if item.parameter.grad is not None])
+        _prepare(self, [item for item in _items(self) if item.parameter.grad is not None])
 
     def refresh_next(self) -> None:
         """Let every projected layer have a new basis at the next step, as after a projection of the weights.
@@ -305,8 +285,7 @@ class GradientProjection(torch.optim.Optimizer):
         """Return the bytes of the state that the optimizer holds between two steps, over all storages.
 
         In numbers, four bytes each: rK + 2rL for a layer of ``galore``, ``galore2`` and ``random``, rK + 3rL
-        for ``lotus``, c·r·L + N + D for ``vlorp``, and 2·N·D for a plain parameter. Zero before the first
-        step.
+        for ``lotus``, c·r·L + N + D for ``vlorp``, 2·N·D for a plain parameter; 0 before the first step.
 
         >>> weight = nn.Parameter(torch.ones(2, 3))
         >>> optimizer = GradientProjection([{"params": [weight], "strategy": "lotus", "rank": 1}])
@@ -315,9 +294,7 @@ class GradientProjection(torch.optim.Optimizer):
         >>> optimizer.state_bytes() == 4 * (1 * 2 + 3 * 1 * 3)
         True
         """
-        tensors = [
-            value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)
-        ]
+        tensors = [v for state in self.state.values() for v in state.values() if isinstance(v, Tensor)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         return sum(storage.nbytes() for storage in storages.values())
 
@@ -335,19 +312,8 @@ class GradientProjection(torch.optim.Optimizer):
         >>> optimizer.report()[0]["side"], optimizer.report()[0]["refreshes"]
         ('left', 0)
         """
-        rows = []
-        for item in self._items():
-            if item.group["strategy"] is None:
-                continue
-            frame, state, note = item.frame(), self.state.get(item.parameter, {}), ""
-            if frame.rank == frame.side:
-                note = "rank ≥ short side: Adam in rotated coordinates, more state than Adam"
-                if item.group["strategy"] == "vlorp":
-                    note = "grain · rank ≥ short side: the first moment is as large as the gradient"
-            row = {"name": item.name, "side": "right" if frame.tall else "left", "rank": frame.rank}
-            row |= {"refreshes": state.get("refreshes", 0), "since": state.get("since", 0)}
-            rows.append(row | {"energy": state.get("energy"), "note": note})
-        return rows
+        projected = (item for item in _items(self) if item.group["strategy"] is not None)
+        return [_row(item, self.state.get(item.parameter, {})) for item in projected]
 
     @contextmanager
     def in_backward(self, *, pieces: int = 1, clip: float | None = None) -> Iterator[None]:
@@ -375,38 +341,8 @@ class GradientProjection(torch.optim.Optimizer):
         >>> model.weight.grad is None, optimizer.report()[0]["since"]
         (True, 1)
         """
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several or pieces != 1 or clip is not None:
-            got = "several processes" if several else f"pieces={pieces}, clip={clip}"
-            raise ValueError(
-                "in_backward updates a layer before the other gradients are known, so it needs one process, "
-                f"pieces=1 and clip=None; got {got}; use step()"
-            )
-        items, done = {item.parameter: item for item in self._items()}, set()
-
-        def update(parameter: Tensor) -> None:
-            item = items[parameter]
-            if parameter in done:
-                raise ValueError(
-                    f"{item.name}: a second gradient in in_backward; use step() for accumulation"
-                )
-            done.add(parameter)
-            self._prepare([item])
-            self._update(item)
-            parameter.grad = None
-
-        for item in items.values():
-            if item.parameter.grad is not None:
-                raise ValueError(
-                    f"{item.name} has a gradient before in_backward; call zero_grad(), "
-                    "or step() for accumulation"
-                )
-        hooks = [p.register_post_accumulate_grad_hook(update) for p in items if p.requires_grad]
-        try:
+        with _hooks(self, pieces, clip):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
         self.step()  # finds no gradient, but schedulers want to have seen it
 
     @torch.no_grad()
@@ -417,8 +353,7 @@ class GradientProjection(torch.optim.Optimizer):
         weights.
 
         Args:
-            state_dict: from :meth:`state_dict` of an optimizer with the same groups; settings come from it
-                too.
+            state_dict: of an optimizer with the same groups; settings come from it too.
 
         Raises:
             ValueError: the groups differ in number or size.
@@ -433,127 +368,195 @@ class GradientProjection(torch.optim.Optimizer):
         """
         super().load_state_dict(state_dict)
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for number, item in zip(numbers, self._items(), strict=True):
+        for number, item in zip(numbers, _items(self), strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
                     self.state[item.parameter][name] = value.to(item.parameter.device, copy=True)
 
-    def _items(self) -> Iterator[_Item]:
-        number = 0
-        for group in self.param_groups:
-            names = group.get("param_names", [None] * len(group["params"]))
-            for name, parameter in zip(names, group["params"], strict=True):
-                yield _Item(number, name or f"parameter {number}", parameter, group)
-                number += 1
 
-    @torch.no_grad()
-    def _prepare(self, items: Sequence[_Item]) -> None:
+def _row(item: _Item, state: Mapping[str, Any]) -> dict[str, Any]:
+    frame, note = item.frame(), ""
+    if frame.rank == frame.side:
+        note = "rank ≥ short side: Adam in rotated coordinates, more state than Adam"
+        if item.group["strategy"] == "vlorp":
+            note = "grain · rank ≥ short side: the first moment is as large as the gradient"
+    row = {"name": item.name, "side": "right" if frame.tall else "left", "rank": frame.rank}
+    row |= {"refreshes": state.get("refreshes", 0), "since": state.get("since", 0)}
+    return row | {"energy": state.get("energy"), "note": note}
+
+
+def _check(optimizer: GradientProjection, group: dict[str, Any]) -> None:
+    first = next((item.name for item in _items(optimizer) if item.group is group), "an empty group")
+    strategy = group["strategy"]
+    if strategy is not None and strategy not in STRATEGIES:
+        raise ValueError(f"{first}: strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+    known = STRATEGIES.get(strategy, {})
+    # Schedulers that resume are given initial_lr.
+    others = {"params", "param_names", "initial_lr", *optimizer.defaults}
+    if unknown := sorted(group.keys() - known.keys() - others):
+        has = f"strategy {strategy} has {', '.join(known) or 'none'}"
+        raise ValueError(f"{first}: unknown setting {', '.join(unknown)}; {has}")
+    for name, (wanted, allowed) in _ALLOWED.items():
+        if name in known or name in optimizer.defaults:
+            value = group.setdefault(name, known.get(name))
+            if not allowed(value):
+                raise ValueError(f"{first}: {name} must be {wanted}; got {value!r}")
+    for item in _items(optimizer):
+        if item.group is group and strategy is not None:
+            item.frame()
+
+
+def _items(optimizer: GradientProjection) -> Iterator[_Item]:
+    number = 0
+    for group in optimizer.param_groups:
+        names = group.get("param_names", [None] * len(group["params"]))
+        for name, parameter in zip(names, group["params"], strict=True):
+            yield _Item(number, name or f"parameter {number}", parameter, group)
+            number += 1
+
+
+@torch.no_grad()
+def _prepare(optimizer: GradientProjection, items: Sequence[_Item]) -> None:
+    for item in items:
+        G = item.parameter.grad
+        if G.layout != torch.strided or G.is_complex():
+            kind = "complex" if G.is_complex() else "sparse"
+            raise ValueError(f"{item.name}: the gradient is {kind}, and must be dense and real")
+    items = [item for item in items if item.group["strategy"] is not None]
+    sums = [item.parameter.grad.sum() for item in items]  # cheap, and finite only where every entry is
+    # Stacked, they make the host wait for a GPU once. A sum may also overflow.
+    if items and not torch.stack([each.to(sums[0]) for each in sums]).isfinite().all():
         for item in items:
-            G = item.parameter.grad
-            if G.layout != torch.strided or G.is_complex():
-                kind = "complex" if G.is_complex() else "sparse"
-                raise ValueError(f"{item.name}: the gradient is {kind}, and must be dense and real")
-        items = [item for item in items if item.group["strategy"] is not None]
-        sums = [item.parameter.grad.sum() for item in items]  # cheap, and finite only where every entry is
-        # Stacked, they make the host wait for a GPU once. A sum may also overflow.
-        if items and not torch.stack([each.to(sums[0]) for each in sums]).isfinite().all():
-            for item in items:
-                if not item.parameter.grad.isfinite().all():
-                    what = "the gradient holds NaN or infinite values; look at the loss or skip the step"
-                    raise ValueError(f"{item.name}: {what}")
-        due = [item for item in items if self._state(item)["due"]]
-        stored = [item for item in due if item.group["strategy"] != "vlorp"]
-        for item, basis in zip(stored, self._new_bases(stored), strict=True):
-            self._change_basis(item, basis)
-        for item in due:  # of VLoRP, the number of the draw is all that changes
-            state = self.state[item.parameter]
-            state["refreshes"] += 1
-            state["since"], state["due"] = 0, False
+            if not item.parameter.grad.isfinite().all():
+                what = "the gradient holds NaN or infinite values; look at the loss or skip the step"
+                raise ValueError(f"{item.name}: {what}")
+    due = [item for item in items if _state(optimizer, item)["due"]]
+    stored = [item for item in due if item.group["strategy"] != "vlorp"]
+    for item, basis in zip(stored, _new_bases(optimizer, stored), strict=True):
+        _change_basis(optimizer, item, basis)
+    for item in due:  # of VLoRP, the number of the draw is all that changes
+        state = optimizer.state[item.parameter]
+        state["refreshes"] += 1
+        state["since"], state["due"] = 0, False
 
-    def _new_bases(self, items: Sequence[_Item]) -> list[Tensor]:
-        """Return a basis (K, r) for each layer; each is computed by one process and sent to the others."""
-        processes, rank, world = self.process_group, 0, 1
-        if processes is not None:
-            rank, world = dist.get_rank(processes), dist.get_world_size(processes)
-        costs = {item: item.frame().side * item.parameter.numel() for item in items}  # K²·L
-        load, owner, bases = [0] * world, {}, []
-        for item in sorted(costs, key=costs.get, reverse=True):  # the next one to whom has the least to do
-            owner[item] = load.index(min(load))
-            load[owner[item]] += costs[item]
-        for item in items:
-            state = self.state[item.parameter]
-            own = owner[item] == rank
-            bases.append(item.new_basis(state["refreshes"] + 1) if own else torch.empty_like(state["basis"]))
-        for sender in range(world) if world > 1 else ():
-            sent = [basis for item, basis in zip(items, bases, strict=True) if owner[item] == sender]
-            if sent:
-                flat = torch.cat([basis.flatten() for basis in sent])
-                dist.broadcast(flat, group=processes, group_src=sender)
-                for basis, part in zip(sent, flat.split([basis.numel() for basis in sent]), strict=True):
-                    basis.copy_(part.view_as(basis))
-        return bases
 
-    def _change_basis(self, item: _Item, basis: Tensor) -> None:
-        state, frame, G = self.state[item.parameter], item.frame(), item.gradient()
-        if item.group["carry"] == "rotate":
-            C = _product(state["basis"].mT, basis)  # (r, r)
-            for name, turn in (("exp_avg", C), ("exp_avg_sq", C.square())):
-                moment = state[name]
-                moment.copy_(_product(moment, turn) if frame.tall else _product(turn.mT, moment))
-        elif item.group["carry"] == "reset":
-            state["step"] = 0  # else there were no bias correction, and the next updates too large
-            state["exp_avg"].zero_()
-            state["exp_avg_sq"].zero_()
-        state["basis"].copy_(basis)
-        kept, energy = (_size(matrix).square().item() for matrix in (frame.down(G, basis), G))
-        state["energy"] = min(1.0, kept / energy) if energy else 1.0
+def _new_bases(optimizer: GradientProjection, items: Sequence[_Item]) -> list[Tensor]:
+    """Return a basis (K, r) for each layer; each is computed by one process and sent to the others."""
+    processes, rank, world = optimizer.process_group, 0, 1
+    if processes is not None:
+        rank, world = dist.get_rank(processes), dist.get_world_size(processes)
+    costs = {item: item.frame().side * item.parameter.numel() for item in items}  # K²·L
+    load, owner, bases = [0] * world, {}, []
+    for item in sorted(costs, key=costs.get, reverse=True):  # the next one to whom has the least to do
+        owner[item] = load.index(min(load))
+        load[owner[item]] += costs[item]
+    for item in items:
+        state = optimizer.state[item.parameter]
+        own = owner[item] == rank
+        bases.append(item.new_basis(state["refreshes"] + 1) if own else torch.empty_like(state["basis"]))
+    for sender in range(world) if world > 1 else ():
+        sent = [basis for item, basis in zip(items, bases, strict=True) if owner[item] == sender]
+        if sent:
+            flat = torch.cat([basis.flatten() for basis in sent])
+            dist.broadcast(flat, group=processes, group_src=sender)
+            for basis, part in zip(sent, flat.split([basis.numel() for basis in sent]), strict=True):
+                basis.copy_(part.view_as(basis))
+    return bases
 
-    def _state(self, item: _Item) -> dict[str, Any]:
-        """Return the state of a parameter, made where there is none.
 
-        Counters are Python numbers, which ``Optimizer.load_state_dict`` does not cast.
-        """
-        state, p, strategy = self.state[item.parameter], item.parameter, item.group["strategy"]
-        if state:
-            return state
-        state["step"], shapes = 0, {"exp_avg": p.shape, "exp_avg_sq": p.shape}
-        if strategy is not None:
-            # "due" is one flag for the first step, `every`, Lotus's test and refresh_next.
-            state |= {"refreshes": 0, "since": 0, "due": True, "energy": None}
-            frame = item.frame()
-            small = (frame.rows, frame.rank) if frame.tall else (frame.rank, frame.columns)
-            shapes = {"exp_avg": small, "exp_avg_sq": small, "basis": (frame.side, frame.rank)}
-        if strategy == "vlorp":
-            shapes = {"exp_avg": small, "row": (len(p),), "col": (p.numel() // len(p),)}
-        if strategy == "lotus":
-            shapes["first"] = small
-        state |= {
-            name: torch.zeros(shape, dtype=item.dtype, device=p.device) for name, shape in shapes.items()
-        }
+def _change_basis(optimizer: GradientProjection, item: _Item, basis: Tensor) -> None:
+    state, frame, G = optimizer.state[item.parameter], item.frame(), item.gradient()
+    if item.group["carry"] == "rotate":
+        C = _product(state["basis"].mT, basis)  # (r, r)
+        for name, turn in (("exp_avg", C), ("exp_avg_sq", C.square())):
+            moment = state[name]
+            moment.copy_(_product(moment, turn) if frame.tall else _product(turn.mT, moment))
+    elif item.group["carry"] == "reset":
+        state["step"] = 0  # else there were no bias correction, and the next updates too large
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"].zero_()
+    state["basis"].copy_(basis)
+    kept, energy = (_size(matrix).square().item() for matrix in (frame.down(G, basis), G))
+    state["energy"] = min(1.0, kept / energy) if energy else 1.0
+
+
+def _state(optimizer: GradientProjection, item: _Item) -> dict[str, Any]:
+    """Return the state of a parameter, made where there is none.
+
+    Counters are Python numbers, which ``Optimizer.load_state_dict`` does not cast.
+    """
+    state, p, strategy = optimizer.state[item.parameter], item.parameter, item.group["strategy"]
+    if state:
         return state
+    state["step"], shapes = 0, {"exp_avg": p.shape, "exp_avg_sq": p.shape}
+    if strategy is not None:
+        # "due" is one flag for the first step, `every`, Lotus's test and refresh_next.
+        state |= {"refreshes": 0, "since": 0, "due": True, "energy": None}
+        frame = item.frame()
+        small = (frame.rows, frame.rank) if frame.tall else (frame.rank, frame.columns)
+        shapes = {"exp_avg": small, "exp_avg_sq": small, "basis": (frame.side, frame.rank)}
+    if strategy == "vlorp":
+        shapes = {"exp_avg": small, "row": (len(p),), "col": (p.numel() // len(p),)}
+    if strategy == "lotus":
+        shapes["first"] = small
+    state |= {name: torch.zeros(shape, dtype=item.dtype, device=p.device) for name, shape in shapes.items()}
+    return state
 
-    @torch.no_grad()
-    def _update(self, item: _Item) -> None:
-        p, group, state = item.parameter, item.group, self._state(item)
-        strategy, G = group["strategy"], item.gradient()
-        if group["weight_decay"]:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-        state["step"] += 1
-        if strategy is None:
-            update = group["lr"] * _adam(G, state, group)
+
+@torch.no_grad()
+def _update(optimizer: GradientProjection, item: _Item) -> None:
+    p, group, state = item.parameter, item.group, _state(optimizer, item)
+    strategy, G = group["strategy"], item.gradient()
+    if group["weight_decay"]:
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+    state["step"] += 1
+    if strategy is None:
+        update = group["lr"] * _adam(G, state, group)
+    else:
+        frame = item.frame()
+        basis = item.drawn_basis(state["refreshes"]) if strategy == "vlorp" else state["basis"]
+        S = frame.down(G, basis)
+        state["since"] += 1
+        state["due"] = _due(S, state, group)
+        if strategy == "vlorp":
+            update = group["lr"] * _projfactor(S, lambda X: frame.up(X, basis).view(len(p), -1), state, group)
         else:
-            frame = item.frame()
-            basis = item.drawn_basis(state["refreshes"]) if strategy == "vlorp" else state["basis"]
-            S = frame.down(G, basis)
-            state["since"] += 1
-            state["due"] = _due(S, state, group)
-            if strategy == "vlorp":
-                update = group["lr"] * _projfactor(
-                    S, lambda X: frame.up(X, basis).view(len(p), -1), state, group
-                )
-            else:
-                update = frame.up(group["lr"] * group["scale"] * _adam(S, state, group), basis)
-        p.sub_(update.view(p.shape))
+            update = frame.up(group["lr"] * group["scale"] * _adam(S, state, group), basis)
+    p.sub_(update.view(p.shape))
+
+
+@contextmanager
+def _hooks(optimizer: GradientProjection, pieces: int, clip: float | None) -> Iterator[None]:
+    """Hold the hooks that update each parameter in backward; see :meth:`GradientProjection.in_backward`."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several or pieces != 1 or clip is not None:
+        got = "several processes" if several else f"pieces={pieces}, clip={clip}"
+        raise ValueError(
+            "in_backward updates a layer before the other gradients are known, so it needs one process, "
+            f"pieces=1 and clip=None; got {got}; use step()"
+        )
+    items, done = {item.parameter: item for item in _items(optimizer)}, set()
+
+    def update(parameter: Tensor) -> None:
+        item = items[parameter]
+        if parameter in done:
+            raise ValueError(f"{item.name}: a second gradient in in_backward; use step() for accumulation")
+        done.add(parameter)
+        _prepare(optimizer, [item])
+        _update(optimizer, item)
+        parameter.grad = None
+
+    for item in items.values():
+        if item.parameter.grad is not None:
+            raise ValueError(
+                f"{item.name} has a gradient before in_backward; call zero_grad(), or step() for accumulation"
+            )
+    hooks = [p.register_post_accumulate_grad_hook(update) for p in items if p.requires_grad]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Frame(NamedTuple):

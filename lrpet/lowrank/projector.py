@@ -95,7 +95,7 @@ class LowRankProjector:
             pairs = resolve_batchnorms(self.model, self.ranks, batchnorms, example_inputs)
             self._pairs = {name: bn for name, bn in pairs.items() if bn is not None}
             if batchnorms is None:
-                self._warn_where_none_is_paired(example_inputs)
+                _warn_where_none_is_paired(self, example_inputs)
         self.fast, self._bases, self._steps = fast, {}, 0
         self._links: list[tuple[dict, str, nn.Module]] | None = (
             None  # from the model to each layer and BatchNorm
@@ -106,16 +106,6 @@ class LowRankProjector:
             for name, module in self.model.named_modules()
             if isinstance(module, _ConvNd) and name not in self.ranks
         ]
-
-    def _warn_where_none_is_paired(self, example_inputs: Any) -> None:
-        count = sum(is_batchnorm(module) for module in self.model.modules())
-        if count and not self._pairs and not any(find_batchnorms(self.model, example_inputs).values()):
-            warnings.warn(
-                f"{type(self.model).__name__} has {count} BatchNorms, and none was found right after a "
-                "layer: nothing is rectified; pass example_inputs= to look at a run, or batchnorms= to state "
-                "the pairs",
-                stacklevel=3,
-            )
 
     def _look_up(self) -> None:
         """Find the layers as they are now; where anything was replaced, check and group them anew."""
@@ -135,7 +125,7 @@ class LowRankProjector:
         self._groups = defaultdict(list)  # Gram matrices of one size, rank and place are decomposed at once
         self._twins, first = {}, {}  # name → name of the layer whose weight it shares
         for name, layer in layers.items():
-            self._check(name, layer)
+            _check(self, name, layer)
             if (twin := first.setdefault(id(weights[name]), name)) != name:
                 self._twins[name] = twin
                 self._batchnorms.pop(name, None), self._batchnorms.pop(twin, None)
@@ -151,16 +141,6 @@ class LowRankProjector:
             for key in path.split(".") if path else ():
                 links.append((module._modules, key, module := module._modules[key]))
         self._links = links
-
-    def _check(self, name: str, layer: nn.Module) -> None:
-        reason = left_out(layer) or (unwritable(layer) if layer_type(layer) else "it is no layer to project")
-        if reason:
-            raise ValueError(f"layer {name!r} ({type(layer).__name__}) cannot be projected: {reason}")
-        if name in self._batchnorms and not is_batchnorm(self._batchnorms[name]):
-            raise ValueError(f"{self._pairs[name]!r} after layer {name!r} is no BatchNorm any more")
-        N, D = matrix_of(layer).shape
-        if self.ranks[name] > min(N, D):
-            raise ValueError(f"rank of layer {name!r} is {self.ranks[name]}, but its weight is {N}×{D} now")
 
     @torch.no_grad()
     def step(self, *, exact: bool = False) -> list[LayerReport]:
@@ -209,30 +189,13 @@ class LowRankProjector:
             for row, matrix in zip(rows, matrices, strict=True):
                 if matrix.data_ptr() != row.data_ptr():
                     row.copy_(matrix.view(row.shape))
-        return [self._report(name, own, small) for name in self.ranks] + self._dense
+        return [_report(self, name, own, small) for name in self.ranks] + self._dense
 
     def _rows(self, name: str) -> Tensor:
         """Return a view of a weight, outputs first, the rest as it lies in memory: no result changes."""
         rows = rows_first(self._layers[name], self._weights[name].detach())
         in_memory = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
         return rows.permute(0, 2, 3, 1) if in_memory else rows
-
-    def _report(self, name: str, own: dict[str, tuple], small: dict[str, int]) -> LayerReport:
-        twin, rank = self._twins.get(name, name), self.ranks[name]
-        if not self._weights[name].requires_grad:
-            return LayerReport(name, rank, math.nan, "left alone", "frozen (requires_grad=False)")
-        energy_kept, followed, dead = own.get(twin, (1.0, False, None))
-        if dead is not None:
-            scaled = " as its BatchNorm scales it" if name in self._batchnorms else ""
-            reason = f"dead: largest singular value{scaled} {dead:.1e} < {DEAD_IN_TRAINING:.0e}"
-            return LayerReport(name, rank, math.nan, "left alone", reason)
-        reasons = ["followed"] if followed else []
-        if small.get(name):
-            limit = self.settings["row_eps"] ** 0.5
-            reasons.append(f"{small[name]} rows that BatchNorm scales by {limit:.1e} or less, undone exactly")
-        if name in self._twins:
-            reasons.append(f"shares its weight with {twin!r}, projected once and without rectification")
-        return LayerReport(name, rank, energy_kept, "projected", "; ".join(reasons))
 
     def _find_basis(
         self, group: tuple, matrices: list[Tensor], row_scale: Tensor | None, check: bool
@@ -292,6 +255,48 @@ class LowRankProjector:
                 what = "the BatchNorm after layer" if math.isfinite(norm) else "the weight of layer"
                 raise ValueError(f"NaN, infinity or overflow in {what} {name!r}; nothing was projected")
         return {name: int(count) for name, count in zip(names, numbers[2], strict=True) if count}
+
+
+def _warn_where_none_is_paired(projector: LowRankProjector, example_inputs: Any) -> None:
+    count = sum(is_batchnorm(module) for module in projector.model.modules())
+    if count and not projector._pairs and not any(find_batchnorms(projector.model, example_inputs).values()):
+        warnings.warn(
+            f"{type(projector.model).__name__} has {count} BatchNorms, and none was found right after a "
+            "layer: nothing is rectified; pass example_inputs= to look at a run, or batchnorms= to state "
+            "the pairs",
+            stacklevel=3,
+        )
+
+
+def _check(projector: LowRankProjector, name: str, layer: nn.Module) -> None:
+    reason = left_out(layer) or (unwritable(layer) if layer_type(layer) else "it is no layer to project")
+    if reason:
+        raise ValueError(f"layer {name!r} ({type(layer).__name__}) cannot be projected: {reason}")
+    if name in projector._batchnorms and not is_batchnorm(projector._batchnorms[name]):
+        raise ValueError(f"{projector._pairs[name]!r} after layer {name!r} is no BatchNorm any more")
+    N, D = matrix_of(layer).shape
+    if projector.ranks[name] > min(N, D):
+        raise ValueError(f"rank of layer {name!r} is {projector.ranks[name]}, but its weight is {N}×{D} now")
+
+
+def _report(
+    projector: LowRankProjector, name: str, own: dict[str, tuple], small: dict[str, int]
+) -> LayerReport:
+    twin, rank = projector._twins.get(name, name), projector.ranks[name]
+    if not projector._weights[name].requires_grad:
+        return LayerReport(name, rank, math.nan, "left alone", "frozen (requires_grad=False)")
+    energy_kept, followed, dead = own.get(twin, (1.0, False, None))
+    if dead is not None:
+        scaled = " as its BatchNorm scales it" if name in projector._batchnorms else ""
+        reason = f"dead: largest singular value{scaled} {dead:.1e} < {DEAD_IN_TRAINING:.0e}"
+        return LayerReport(name, rank, math.nan, "left alone", reason)
+    reasons = ["followed"] if followed else []
+    if small.get(name):
+        limit = projector.settings["row_eps"] ** 0.5
+        reasons.append(f"{small[name]} rows that BatchNorm scales by {limit:.1e} or less, undone exactly")
+    if name in projector._twins:
+        reasons.append(f"shares its weight with {twin!r}, projected once and without rectification")
+    return LayerReport(name, rank, energy_kept, "projected", "; ".join(reasons))
 
 
 def _state(layer: nn.Module) -> tuple:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,9 @@ def ranks_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
         return resolve_ranks(model, config.ranks)
     if config.prune_ratio is None:
         return {}
-    return ranks_from_ratio(model, config.prune_ratio, layers=config.layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # tables and layers.csv tell what a ratio costs
+        return ranks_from_ratio(model, config.prune_ratio, layers=config.layers)
 
 
 def target_macs(model: nn.Module, config: RunConfig) -> int:

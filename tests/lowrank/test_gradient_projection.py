@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lrpet.lowrank import truncated_svd
-from lrpet.lowrank.gradient_projection import STRATEGIES, GradientProjection, _Item, projection_groups
+from lrpet.lowrank.gradient_projection import STRATEGIES, GradientProjection, _Item, _items, projection_groups
 
 FORK = multiprocessing.get_context("forkserver")
 # Imported once, not by each process.
@@ -458,7 +458,7 @@ def test_vlorp_is_the_authors_rule_in_float64(shape, grain, distribution):
         start, "vlorp", grain=grain, rank=2, every=4, distribution=distribution, **options
     )
     advance(weight, optimizer, grads)
-    item = next(optimizer._items())
+    item = next(_items(optimizer))
     bases = [item.drawn_basis(1 + t // 4) for t in range(15)]
     side = round(min(shape) / grain)
     assert bases[0].shape == (side, 2)
@@ -472,7 +472,7 @@ def test_vlorp_is_unbiased_with_the_variance_of_theory(grain):
     """E‖o(S(G)) − G‖²/‖G‖² = (K + c)/(c·r); for c = 1, 4 and c·r = 8, K = 16: 2.125 and 2.5."""
     K = 16
     weight, optimizer = optimizer_of(torch.zeros(K, K), "vlorp", grain=grain, rank=8 // grain)
-    item = next(optimizer._items())
+    item = next(_items(optimizer))
     X = gradients((K, K), 1)[0].reshape(item.frame()[:2])
     B = torch.stack([item.drawn_basis(draw) for draw in range(20_000)])
     back = X @ B @ B.mT
@@ -485,7 +485,7 @@ def test_vlorp_with_grain_1_projects_rows():
     weight, optimizer = optimizer_of(torch.zeros(12, 8), "vlorp", grain=1, rank=3)
     grad = gradients((12, 8), 1)[0]
     advance(weight, optimizer, [grad])
-    B = next(optimizer._items()).drawn_basis(1)
+    B = next(_items(optimizer)).drawn_basis(1)
     assert torch.allclose(optimizer.state[weight]["exp_avg"], 0.1 * grad @ B, rtol=1e-5)
 
 
