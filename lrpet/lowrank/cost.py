@@ -83,7 +83,7 @@ def cost(
             one image of batch size 1.
 
     Returns:
-        Totals and a row a layer, in the order of execution.
+        Totals and one row per layer, in the order of execution.
 
     Raises:
         ValueError: ranks that do not fit the model, or inputs that it does not run on.
