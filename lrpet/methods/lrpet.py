@@ -54,17 +54,8 @@ class LowRankProjection(Dense):
 
     def _project(self, *, exact: bool) -> list[LayerReport]:
         """Let the first process project, by its BatchNorm statistics, and give its weights to all."""
-
-        def attempt():
-            try:
-                return self.projector.step(exact=exact), None
-            except Exception as error:  # told to the others, who would wait for this process
-                return None, error
-
         processes = Processes.now()
-        reports, error = processes.share(attempt)
-        if error is not None:
-            raise error
+        reports = processes.share(lambda: self.projector.step(exact=exact))
         processes.copy_from(0, [self.model.get_submodule(name).weight for name in self.ranks])
         return reports
 
