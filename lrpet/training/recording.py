@@ -139,7 +139,7 @@ class Recorder:
         tables = defaultdict(dict)
         for key, s in self.state["spectra"].items():
             epoch, when, layer = key.split("/")
-            tables[f"{when}/{layer}"][int(epoch)] = s.numpy()
+            tables[f"{when}/{layer}"][int(epoch)] = s.cpu().numpy()  # on a GPU where a run resumed
         arrays = {}
         # one row per epoch: its number, its singular values, NaN where the layer has become smaller
         for key, rows in tables.items():

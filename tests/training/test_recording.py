@@ -231,3 +231,13 @@ def test_weights_made_of_factors_have_no_gradient_of_their_own_and_none_is_recor
 def test_a_run_without_records_is_an_error_with_a_name(load, tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path)
+
+
+def test_records_that_a_resumed_run_has_on_its_gpu_are_written_too():
+    class OnGPU:  # as torch.load with map_location gives them back
+        def cpu(self):
+            return torch.tensor([2.0, 1.0]).half()
+
+    recorder = Recorder(epochs=1, steps=1)
+    recorder.state["spectra"] = {"1/before/conv": OnGPU()}
+    assert set(recorder.files()) == {"spectra.npz", "gradients.csv"}
