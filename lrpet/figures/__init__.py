@@ -6,6 +6,7 @@ ends with.
 """
 
 from lrpet.figures.accuracy import plot_ablations, plot_accuracy_against_macs, plot_rank_search
+from lrpet.figures.headline import plot_headline
 from lrpet.figures.one_matrix import plot_by_depth, plot_channel_errors, plot_rank_sweep, plot_spectrum
 from lrpet.figures.one_run import plot_history, plot_layers
 from lrpet.figures.recorded import (
@@ -42,6 +43,7 @@ __all__ = [
     "plot_gradient_ratios",
     "plot_gradients",
     "plot_growth",
+    "plot_headline",
     "plot_history",
     "plot_inference",
     "plot_layer_gains",

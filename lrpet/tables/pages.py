@@ -11,6 +11,7 @@ import pandas as pd
 from lrpet.experiments import MAIN
 from lrpet.paths import PROJECT, project_file, results_root
 from lrpet.tables.accuracy import accuracy_table, imagenet_table, related_table
+from lrpet.tables.choice import repeats_table, selection_table
 from lrpet.tables.claims import ablation_table, claims_table, differences
 from lrpet.tables.costs import NO_RANKS, NOT_HERE, cost_table
 from lrpet.tables.rows import NOT_RUN, profile_runs, published
@@ -67,6 +68,8 @@ def write_tables(profile: str, results: Path | None = None) -> dict[str, pd.Data
     }
     if profile == "short":
         tables["related"] = related_table()
+    if profile == "selection":
+        tables |= {"selection": selection_table(runs), "repeats": repeats_table(results)}
     if profile in ("imagenet", "imagenette"):
         tables["imagenet"] = imagenet_table(runs, reported, results)
     folder = (results or results_root()) / profile / "tables"
@@ -104,6 +107,6 @@ def write_pages(pages: Sequence[Path] | None = None) -> list[str]:
     texts = [marked.sub(fill, path.read_text(encoding="utf-8")) for path in pages]
     for path, text in zip(pages, texts, strict=True):
         path.write_text(text, encoding="utf-8")
-    for profile in {"paper", "imagenet", "imagenette"} - set(tables):
+    for profile in {"short", "scaled", "selection", "paper", "imagenet", "imagenette"} - set(tables):
         write_tables(profile)
     return texts

@@ -9,15 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import COLOUR_BLINDNESS, lab_of, linear_rgb
+from helpers import COLOUR_BLINDNESS, experiment, lab_of, linear_rgb, put
 from matplotlib import rc_context, rcParams, style
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 import lrpet
 from lrpet import figures
-from lrpet.paths import figures_root
+from lrpet.paths import PROJECT, figures_root
 from lrpet.registry import METHODS
-from lrpet.tables.rows import published
+from lrpet.tables.rows import profile_runs, published
 
 EPOCHS = 6
 
@@ -87,6 +88,7 @@ def everything_drawn():
             [0.1, 1.0, 10.0], {"without": [0.5, 0.5, 0.5], "with": [0.9, 0.2, 0.0]}
         ),
         "accuracy": figures.plot_accuracy_against_macs(runs(), published()),
+        "headline": figures.plot_headline(profile_runs("short", PROJECT / "results")),
     }
 
 
@@ -98,7 +100,8 @@ def test_every_figure_is_labelled_with_units():
         for ax in figure.axes:
             shared = ax.get_shared_x_axes().get_siblings(ax)
             assert any(a.get_xlabel() for a in shared), name
-            assert any(unit in ax.get_ylabel() for unit in units), (name, ax.get_ylabel())
+            if name != "headline":  # whose rows are named
+                assert any(unit in ax.get_ylabel() for unit in units), (name, ax.get_ylabel())
             assert all(
                 any(unit in a.get_xlabel() for unit in (*units, "MACs")) for a in shared if a.get_xlabel()
             ), name
@@ -113,7 +116,7 @@ def test_nothing_is_cut_off_or_covered():
             assert page.x0 <= box.x0 and box.x1 <= page.x1 + 1, name
             assert not any(box.overlaps(ax.get_window_extent()) for ax in figure.axes), name
         for ax in figure.axes:
-            for text in (ax.xaxis.label, ax.yaxis.label, *ax.texts):
+            for text in filter(Text.get_text, (ax.xaxis.label, ax.yaxis.label, *ax.texts)):
                 box = text.get_window_extent()
                 assert (
                     page.x0 - 1 <= box.x0
@@ -429,3 +432,28 @@ def test_a_setting_that_was_not_run_says_so():
     ]
     assert [label.get_text() for label in first.get_yticklabels()] == ["0", "0.3"]
     assert second.get_title(loc="left") == "row_eps"
+
+
+# ---------------------------------------------------------------- headline
+
+
+def test_the_headline_sorts_by_mean_and_claims_only_what_is_decided(tmp_path):
+    values = {"dense": (90, 90.1, 90.2), "lrpet": (85, 85.1, 85.2), "lrp": (80, 80.12, 80.2), "narrow": (86,)}
+    for method, seeds in values.items():
+        for seed, value in enumerate(seeds, start=1):
+            config = experiment("scaled", f"resnet20-{method}-s{seed}")
+            macs = 40_551_040 if method == "dense" else 18_211_456
+            put(tmp_path, config, value, macs=macs, dense_macs=40_551_040)
+    figure = figures.plot_headline(profile_runs("scaled", tmp_path))
+    figure.png()
+    (ax,) = figure.axes
+    rows = [label.get_text() for label in ax.get_yticklabels()][::-1]
+    assert rows == ["dense, 40.6 M MACs", "narrow network", "LRPET", "LRP"]
+    assert figure.get_suptitle().startswith("At 18.2 M multiply-adds LRPET beats LRP; no other")
+    told = [text.get_text() for text in ax.texts][::-1]
+    assert told == ["90.10  (3 seeds)", "86.00  (1 seed)", "85.10  (3 seeds)", "80.11  (3 seeds)"]
+
+
+def test_the_headline_of_a_profile_without_runs_says_so(tmp_path):
+    (ax,) = figures.plot_headline(profile_runs("paper", tmp_path)).axes
+    assert ax.texts[0].get_text() == "no run of LRPET has finished"

@@ -7,7 +7,7 @@ from helpers import experiment, put
 from lrpet import tables
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT
-from lrpet.tables import claims, costs, pages, statistics
+from lrpet.tables import choice, claims, costs, pages, statistics
 from lrpet.tables.names import label_of
 
 
@@ -210,7 +210,7 @@ def test_ablations_differ_from_lrpet_in_what_their_question_names_and_nothing_el
     put(tmp_path, experiment("smoke", "resnet8-lrpet-s1"), 90.0)
     put(tmp_path, experiment("smoke", "resnet8-lrpet-5-epochs-s1"), 88.5)
     table = tables.ablation_table(tables.profile_runs("smoke", tmp_path))
-    assert set(table.question) == set(claims.ABLATED)
+    assert set(table.question) == {question for question in claims.ABLATED if ", LRP" not in question}
     assert (table.groupby("question").verdict.agg(lambda v: (v == "LRPET as it is").sum()) == 1).all()
     assert table.groupby("question").size().to_dict() == {
         "energy transfer × BN rectification": 4,
@@ -267,7 +267,7 @@ def test_headline_has_the_main_rows_and_counts_verdicts(tmp_path, monkeypatch):
     monkeypatch.setenv("LRPET_RESULTS", str(tmp_path))
     put(tmp_path, experiment("short", "resnet20-lrpet-s1"), 88.0)
     text = tables.headline("short")
-    assert "LRPET " in text and "88.00 (n=1)" in text and "6 not tested" in text
+    assert "LRPET " in text and "88.00 (n=1)" in text and "7 not tested" in text
     assert "narrow" not in text
 
 
@@ -313,3 +313,75 @@ def test_committed_tables_are_up_to_date(tmp_path, monkeypatch):
     advice = "stale tables: run python -m lrpet tables"
     assert fresh == [page.read_text() for page in pages.PAGES], advice
     assert not changed, advice
+
+
+# ---------------------------------------------------------------- the schedule and its control
+
+
+def test_the_schedule_is_chosen_by_the_mean_of_four_methods_once_all_have_run(tmp_path):
+    names = [e.name for e in load_profile("selection").experiments]
+    for name in names[:-1]:
+        put(tmp_path, experiment("selection", name), 70.0 + 10 * ("0.001-all" in name) * ("dense" in name))
+    runs = tables.profile_runs("selection", tmp_path)
+    assert (choice.selection_table(runs).chosen == "").all()
+    put(tmp_path, experiment("selection", names[-1]), 69.0)
+    table = choice.selection_table(tables.profile_runs("selection", tmp_path))
+    assert len(table) == 6 and list(table.chosen) == ["chosen", *[""] * 5]
+    first, last = table.iloc[0], table.iloc[-1]
+    assert (first.weight_decay, first.projection, first["mean"]) == ("0.001 on all", "every epoch", "72.50")
+    assert (first.dense, first.narrow, first.lrp, first.lrpet) == ("80.00", "70.00", "70.00", "70.00")
+    assert (last.projection, last["mean"]) == ("every 16 iterations", "69.75")
+
+
+def test_the_profile_scaled_has_the_schedule_that_the_committed_selection_chose():
+    table = choice.selection_table(tables.profile_runs("selection", PROJECT / "results"))
+    chosen = table[table.chosen == "chosen"].iloc[0]
+    config = experiment("scaled", "resnet20-lrpet-s1")
+    assert chosen.weight_decay == choice._decay(config)
+    assert chosen.projection == "every epoch"
+    assert (config.projection_interval, config.projection_unit) == (1, "epoch")
+
+
+def test_runs_done_twice_are_compared(tmp_path):
+    config = experiment("selection", "dense-0.001-all-s1")
+    put(tmp_path, config, 80.0)
+    put(tmp_path / "repeats", config, 80.5)
+    row = choice.repeats_table(tmp_path).iloc[0]
+    assert (row.top1_pct, row.again_top1_pct, row.difference) == ("80.00", "80.50", "+0.50")
+    assert len(choice.repeats_table(tmp_path / "none")) == 0
+
+
+def test_energy_transfer_has_a_row_with_its_control_and_one_without_batchnorm(tmp_path):
+    for seed in (1, 2, 3):
+        put(tmp_path, experiment("scaled", f"resnet20-lrpet-s{seed}"), 85.0 + 0.1 * seed)
+        put(tmp_path, experiment("scaled", f"resnet20-lrp-s{seed}"), 84.0 + 0.11 * seed)
+        put(tmp_path, experiment("scaled", f"resnet20-lrp-matched-steps-s{seed}"), 85.0 + 0.2 * seed)
+    for seed in (1, 2):
+        put(tmp_path, experiment("scaled", f"plain20-lrpet-s{seed}"), 54.0)
+        put(tmp_path, experiment("scaled", f"plain20-lrp-s{seed}"), 50.0 - seed)
+    table = tables.claims_table(tables.profile_runs("scaled", tmp_path)).set_index(["claim", "network"])
+    assert table.loc[("energy transfer helps", "resnet20"), "verdict"] == "holds"
+    matched = table.loc[("energy transfer helps at equal effective learning rates", "resnet20")]
+    assert (matched.difference, matched.verdict) == ("-0.20", "undecided")
+    plain = table.loc[("energy transfer helps without BatchNorm", "plain20")]
+    assert (plain.difference, plain.n, plain.p, plain.verdict) == ("+5.50", 2, "", "undecided")
+
+
+def test_of_two_ways_from_a_trained_network_the_better_one_is_the_competitor(tmp_path):
+    for seed in (1, 2, 3):
+        put(tmp_path, experiment("scaled", f"resnet20-lrpet-s{seed}"), 85.0)
+        put(tmp_path, experiment("scaled", f"resnet20-lrpet-from-trained-s{seed}"), 80.0 + seed)
+        put(tmp_path, experiment("scaled", f"resnet20-lrpet-from-trained-full-rate-s{seed}"), 84.0)
+    table = tables.claims_table(tables.profile_runs("scaled", tmp_path)).set_index("claim")
+    assert table.loc["from scratch beats from a trained network", "difference"] == "+1.00"
+
+
+def test_sweeps_of_lrp_are_compared_with_lrp(tmp_path):
+    for seed in (1, 2):
+        put(tmp_path, experiment("scaled", f"resnet20-lrpet-s{seed}"), 85.0)
+        put(tmp_path, experiment("scaled", f"resnet20-lrp-s{seed}"), 84.0)
+        put(tmp_path, experiment("scaled", f"resnet20-lrp-16-iterations-s{seed}"), 84.5)
+    table = tables.ablation_table(tables.profile_runs("scaled", tmp_path)).set_index("experiment")
+    assert table.loc["resnet20-lrp-16-iterations", "difference"] == "+0.50"
+    base = table[table.question == "projection interval, LRP"].loc["resnet20-lrp"]
+    assert base.verdict == "LRP as it is"
