@@ -985,5 +985,8 @@ def test_pytorch_optimizer_agrees_until_its_first_refresh(shape):
     """Its first refresh comes one step early, since its counter starts at 1."""
     module = package("pytorch_optimizer")
     group = {"rank": 3, "update_proj_gap": 20, "scale": 0.25, "projection_type": "std"}
-    oracle = lambda weight: module.GaLore([{"params": [weight]} | group], lr=0.01, eps=1e-12)
+
+    def oracle(weight):
+        return module.GaLore([{"params": [weight]} | group], lr=0.01, eps=1e-12)
+
     assert error(*against(oracle, shape, 19, rank=3, every=20)) < 1e-5

@@ -92,7 +92,10 @@ def test_the_order_of_a_weight_in_memory_changes_nothing():
             weight.data.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
         )  # neither of the two usual orders
     layers = [net.get_submodule(name) for net in (twin, odd) for name in ranks]
-    places = lambda: [(layer.weight.data_ptr(), layer.weight.stride()) for layer in layers]
+
+    def places():
+        return [(layer.weight.data_ptr(), layer.weight.stride()) for layer in layers]
+
     before = places()
     for net in (model, twin, odd):
         LowRankProjector(net, ranks).step()

@@ -234,7 +234,10 @@ def assert_complete(grid):
 def test_a_grid_killed_again_and_again_completes_by_itself_with_the_same_bits(grid):
     draw, kills = random.Random(4), 0
     runs, told = grid / "results" / "smoke" / "runs", lambda: (grid / "log").read_text()
-    newest = lambda: max((file.stat().st_mtime_ns for file in runs.glob("*/checkpoint.pt")), default=0)
+
+    def newest():
+        return max((file.stat().st_mtime_ns for file in runs.glob("*/checkpoint.pt")), default=0)
+
     while kills < KILLS:
         before, begun, process = newest(), told().count("begins") if kills else 0, run_all(grid)
         if kills == 1:  # a second instance is refused while the first is alive

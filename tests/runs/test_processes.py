@@ -185,7 +185,10 @@ def test_statistics_that_are_lost_are_an_error_in_every_process_and_nothing_is_p
 
 def numbered(n, test):
     """A data set whose images hold their own number."""
-    images = lambda n: torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 4, 4, 3).contiguous()
+
+    def images(n):
+        return torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 4, 4, 3).contiguous()
+
     return ImageData(
         images(n),
         torch.arange(n),

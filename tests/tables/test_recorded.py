@@ -57,9 +57,12 @@ def gradients(layers=7, epochs=(1, 4, 8, 20)):
 
 def compared(layers=19):
     depth = np.arange(layers)[::-1]
-    table = lambda rate: pd.DataFrame(
-        {"gradient": 0.1 * rate**depth, "bound": 0.1 * 3.0**depth, "norm_product": 5 * rate**depth}
-    )
+
+    def table(rate):
+        return pd.DataFrame(
+            {"gradient": 0.1 * rate**depth, "bound": 0.1 * 3.0**depth, "norm_product": 5 * rate**depth}
+        )
+
     return {"dense": table(1.0), "lrp": table(0.7), "lrpet": table(1.01)}
 
 
@@ -169,7 +172,10 @@ def test_every_figure_is_labelled_and_nothing_is_cut_off(layers):
     for name, figure in everything_drawn(layers).items():
         assert len(figure.png()) > 5000, name
         page = figure.bbox
-        beside = lambda ax, axis: [ax, *getattr(ax, f"get_shared_{axis}_axes")().get_siblings(ax)]
+
+        def beside(ax, axis):
+            return [ax, *getattr(ax, f"get_shared_{axis}_axes")().get_siblings(ax)]
+
         for ax in figure.axes:
             assert (
                 figure.get_supxlabel()
@@ -241,7 +247,10 @@ def test_one_run_and_one_epoch_are_enough():
 def test_the_first_seed_that_is_recorded_is_shown(monkeypatch, tmp_path):
     monkeypatch.setenv("LRPET_RESULTS", str(tmp_path))
     profile = load_profile("smoke")
-    choose = lambda *args: {e.name for e in choose_runs(profile, "resnet8", ["lrp", "lrpet"], *args)}
+
+    def choose(*args):
+        return {e.name for e in choose_runs(profile, "resnet8", ["lrp", "lrpet"], *args)}
+
     assert choose() == {"resnet8-lrp-s1", "resnet8-lrpet-s1"}  # nothing is recorded yet
     for experiment in profile.experiments:
         if experiment.name in ("resnet8-lrp-s2", "resnet8-lrpet-s2", "resnet8-lrp-s1"):
