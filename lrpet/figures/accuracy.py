@@ -24,6 +24,7 @@ from lrpet.figures.style import (
     say_in_panel,
 )
 from lrpet.registry import METHODS
+from lrpet.tables.claims import AS_IT_IS
 from lrpet.tables.statistics import half_width
 
 __all__ = ["plot_ablations", "plot_accuracy_against_macs", "plot_rank_search"]
@@ -314,50 +315,31 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
         runs: of :func:`lrpet.tables.rows.profile_runs`, from which it was made.
 
     Returns:
-        A panel per question, a line per setting; LRPET as it is has the filled marker, and a dotted line
-        stands at its mean. A setting that was not run says so, and so does a profile without ablations.
+        A panel per question of which two settings or more have run, a line per setting; the method as it is
+        has the filled marker, and a dotted line stands at its mean. A setting that was not run says so.
 
     >>> columns = ["question", "setting", "experiment", "verdict"]
-    >>> rows = pd.DataFrame([["residual factor", "0", "a", "LRPET as it is"]], columns=columns)
-    >>> plot_ablations(rows, pd.DataFrame({"experiment": ["a"], "top1_pct": [90.0]})).axes[0].get_xlabel()
+    >>> rows = [["residual factor", "0", "a", "LRPET as it is"], ["residual factor", "0.3", "b", "lower"]]
+    >>> runs = pd.DataFrame({"experiment": ["a", "b"], "top1_pct": [90.0, 89.0]})
+    >>> plot_ablations(pd.DataFrame(rows, columns=columns), runs).axes[0].get_xlabel()
     'top-1 accuracy, %'
     """
-    if table.empty:
+    accuracies = {name: seeds.dropna().astype(float) for name, seeds in runs.groupby("experiment").top1_pct}
+    finished = table[[not accuracies[name].empty for name in table.experiment]].question.value_counts()
+    questions = [q for q in dict.fromkeys(table.question) if finished.get(q, 0) > 1]
+    if not questions:
         figure = ProjectFigure(0.6)
-        figure.text(0.5, 0.5, "this profile has no ablations", ha="center", va="center", color="#666666")
+        text = "no ablation of this profile has two settings that were run"
+        figure.text(0.5, 0.5, text, ha="center", va="center", color="#666666")
         return figure
-    questions = list(dict.fromkeys(table.question))
     sizes = [(table.question == question).sum() + 0.7 for question in questions]
     figure = ProjectFigure(0.5 + 0.22 * sum(sizes) + 0.25 * len(sizes))
     panels = figure.subplots(len(sizes), 1, height_ratios=sizes, squeeze=False, sharex="all").flatten()
-    style = METHOD_STYLES["lrpet"]
     for ax, question in zip(panels, questions, strict=False):
         part = table[table.question == question].reset_index(drop=True)
+        style = METHOD_STYLES["lrp" if question.endswith(", LRP") else "lrpet"]
         for y, row in part.iterrows():
-            values = runs[runs.experiment == row.experiment].top1_pct.dropna().astype(float)
-            base = row.verdict == "LRPET as it is"
-            if values.empty:
-                ax.text(
-                    0.5,
-                    y,
-                    "not run",
-                    transform=ax.get_yaxis_transform(),
-                    ha="center",
-                    va="center",
-                    color="#666666",
-                    fontsize=8.5,
-                )
-                continue
-            ax.plot(
-                values,
-                [y] * len(values),
-                style.marker,
-                color=style.color,
-                markerfacecolor=style.color if base else PAPER,
-            )
-            ax.plot([values.mean()] * 2, [y - 0.32, y + 0.32], color=style.color)
-            if base:
-                ax.axvline(values.mean(), color="#999999", linewidth=0.8, linestyle=":", zorder=0)
+            _draw_setting(ax, y, accuracies[row.experiment], style, base=row.verdict in AS_IT_IS)
         ax.set(
             title=question, yticks=range(len(part)), yticklabels=part.setting, ylim=(len(part) - 0.4, -0.6)
         )
@@ -365,3 +347,15 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
         ax.grid(False, axis="y")
     panels[-1].set_xlabel("top-1 accuracy, %")
     return figure
+
+
+def _draw_setting(ax, y: int, values: pd.Series, style: MethodStyle, *, base: bool) -> None:
+    if values.empty:
+        place = {"transform": ax.get_yaxis_transform(), "ha": "center", "va": "center"}
+        ax.text(0.5, y, "not run", color="#666666", fontsize=8.5, backgroundcolor=PAPER, **place)
+        return
+    face = style.color if base else PAPER
+    ax.plot(values, [y] * len(values), style.marker, color=style.color, markerfacecolor=face)
+    ax.plot([values.mean()] * 2, [y - 0.32, y + 0.32], color=style.color)
+    if base:
+        ax.axvline(values.mean(), color="#999999", linewidth=0.8, linestyle=":", zorder=0)

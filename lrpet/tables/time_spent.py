@@ -12,7 +12,7 @@ __all__ = ["projection_share", "provenance", "replication_cost"]
 def projection_share(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the seconds of each finished run that went into projections, and their share in percent."""
     done = runs.dropna(subset=["top1_pct"])
-    done = done[done.projections > 0] if len(done) else done
+    done = done[done.projections > 0].dropna(subset=["projection_seconds"]) if len(done) else done
     if done.empty:
         return pd.DataFrame(columns=["network", "method", "projections", "projection_seconds", "share_pct"])
     share = 100 * done.projection_seconds / (done.projection_seconds + done.train_seconds)

@@ -417,21 +417,23 @@ def test_a_setting_that_was_not_run_says_so():
     rows = [
         ["residual factor", "0", "a", "LRPET as it is"],
         ["residual factor", "0.3", "b", "not tested"],
-        ["row_eps", "0", "c", "higher"],
+        ["residual factor", "0.6", "c", "higher"],
+        ["row_eps", "0", "a", "LRPET as it is"],
+        ["row_eps", "1", "b", "not tested"],
     ]
     table = pd.DataFrame(rows, columns=["question", "setting", "experiment", "verdict"])
     figure = figures.plot_ablations(
         table, pd.DataFrame({"experiment": ["a", "a", "b", "c"], "top1_pct": [90.0, 91.0, None, 95.0]})
     )
     figure.png()
-    first, second = figure.axes
+    (first,) = figure.axes  # one setting alone is no ablation
     assert [text.get_text() for text in first.texts] == ["not run"]
     assert sorted(x for line in first.lines for x in line.get_xdata() if line.get_marker() == "o") == [
         90.0,
         91.0,
+        95.0,
     ]
-    assert [label.get_text() for label in first.get_yticklabels()] == ["0", "0.3"]
-    assert second.get_title(loc="left") == "row_eps"
+    assert [label.get_text() for label in first.get_yticklabels()] == ["0", "0.3", "0.6"]
 
 
 # ---------------------------------------------------------------- headline

@@ -231,7 +231,7 @@ def test_a_profile_without_ablations_says_so(tmp_path):
     runs = tables.profile_runs("imagenette", tmp_path)
     table = tables.ablation_table(runs)
     assert [text.get_text() for text in figures.plot_ablations(table, runs).texts] == [
-        "this profile has no ablations"
+        "no ablation of this profile has two settings that were run"
     ]
     assert "0 of 0 changed settings" in tables.summary_of_ablations(table)
 
