@@ -5,6 +5,7 @@ is first asked for.
 """
 
 from lrpet.lowrank import (
+    Compressor,
     LowRankProjector,
     cost,
     factorize,
@@ -25,6 +26,7 @@ HARNESS = {
 }  # name → the module that has it
 
 __all__ = [
+    "Compressor",
     "LowRankProjector",
     "RunConfig",
     "build_model",

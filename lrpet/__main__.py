@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         if rank == 0:
             print(stop.args[0] if stop.args else "stopped; what was trained so far is kept", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, FloatingPointError, OSError, yaml.YAMLError) as error:
+    except (ImportError, ValueError, FloatingPointError, OSError, yaml.YAMLError) as error:
         where = f" in process {rank + 1} of {world}" if world > 1 else ""
         print(f"error{where}: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ from lrpet.lowrank.batchnorm import (
 )
 from lrpet.lowrank.budget import closest_share, ranks_for_budget
 from lrpet.lowrank.compact_file import compact_header, load_compact, save_compact
+from lrpet.lowrank.compressor import Compressor
 from lrpet.lowrank.cost import Cost, LayerCost, cost
 from lrpet.lowrank.factorize import DEAD_AT_FACTORIZATION, factorize
 from lrpet.lowrank.factors import ConstantOutput, LowRankConv, LowRankConv2d, LowRankLinear, rebuild
@@ -28,6 +29,7 @@ from lrpet.lowrank.projection import (
 from lrpet.lowrank.projector import DEAD_IN_TRAINING, LowRankProjector
 from lrpet.lowrank.ranks import (
     LayerReport,
+    Report,
     compressible_layers,
     rank_from_ratio,
     ranks_from_ratio,
@@ -39,6 +41,7 @@ __all__ = [
     "DEAD_AT_FACTORIZATION",
     "DEAD_IN_TRAINING",
     "Basis",
+    "Compressor",
     "ConstantOutput",
     "Cost",
     "GradientProjection",
@@ -50,6 +53,7 @@ __all__ = [
     "LowRankProjector",
     "Plan",
     "PlannedLayer",
+    "Report",
     "batchnorm_scale",
     "closest_share",
     "compact_header",

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lrpet.lowrank.arguments import check
 from lrpet.lowrank.factors import ConstantOutput
 from lrpet.lowrank.layers import (
     TRANSPOSED,
@@ -23,6 +24,7 @@ from lrpet.lowrank.layers import (
     replace_module,
     rows_first,
     unwrap,
+    unwrapped_name,
 )
 from lrpet.lowrank.observe import call, watching
 
@@ -204,6 +206,7 @@ def resolve_batchnorms(
         Layer name → BatchNorm name or None, for every name in ``layers``.
 
     Raises:
+        TypeError: ``batchnorms`` is no mapping.
         ValueError: a name that is not in the model, a BatchNorm of another width, or a stated pair that
             the graph contradicts. The text names both modules.
 
@@ -212,17 +215,24 @@ def resolve_batchnorms(
     >>> resolve_batchnorms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), ["0"])
     {'0': '1'}
     """
+    model = unwrap(model)
     if batchnorms is None:
         has_any = any(is_batchnorm(module) for module in model.modules())
         found = find_batchnorms(model, example_inputs) if has_any else {}  # without any it need not trace
         pairs = {name: found.get(name) for name in layers}
     else:
+        wanted = "batchnorms must map the name of each layer to that of its BatchNorm, or None"
+        check(wanted, batchnorms, isinstance(batchnorms, Mapping))
+        first = canonical_names(model)
+        layers = [unwrapped_name(name, first) for name in layers]
+        batchnorms = {
+            unwrapped_name(name, first): unwrapped_name(bn, first) for name, bn in batchnorms.items()
+        }
         missing = [name for name in layers if name not in batchnorms]
         if missing:
             raise ValueError(
                 f"batchnorms says nothing about layer {missing[0]!r}; give its BatchNorm's name, or None"
             )
-        first = canonical_names(model)
         pairs = {first.get(name, name): first.get(bn, bn) for name in layers for bn in [batchnorms[name]]}
         unsure = {}
         try:

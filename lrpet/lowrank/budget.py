@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from lrpet.lowrank.arguments import check, is_number, renamed
 from lrpet.lowrank.batchnorm import batchnorm_scale, resolve_batchnorms
 from lrpet.lowrank.cost import cost
 from lrpet.lowrank.layers import matrix_of, unwrap
-from lrpet.lowrank.ranks import compressible_layers
+from lrpet.lowrank.ranks import Choice, compressible_layers
 
 __all__ = ["closest_share", "ranks_for_budget"]
 
 
+@renamed(layers="include")
 def ranks_for_budget(
     model: nn.Module,
     input_shape: Sequence[int] | None = None,
@@ -25,9 +27,10 @@ def ranks_for_budget(
     *,
     allocation: str = "uniform",
     batchnorms: Mapping[str, str | None] | None = None,
-    layers: str | Collection[str] | Callable | None = None,
+    include: Choice | None = None,
+    exclude: Choice = (),
     example_inputs: Any = None,
-) -> dict[str, int]:
+) -> Mapping[str, int]:
     """Return ranks with which a network needs a given share fewer multiply-adds.
 
     ``uniform`` finds by bisection the ratio ρ at which the ranks K − K·ρ, not rounded, meet the budget,
@@ -42,7 +45,7 @@ def ranks_for_budget(
         macs_reduction: share of the dense network's multiply-adds to save, in (0, 1).
         allocation: "uniform" or "energy".
         batchnorms: layer name → BatchNorm name or None, for models that torch.fx cannot trace; "energy" only.
-        layers: None for all convolutions; else as for :func:`ranks_from_ratio`, a plan of
+        include, exclude: None for all convolutions; else as for :func:`ranks_from_ratio`, a plan of
             :func:`lrpet.select` included.
         example_inputs: in the place of ``input_shape``, see :func:`cost`; BatchNorms are then read off a run
             as well.
@@ -52,6 +55,7 @@ def ranks_for_budget(
         rank is so high that the factors would cost as much as the dense layer.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: the budget cannot be met even at rank 1 everywhere, or an argument is out of range.
 
     Source: largest-remainder rounding and greedy marginal gain, both textbook; the paper gives ratios, not
@@ -63,14 +67,12 @@ def ranks_for_budget(
     >>> round(1 - saved.macs / saved.dense_macs, 2)
     0.55
     """
-    if not isinstance(macs_reduction, float) or not 0.0 < macs_reduction < 1.0:
-        raise ValueError(
-            f"macs_reduction is the share of multiply-adds to save, between 0 and 1; got {macs_reduction!r}"
-        )
+    wanted = "macs_reduction is the share of multiply-adds to save, between 0 and 1"
+    check(wanted, macs_reduction, is_number(macs_reduction), lambda share: 0 < share < 1)
     if allocation not in ("uniform", "energy"):
         raise ValueError(f"allocation must be 'uniform' or 'energy'; got {allocation!r}")
     model = unwrap(model)
-    shapes = compressible_layers(model, layers)
+    shapes = compressible_layers(model, include, exclude)
     dense = cost(model, input_shape, example_inputs=example_inputs)
     rows = {layer.name: layer for layer in dense.layers if layer.name in shapes}
     ones = cost(model, input_shape, dict.fromkeys(rows, 1), example_inputs=example_inputs)
@@ -91,7 +93,7 @@ def ranks_for_budget(
     else:
         ranks = _by_energy(_energy_shares(model, rows, batchnorms, example_inputs), price, ceiling, budget)
     ranks = {name: ranks[name] for name in shapes if name in ranks}
-    return layers.with_ranks(ranks) if hasattr(layers, "with_ranks") else ranks
+    return include.with_ranks(ranks) if hasattr(include, "with_ranks") else ranks
 
 
 def closest_share(macs_of: Callable[[float], int], target: int) -> float:

@@ -16,6 +16,7 @@ from torch import nn
 from lrpet.files import write_whole
 from lrpet.lowrank.batchnorm import fold_batchnorm
 from lrpet.lowrank.factors import rebuild
+from lrpet.lowrank.layers import unwrap
 from lrpet.lowrank.ranks import LayerReport
 
 __all__ = ["compact_header", "load_compact", "save_compact"]
@@ -44,6 +45,7 @@ def save_compact(compact: nn.Module, path: str | Path, **description: str | int)
     >>> again[0][0].weight.shape
     torch.Size([2, 8, 3, 3])
     """
+    compact = unwrap(compact)
     if not hasattr(compact, "factorization"):
         raise ValueError(
             f"{type(compact).__name__} was not made by factorize(); save_compact needs its record of ranks"

@@ -14,9 +14,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from lrpet.lowrank.arguments import check, is_whole
 from lrpet.lowrank.layers import copy_of, count_parameters, layer_type, matrix_of, unwrap
 from lrpet.lowrank.observe import call, image_like, watching
 from lrpet.lowrank.ranks import resolve_ranks
+from lrpet.lowrank.table import LayerTable, size
 
 __all__ = ["Cost", "LayerCost", "cost"]
 LAYER_PRODUCTS = ("mm", "addmm", "convolution", "_convolution")  # with a weight; attention multiplies by bmm
@@ -48,8 +50,14 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Cost of a network for one image. One MAC is one multiply-add, which the literature calls a FLOP."""
+class Cost(LayerTable):
+    """Cost of a network for one image. One MAC is one multiply-add, which the literature calls a FLOP.
+
+    >>> print(cost(nn.Sequential(nn.Conv2d(8, 16, 3)), (8, 6, 6), {"0": 2}))
+    layer  type    N×D    rank  multiply-adds  dense  parameters  dense  note
+    0      Conv2d  16×72  2     2816           18432  192         1168
+    2816 multiply-adds of 18432, 192 parameters of 1168
+    """
 
     macs: int  # of convolutions and Linear layers, as published totals count
     params: int
@@ -57,6 +65,25 @@ class Cost:
     dense_params: int
     layers: tuple[LayerCost, ...]
     other_macs: dict[str, int] = field(default_factory=dict)  # of all else, as "attn: bmm"
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the header, then what is shown of each layer."""
+        header = ("layer", "type", "N×D", "rank", "multiply-adds", "dense", "parameters", "dense", "note")
+        table = [header]
+        for layer in self.layers:
+            numbers = (layer.macs, layer.dense_macs, layer.params, layer.dense_params)
+            rank = "" if layer.rank is None else str(layer.rank)
+            row = (layer.name, layer.kind, size(layer.N, layer.D), rank, *map(str, numbers), layer.note)
+            table.append(row)
+        return table
+
+    def footer(self) -> str:
+        """Return the totals, and what else multiplies."""
+        text = (
+            f"{self.macs} multiply-adds of {self.dense_macs}, {self.params} parameters of {self.dense_params}"
+        )
+        others = "; ".join(f"{name} {macs}" for name, macs in self.other_macs.items())
+        return f"{text}; not in these totals: {others}" if others else text
 
 
 def cost(
@@ -94,6 +121,10 @@ def cost(
     442368
     """
     model = unwrap(model)
+    wanted = "input_shape must be (C, H, W), whole numbers of 1 or more"
+    if input_shape is not None:
+        sizes = isinstance(input_shape, Sequence) and all(map(is_whole, input_shape))
+        check(wanted, input_shape, sizes, lambda shape: all(size > 0 for size in shape))
     if (input_shape is None) == (example_inputs is None):
         raise ValueError("give either input_shape, (C, H, W) of one image, or example_inputs=, any inputs")
     ranks = {} if ranks is None else resolve_ranks(model, ranks)

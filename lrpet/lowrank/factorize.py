@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from lrpet.lowrank.arguments import renamed
 from lrpet.lowrank.factors import replace_layer, symmetric_padding
 from lrpet.lowrank.gains import measure_gains
 from lrpet.lowrank.layers import copy_of, layer_type, matrix_of, rows_first, unwrap, unwritable
 from lrpet.lowrank.projection import truncated_svd
-from lrpet.lowrank.ranks import LayerReport, resolve_ranks
+from lrpet.lowrank.ranks import LayerReport, Report, resolve_ranks
 
 __all__ = ["DEAD_AT_FACTORIZATION", "factorize"]
 DEAD_AT_FACTORIZATION = 1e-5  # largest singular value under which a layer computes nothing (authors' code)
 
 
+@renamed(example="example_inputs")
 @torch.no_grad()
 def factorize(
     model: nn.Module,
     ranks: Mapping[str, int] | Sequence[int],
     *,
     min_gain: float | None = None,
-    example: torch.Tensor | None = None,
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Return a compact copy of a network: each chosen layer becomes two thinner ones.
 
@@ -39,11 +42,11 @@ def factorize(
         min_gain: leave a layer dense where its factors are not at least so many times as fast, as
             :func:`measure_gains` finds on this machine: 1 for "not slower". None factorizes every layer,
             whatever it costs.
-        example: a batch of inputs as in use, for ``min_gain``.
+        example_inputs: a batch of inputs as in use, for ``min_gain``: a tensor, a tuple or a dict.
 
     Returns:
-        A new module of the same dtype, device and mode; its attribute ``factorization`` is a list of
-        :class:`LayerReport`, which says for each layer what was done and where the factors cost more.
+        A new module of the same dtype, device and mode; its attribute ``factorization`` is a
+        :class:`Report`, which says for each layer what was done and where the factors cost more.
 
     Raises:
         ValueError: ranks that do not fit the model, or NaN or infinity in a weight, with the layer's name.
@@ -54,17 +57,18 @@ def factorize(
     >>> [tuple(p.shape) for p in compact.parameters()]
     [(2, 8, 3, 3), (16, 2, 1, 1), (16,)]
     """
-    if (min_gain is None) != (example is None):
+    if (min_gain is None) != (example_inputs is None):
         raise ValueError(
-            "min_gain and example go together: gains are measured on a batch of inputs; give both or neither"
+            "min_gain and example_inputs go together: gains are measured on a batch of inputs; give both or "
+            "neither"
         )
     model = unwrap(model)
     ranks = resolve_ranks(model, ranks)
     for name in ranks:
         if reason := unwritable(model.get_submodule(name)):
             raise ValueError(f"layer {name!r} cannot be factorized: {reason}")
-    gains = {} if min_gain is None else measure_gains(model, ranks, example)
-    compact, made, reports = copy_of(model), {}, []
+    gains = {} if min_gain is None else measure_gains(model, ranks, example_inputs)
+    compact, made, reports = copy_of(model), {}, Report()
     for name, rank in ranks.items():
         layer = compact.get_submodule(name)
         M = matrix_of(layer)  # (N, D)

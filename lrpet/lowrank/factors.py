@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from lrpet.lowrank.layers import TRANSPOSED, copy_of, layer_type, replace_module, rows_first, unwrap
-from lrpet.lowrank.ranks import LayerReport
+from lrpet.lowrank.ranks import LayerReport, Report
 
 __all__ = ["ConstantOutput", "LowRankConv", "LowRankConv2d", "LowRankLinear", "rebuild"]
 
@@ -142,7 +142,7 @@ def rebuild(model: nn.Module, reports: Sequence[LayerReport]) -> nn.Module:
     compact, made = copy_of(unwrap(model)), {}
     for report in reports:
         compact = replace_layer(compact, report, made)
-    compact.factorization = list(reports)
+    compact.factorization = Report(reports)
     return compact
 
 

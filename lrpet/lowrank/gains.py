@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from lrpet.lowrank.arguments import renamed
 from lrpet.lowrank.factors import make_factors
 from lrpet.lowrank.layers import matrix_of, unwrap
 from lrpet.lowrank.observe import call, watching
@@ -17,9 +19,10 @@ from lrpet.lowrank.timing import side_by_side
 __all__ = ["measure_gains"]
 
 
+@renamed(example="example_inputs")
 @torch.no_grad()
 def measure_gains(
-    model: nn.Module, ranks: Mapping[str, int] | Sequence[int], example: torch.Tensor, rounds: int = 15
+    model: nn.Module, ranks: Mapping[str, int] | Sequence[int], example_inputs: Any, rounds: int = 15
 ) -> dict[str, float]:
     """Measure how many times as fast as a layer its two factors are, on its own inputs.
 
@@ -29,7 +32,7 @@ def measure_gains(
     Args:
         model: the network, on its device and in its memory format.
         ranks: layer name → R, or a list in module order.
-        example: a batch of inputs, as in use: a tensor, a tuple or a dict.
+        example_inputs: a batch of inputs, as in use: a tensor, a tuple or a dict.
         rounds: timed repetitions; the gain is the median of their ratios.
 
     Returns:
@@ -52,7 +55,7 @@ def measure_gains(
         for layer, name in names.items():
             if ranks[name] < min(matrix_of(layer).shape):
                 hooks.append(layer.register_forward_hook(record))
-        call(model, example)
+        call(model, example_inputs)
     gains, measured = {}, {}
     for name, x in inputs.items():
         layer = model.get_submodule(name)

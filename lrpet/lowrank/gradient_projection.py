@@ -27,8 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
+from lrpet.lowrank.arguments import renamed
+from lrpet.lowrank.layers import unwrap
 from lrpet.lowrank.projection import truncated_svd
-from lrpet.lowrank.ranks import compressible_layers
+from lrpet.lowrank.ranks import Choice, compressible_layers
 
 __all__ = ["STRATEGIES", "GradientProjection", "projection_groups"]
 _SUBSPACE = {"rank": None, "scale": 0.25, "carry": "keep"}
@@ -66,8 +68,9 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+@renamed(layers="include")
 def projection_groups(
-    model: nn.Module, strategy: str, *, layers: str, **settings: Any
+    model: nn.Module, strategy: str, *, include: Choice, exclude: Choice = (), **settings: Any
 ) -> list[dict[str, Any]]:
     """Divide a model's trainable parameters into a projected group and a plain one.
 
@@ -75,9 +78,11 @@ def projection_groups(
     MLP, never embeddings, norms, biases or the output head.
 
     Args:
-        model: the network. Of one that DistributedDataParallel wraps, give the network inside.
+        model: the network; of a wrapped one the network inside.
         strategy: ``galore``, ``galore2``, ``lotus``, ``vlorp`` or ``random``.
-        layers: pattern of names of Linear layers and ungrouped convolutions, as ``blocks.*``.
+        include: pattern of names of Linear layers and ungrouped convolutions, as ``blocks.*``, or what else
+            chooses layers, see :func:`compressible_layers`.
+        exclude: the same, for layers to leave out.
         **settings: of the strategy, see :class:`GradientProjection`; ``rank`` is required. Also settings that
             any group of an optimizer may have, as ``lr``, for the projected layers.
 
@@ -91,16 +96,17 @@ def projection_groups(
     Source: arXiv 2403.03507, experimental settings.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-    >>> [group["params"][0][0] for group in projection_groups(model, "galore", layers="0", rank=2)]
+    >>> [group["params"][0][0] for group in projection_groups(model, "galore", include="0", rank=2)]
     ['0.weight', '0.bias']
     """
-    weights = {f"{name}.weight".lstrip(".") for name in compressible_layers(model, layers)}
+    model = unwrap(model)
+    weights = {f"{name}.weight".lstrip(".") for name in compressible_layers(model, include, exclude)}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     projected = [(name, p) for name, p in trained if name in weights]
     plain = [(name, p) for name, p in trained if name not in weights]
     if not projected:
         raise ValueError(
-            f"layers={layers!r} matches no trainable Linear layer or ungrouped convolution of "
+            f"include={include!r} matches no trainable Linear layer or ungrouped convolution of "
             f"{type(model).__name__}; names are those of model.named_modules()"
         )
     groups = [{"params": projected, "strategy": strategy, **settings}, {"params": plain}]
@@ -113,7 +119,7 @@ class GradientProjection(torch.optim.Optimizer):
     All other groups are plain AdamW. Three lines use it in any loop, also with schedulers, gradient clipping,
     accumulation and DistributedDataParallel (then give ``group=torch.distributed.group.WORLD``)::
 
-        groups = projection_groups(model, "galore", layers="blocks.*", rank=48, every=200)
+        groups = projection_groups(model, "galore", include="blocks.*", rank=48, every=200)
         optimizer = GradientProjection(groups, lr=1e-3, weight_decay=0.05)
         ...  # backward
         optimizer.step()
@@ -168,7 +174,7 @@ class GradientProjection(torch.optim.Optimizer):
     1 (Lotus), 2505.01744 and the authors' code (VLoRP).
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-    >>> optimizer = GradientProjection(projection_groups(model, "galore", layers="0", rank=2), lr=0.01)
+    >>> optimizer = GradientProjection(projection_groups(model, "galore", include="0", rank=2), lr=0.01)
     >>> model(torch.ones(4, 8)).square().mean().backward()
     >>> optimizer.step()
     >>> optimizer.state_bytes()  # 4·(8·2 + 2·16·2) of the projected weight, 8 for every other number
@@ -335,7 +341,7 @@ class GradientProjection(torch.optim.Optimizer):
         Source: the per-layer updates of the authors of arXiv 2403.03507.
 
         >>> model = nn.Linear(4, 6)
-        >>> optimizer = GradientProjection(projection_groups(model, "galore", layers="*", rank=2))
+        >>> optimizer = GradientProjection(projection_groups(model, "galore", include="*", rank=2))
         >>> with optimizer.in_backward():
         ...     model(torch.ones(1, 4)).sum().backward()
         >>> model.weight.grad is None, optimizer.report()[0]["since"]

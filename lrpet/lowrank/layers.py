@@ -7,14 +7,15 @@ or replaced.
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
+from collections.abc import Container
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
-from torch.optim.swa_utils import AveragedModel
 
 __all__ = [
     "canonical_names",
@@ -27,11 +28,23 @@ __all__ = [
     "rows_first",
     "shared_weights",
     "unwrap",
+    "unwrapped_name",
     "unwritable",
 ]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 KINDS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+WRAPPERS = {  # class → attribute that has the network; by name, so that no package need be there
+    "AveragedModel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "DistributedDataParallel": "module",
+    "ModelEmaV2": "module",  # timm
+    "ModelEmaV3": "module",
+    "OptimizedModule": "_orig_mod",  # torch.compile
+    "_FabricModule": "_original_module",  # Lightning Fabric
+}
+SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 
 
 def layer_type(module: nn.Module) -> type | None:
@@ -129,26 +142,55 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network inside DataParallel, DistributedDataParallel, AveragedModel and torch.compile.
+    """Return the network inside DistributedDataParallel, AveragedModel, torch.compile and others.
+
+    They are those of ``WRAPPERS``; what accelerate prepares is one of them, or the network itself.
 
     Raises:
-        ValueError: this is no module.
+        TypeError: this is no module.
+        ValueError: the network is sharded by FSDP.
 
     >>> unwrap(nn.DataParallel(nn.Linear(2, 3)))
     Linear(in_features=2, out_features=3, bias=True)
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(
+        raise TypeError(
             f"model must be a torch.nn.Module; got {type(model).__name__} {model!r}; build_model makes "
             "one of a name"
         )
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
-            model = model.module
-        elif isinstance(model._modules.get("_orig_mod"), nn.Module):  # torch.compile
-            model = model._orig_mod
-        else:
-            return model
+    inside = model
+    while isinstance(inside, nn.Module):
+        model = inside
+        wrapper = next((name for name in _class_names(model) if name in WRAPPERS), None)
+        inside = wrapper and getattr(model, WRAPPERS[wrapper], None)
+    for name, module in model.named_modules():
+        if sharded := next((kind for kind in _class_names(module) if kind in SHARDED), None):
+            raise ValueError(
+                f"{name or 'the network'!r} ({type(module).__name__}) is sharded by FSDP ({sharded}): no "
+                "process has its whole weights. Work on an unsharded copy of the network: bring its weights "
+                "there and back by get_model_state_dict and set_model_state_dict of "
+                "torch.distributed.checkpoint.state_dict, with StateDictOptions(full_state_dict=True)"
+            )
+    return model
+
+
+def _class_names(module: nn.Module) -> list[str]:
+    return [kind.__name__ for kind in type(module).__mro__]
+
+
+def unwrapped_name(name: str, known: Container[str]) -> str:
+    """Return a name as it is in the network inside a wrapper: without "module." and "_orig_mod." in front.
+
+    Args:
+        name: of a module, as the wrapper or the network has it.
+        known: the names that the network has, of which none is changed.
+
+    >>> unwrapped_name("module._orig_mod.conv", {"conv"}), unwrapped_name("module", {"module"})
+    ('conv', 'module')
+    """
+    if not isinstance(name, str) or name in known:
+        return name
+    return re.sub(r"^((module|_orig_mod|_original_module)\.)+", "", name)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

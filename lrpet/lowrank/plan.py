@@ -20,6 +20,7 @@ from lrpet.lowrank.layers import (
     unwritable,
 )
 from lrpet.lowrank.ranks import foreign, matcher, rank_from_ratio, warn_of_coverage, warn_of_growth
+from lrpet.lowrank.table import LayerTable, size
 
 __all__ = ["Plan", "PlannedLayer", "select"]
 
@@ -45,10 +46,10 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan(Mapping):
+class Plan(LayerTable, Mapping):
     """The layers that take part, as a mapping of names to ranks, and all others with the reason.
 
-    It prints as a table, can be given wherever ranks are taken, once they are chosen, and as ``layers=`` to
+    It prints as a table, can be given wherever ranks are taken, once they are chosen, and as ``include=`` to
     the functions that choose them.
     """
 
@@ -81,18 +82,19 @@ class Plan(Mapping):
                 layers.append(dataclasses.replace(layer, taken=False, reason=reason))
         return dataclasses.replace(self, layers=tuple(layers))
 
-    def __str__(self) -> str:
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the header, then what is shown of each layer."""
         table = [("layer", "type", "N×D", "rank", "taken", "note")]
         for layer in self.layers:
-            size = "" if layer.N is None else f"{layer.N}×{layer.D}"
-            taken = "yes" if layer.taken else "no"
-            table.append((layer.name, layer.kind, size, str(layer.rank or ""), taken, layer.note))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)) for row in table]
+            taken, rank = "yes" if layer.taken else "no", str(layer.rank or "")
+            table.append((layer.name, layer.kind, size(layer.N, layer.D), rank, taken, layer.note))
+        return table
+
+    def footer(self) -> str:
+        """Return how many layers are taken, and which share of the model they are."""
         macs = "" if self.macs_share is None else f" and {self.macs_share:.1%} of the multiply-adds"
-        share = f"{self.params_share:.1%} of the parameters{macs}"
         count = f"{len(self)} of {len(self.layers)} layers taken"
-        return "\n".join([*map(str.rstrip, lines), f"{count}: {share}"])
+        return f"{count}: {self.params_share:.1%} of the parameters{macs}"
 
 
 def select(

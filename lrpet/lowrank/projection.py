@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrpet.lowrank.arguments import check, is_number, is_whole, renamed
 from lrpet.lowrank.eigen import eigh
 
 __all__ = [
@@ -52,7 +53,8 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         belongs to an exactly zero singular value is zero on the side that is not an eigenvector.
 
     Raises:
-        ValueError: the matrix is not floating point or the rank is out of range.
+        TypeError: the matrix is not floating point, or the rank no integer.
+        ValueError: the rank is out of range, or the matrix has less than two dimensions.
 
     Source: Golub and Van Loan, Matrix Computations, section 8.6.
 
@@ -60,7 +62,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     >>> truncated_svd(M, 1)[1]
     tensor([4.], dtype=torch.float64)
     """
-    _check(matrix, rank)
+    rank = _check(matrix, rank)
     A = matrix.to(torch.float64)
     tall = A.shape[-2] > A.shape[-1]
     if tall:
@@ -72,13 +74,14 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return (B.mT, s, Q.mT) if tall else (Q, s, B)
 
 
+@renamed(residual="keep_share")
 def project(
     matrix: Tensor,
     rank: int,
     *,
     energy_transfer: bool = True,
     row_scale: Tensor | None = None,
-    residual: float = 0.0,
+    keep_share: float = 0.0,
     row_eps: float = 1e-5,
 ) -> Tensor:
     """Project each matrix onto rank R and hand the energy of the removed singular values to the kept ones.
@@ -95,7 +98,7 @@ def project(
         rank: R, 1 ≤ R ≤ min(N, D).
         energy_transfer: False is the paper's ablation "LRP".
         row_scale: ``a``, (..., N), from the BatchNorm after the layer; None for no rectification.
-        residual: q in [0, 1], the share of each removed singular value that stays.
+        keep_share: q in [0, 1], the share of each removed singular value that stays.
         row_eps: the constant of the authors' way to undo ``a``; 0 is the exact inverse (a row with a = 0
             then becomes 0, the limit for row_eps → 0).
 
@@ -103,7 +106,8 @@ def project(
         (..., N, D), same dtype and device; not connected to the autograd graph.
 
     Raises:
-        ValueError: rank, residual, row_eps or a shape is out of range, or a value is NaN or infinite.
+        TypeError: an argument is of another type.
+        ValueError: rank, keep_share, row_eps or a shape is out of range, or a value is NaN or infinite.
 
     Source: arXiv 2204.05566, on projection, energy transfer and BN rectification.
 
@@ -113,10 +117,16 @@ def project(
             [0., 0.]])
     """
     return project_and_measure(
-        matrix, rank, energy_transfer=energy_transfer, row_scale=row_scale, residual=residual, row_eps=row_eps
+        matrix,
+        rank,
+        energy_transfer=energy_transfer,
+        row_scale=row_scale,
+        keep_share=keep_share,
+        row_eps=row_eps,
     )[0]
 
 
+@renamed(residual="keep_share")
 @torch.no_grad()
 def project_and_measure(
     matrix: Tensor,
@@ -124,40 +134,39 @@ def project_and_measure(
     *,
     energy_transfer: bool = True,
     row_scale: Tensor | None = None,
-    residual: float = 0.0,
+    keep_share: float = 0.0,
     row_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """Do what :func:`project` does and also return which share of the energy the R kept values had.
 
     Args:
-        matrix, rank, energy_transfer, row_scale, residual, row_eps: as in :func:`project`.
+        matrix, rank, energy_transfer, row_scale, keep_share, row_eps: as in :func:`project`.
 
     Returns:
         The projected matrices (..., N, D) and Σ_{i≤R} s_i² / E of A = diag(a)·M, (...,), float64, in
         [0, 1]; 1 for a zero matrix.
 
     Raises:
-        ValueError: as :func:`project`.
+        TypeError, ValueError: as :func:`project`.
 
     Source: arXiv 2204.05566.
 
     >>> project_and_measure(torch.diag(torch.tensor([4.0, 3.0])), 1)[1]
     tensor(0.6400, dtype=torch.float64)
     """
-    _check(matrix, rank)
-    if not isinstance(energy_transfer, bool):
-        raise ValueError(f"energy_transfer must be True or False; got {energy_transfer!r}")
-    if isinstance(residual, bool) or not isinstance(residual, (int, float)) or not 0.0 <= residual <= 1.0:
-        raise ValueError(f"residual is the kept share of removed values, 0 to 1; got {residual!r}")
-    if isinstance(row_eps, bool) or not isinstance(row_eps, (int, float)) or not 0.0 <= row_eps < math.inf:
-        raise ValueError(f"row_eps must be 0 (exact inverse) or positive; got {row_eps!r}")
+    rank = _check(matrix, rank)
+    check("energy_transfer must be True or False", energy_transfer, isinstance(energy_transfer, bool))
+    wanted = "keep_share is the kept share of removed values, 0 to 1"
+    check(wanted, keep_share, is_number(keep_share), lambda share: 0 <= share <= 1)
+    wanted = "row_eps must be 0 (exact inverse) or positive"
+    check(wanted, row_eps, is_number(row_eps), lambda eps: 0 <= eps < math.inf)
     if not torch.isfinite(matrix.double().square().sum()):
         raise ValueError(
             "matrix holds NaN or infinite values, or overflows when squared; the weights were lost before "
             "this projection"
         )
     if row_scale is not None and not (isinstance(row_scale, Tensor) and row_scale.is_floating_point()):
-        raise ValueError(f"row_scale must be a floating-point tensor or None; got {type(row_scale).__name__}")
+        raise TypeError(f"row_scale must be a floating-point tensor or None; got {type(row_scale).__name__}")
     if row_scale is not None and row_scale.shape != matrix.shape[:-1]:
         raise ValueError(
             f"row_scale must have one value per row, {tuple(matrix.shape[:-1])}; got {tuple(row_scale.shape)}"
@@ -171,7 +180,7 @@ def project_and_measure(
     matrices = result.view(-1, *matrix.shape[-2:])  # (B, N, D)
     row_scale = None if row_scale is None else row_scale.reshape(matrices.shape[:2])
     basis = leading_basis(gram_matrices(matrices, row_scale), rank)
-    settings = {"energy_transfer": energy_transfer, "residual": residual, "row_eps": row_eps}
+    settings = {"energy_transfer": energy_transfer, "keep_share": keep_share, "row_eps": row_eps}
     project_on_basis_(matrices, basis, row_scale=row_scale, **settings)
     return result, torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).view(matrix.shape[:-2])
 
@@ -225,6 +234,7 @@ def leading_basis(gram: Tensor, rank: int) -> Basis:
     return Basis(vectors[..., -rank:], values[..., -rank:].sum(dim=-1), values.sum(dim=-1))
 
 
+@renamed(residual="keep_share")
 @torch.no_grad()
 def project_on_basis_(
     matrices: Sequence[Tensor],
@@ -232,7 +242,7 @@ def project_on_basis_(
     *,
     energy_transfer: bool = True,
     row_scale: Tensor | None = None,
-    residual: float = 0.0,
+    keep_share: float = 0.0,
     row_eps: float = 1e-5,
 ) -> None:
     """Do what :func:`project` does, in place, once the leading directions are known.
@@ -240,7 +250,7 @@ def project_on_basis_(
     Args:
         matrices: B matrices, (N, D), any dtype; those with N ≤ D need not have one D.
         basis: of their diag(a)·M, from :func:`leading_basis` or :func:`follow_basis`.
-        energy_transfer, residual, row_eps: as in :func:`project`.
+        energy_transfer, keep_share, row_eps: as in :func:`project`.
         row_scale: ``a``, (B, N), or None.
 
     Source: arXiv 2204.05566.
@@ -255,10 +265,10 @@ def project_on_basis_(
     N, D = matrices[0].shape
     factor = torch.ones_like(E)
     if energy_transfer:
-        factor = ((E - residual**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
+        factor = ((E - keep_share**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
     # What remains is M times two thin factors. They are exact to float64, so float32 suffices from here on.
     # f on the kept directions is f − q on them and q on all.
-    left, right = Q * (factor - residual)[:, None, None], Q  # (B, K, R)
+    left, right = Q * (factor - keep_share)[:, None, None], Q  # (B, K, R)
     thin, rows = thin_dtype(matrices[0]), [None] * len(matrices)
     if row_scale is not None:
         a = row_scale.to(torch.float64).unsqueeze(-1)  # (B, N, 1)
@@ -275,9 +285,9 @@ def project_on_basis_(
                 V = V @ M  # (R, D)
             else:
                 U = M @ U if row is None else row * (M @ U)  # (N, R)
-            if residual and row is not None:
+            if keep_share and row is not None:
                 M.mul_(row)
-            M.addmm_(U, V, beta=residual)
+            M.addmm_(U, V, beta=keep_share)
             if M is not matrix:
                 matrix.copy_(M)
 
@@ -287,19 +297,17 @@ def thin_dtype(matrix: Tensor) -> torch.dtype:
     return torch.promote_types(matrix.dtype, torch.float64 if matrix.is_cuda else torch.float32)
 
 
-def _check(matrix: Tensor, rank: int) -> None:
+def _check(matrix: Tensor, rank: int) -> int:
     if not isinstance(matrix, Tensor):
-        raise ValueError(
+        raise TypeError(
             f"matrix must be a floating-point tensor, (..., N, D); got {type(matrix).__name__}; "
             "torch.as_tensor makes one"
         )
     if not matrix.is_floating_point() or matrix.ndim < 2:
-        raise ValueError(
+        raise (ValueError if matrix.is_floating_point() else TypeError)(
             f"matrix must be floating point, (..., N, D); got {matrix.dtype}, {tuple(matrix.shape)}"
         )
     K = min(matrix.shape[-2:])
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= K:
-        raise ValueError(
-            f"rank must be an integer from 1 to {K} for a {matrix.shape[-2]}×{matrix.shape[-1]} matrix; got "
-            f"{rank!r}"
-        )
+    wanted = f"rank must be an integer from 1 to {K} for a {matrix.shape[-2]}×{matrix.shape[-1]} matrix"
+    check(wanted, rank, is_whole(rank), lambda rank: 1 <= rank <= K)
+    return int(rank)

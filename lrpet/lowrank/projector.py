@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lrpet.lowrank.arguments import check, renamed
 from lrpet.lowrank.batchnorm import batchnorm_scale, find_batchnorms, is_batchnorm, resolve_batchnorms
 from lrpet.lowrank.follow import RESIDUAL_TOLERANCE, follow_basis
 from lrpet.lowrank.layers import layer_type, left_out, matrix_of, rows_first, unwrap, unwritable
@@ -24,7 +25,7 @@ from lrpet.lowrank.projection import (
     project_and_measure,
     project_on_basis_,
 )
-from lrpet.lowrank.ranks import LayerReport, resolve_ranks
+from lrpet.lowrank.ranks import LayerReport, Report, resolve_ranks
 
 __all__ = ["DEAD_IN_TRAINING", "LowRankProjector"]
 logger = logging.getLogger("lrpet")
@@ -44,7 +45,7 @@ class LowRankProjector:
         ranks: layer name → R, or one R for each compressible convolution in module order.
         energy_transfer: hand the removed energy to the kept singular values; False is "LRP".
         bn_rectification: project the weight as the BatchNorm after it scales it.
-        residual: q in [0, 1], the share of each removed singular value that stays.
+        keep_share: q in [0, 1], the share of each removed singular value that stays.
         row_eps: constant in undoing the BatchNorm scale, see :func:`lrpet.project`. Rows with a² ≤ row_eps,
             of which the undoing would lose half or more, and a BatchNorm that starts at zero all, are undone
             exactly; reports count them.
@@ -56,6 +57,7 @@ class LowRankProjector:
             default: a run that is resumed then repeats the uninterrupted one bit for bit.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: ranks or pairs that do not fit the model, with the names.
 
     Warns:
@@ -71,6 +73,7 @@ class LowRankProjector:
     2
     """
 
+    @renamed(residual="keep_share")
     def __init__(
         self,
         model: nn.Module,
@@ -78,7 +81,7 @@ class LowRankProjector:
         energy_transfer: bool = True,
         bn_rectification: bool = True,
         *,
-        residual: float = 0.0,
+        keep_share: float = 0.0,
         row_eps: float = 1e-5,
         batchnorms: Mapping[str, str | None] | None = None,
         example_inputs: Any = None,
@@ -86,9 +89,8 @@ class LowRankProjector:
     ):
         self.model = unwrap(model)
         self.ranks = resolve_ranks(model, ranks)
-        if not isinstance(bn_rectification, bool):
-            raise ValueError(f"bn_rectification must be True or False; got {bn_rectification!r}")
-        self.settings = {"energy_transfer": energy_transfer, "residual": residual, "row_eps": row_eps}
+        check("bn_rectification must be True or False", bn_rectification, isinstance(bn_rectification, bool))
+        self.settings = {"energy_transfer": energy_transfer, "keep_share": keep_share, "row_eps": row_eps}
         project_and_measure(torch.eye(2), 1, **self.settings)  # refuses bad settings here, not an epoch later
         self._pairs = {}
         if bn_rectification:
@@ -97,9 +99,7 @@ class LowRankProjector:
             if batchnorms is None:
                 _warn_where_none_is_paired(self, example_inputs)
         self.fast, self._bases, self._steps = fast, {}, 0
-        self._links: list[tuple[dict, str, nn.Module]] | None = (
-            None  # from the model to each layer and BatchNorm
-        )
+        self._links: list[tuple[dict, str, nn.Module]] | None = None  # to each layer and BatchNorm
         self._look_up()
         self._dense = [
             LayerReport(name, None, math.nan, "dense", left_out(module) or "no rank given")
@@ -114,6 +114,7 @@ class LowRankProjector:
             if same and self._states == [_state(layer) for layer in self._layers.values()]:
                 return
         self._links, self._bases = None, {}
+        unwrap(self.model)  # refuses a network that has been sharded since
         try:
             layers = {name: self.model.get_submodule(name) for name in self.ranks}
             batchnorms = {name: self.model.get_submodule(bn) for name, bn in self._pairs.items()}
@@ -142,15 +143,31 @@ class LowRankProjector:
                 links.append((module._modules, key, module := module._modules[key]))
         self._links = links
 
+    def set_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Project the same layers to other ranks from the next step on.
+
+        Args:
+            ranks: layer name → R, for each of the layers.
+
+        Raises:
+            TypeError, ValueError: ranks that do not fit the model, or other layers.
+        """
+        ranks = resolve_ranks(self.model, ranks)
+        if other := sorted(ranks.keys() ^ self.ranks.keys()):
+            raise ValueError(f"ranks must be for the layers that are projected; not so {other[0]!r}")
+        if ranks != self.ranks:
+            self.ranks, self._links = ranks, None  # which has the layers grouped anew
+
     @torch.no_grad()
-    def step(self, *, exact: bool = False) -> list[LayerReport]:
+    def step(self, *, exact: bool = False) -> Report:
         """Project every layer in place; the optimizer's state is not touched.
 
         Args:
             exact: take the exact path in spite of ``fast``: to be used for the last projection of all.
 
         Returns:
-            A report on each layer, in the order of ``ranks``, then on the convolutions that stay dense.
+            A list of what happened to each layer, in the order of ``ranks``, then of the convolutions that
+            stay dense; it prints as a table.
 
         Raises:
             ValueError: a weight or a BatchNorm holds NaN or infinity, or a weight cannot be written any more;
@@ -189,7 +206,7 @@ class LowRankProjector:
             for row, matrix in zip(rows, matrices, strict=True):
                 if matrix.data_ptr() != row.data_ptr():
                     row.copy_(matrix.view(row.shape))
-        return [_report(self, name, own, small) for name in self.ranks] + self._dense
+        return Report([_report(self, name, own, small) for name in self.ranks] + self._dense)
 
     def _rows(self, name: str) -> Tensor:
         """Return a view of a weight, outputs first, the rest as it lies in memory: no result changes."""
@@ -315,7 +332,7 @@ def _undo_exactly(M: Tensor, a: Tensor, basis: Sequence[Tensor], settings: Mappi
         V = M.double().mT @ (a.unsqueeze(1) * V)  # (D, R): s_i·v_i
         length = torch.linalg.vector_norm(V, dim=0)
         V = V / torch.where(length > 0, length, 1.0)
-    q, f = settings["residual"], 1.0
+    q, f = settings["keep_share"], 1.0
     if settings["energy_transfer"]:
         f = ((E - q**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
     rows = M[which].double()

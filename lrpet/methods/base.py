@@ -28,7 +28,7 @@ def ranks_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # tables and layers.csv tell what a ratio costs
-        return ranks_from_ratio(model, config.prune_ratio, layers=config.layers)
+        return ranks_from_ratio(model, config.prune_ratio, include=config.layers)
 
 
 def target_macs(model: nn.Module, config: RunConfig) -> int:

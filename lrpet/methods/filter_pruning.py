@@ -123,7 +123,7 @@ def _trace(model: nn.Module, input_shape: Sequence[int]):
         import torch_pruning
     except ImportError as error:
         needs = "method 'filter_pruning' needs Torch-Pruning, which is not installed"
-        raise ValueError(f"{needs}; run: pip install torch-pruning") from error
+        raise ImportError(f"{needs}; run: pip install torch-pruning") from error
     was_training = model.training
     example = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
     graph = torch_pruning.DependencyGraph().build_dependency(model.eval(), example_inputs=example)

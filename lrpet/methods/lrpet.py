@@ -39,7 +39,7 @@ class LowRankProjection(Dense):
             self.ranks,
             energy_transfer=config.method == "lrpet",
             bn_rectification=config.bn_rectification,
-            residual=config.residual,
+            keep_share=config.residual,
             row_eps=config.row_eps,
         )
         self.config = config

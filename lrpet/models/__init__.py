@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from numbers import Integral
 
 from torch import nn
 
@@ -43,6 +44,7 @@ def build_model(name: str, num_classes: int = 10, width: float = 1.0) -> nn.Modu
         A module that maps (B, 3, H, W) float images to (B, num_classes) logits.
 
     Raises:
+        TypeError: the name is no text, or the number of classes no integer.
         ValueError: unknown name, no number of classes, or a width that the network does not come in.
 
     Source: named in each file; torchvision.models for the larger ones.
@@ -50,8 +52,10 @@ def build_model(name: str, num_classes: int = 10, width: float = 1.0) -> nn.Modu
     >>> build_model("resnet20").fc.out_features
     10
     """
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes must be a whole number of 1 or more; got {num_classes!r}")
+    whole = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
+    if not whole or num_classes < 1:
+        kind = ValueError if whole else TypeError
+        raise kind(f"num_classes must be a whole number of 1 or more; got {num_classes!r}")
     if width != 1.0 and name not in SCALABLE:
         raise ValueError(
             f"width must be 1 for {name!r}; only {', '.join(SCALABLE)} come narrower; got {width!r}"
@@ -62,4 +66,5 @@ def build_model(name: str, num_classes: int = 10, width: float = 1.0) -> nn.Modu
         import torchvision  # 2 s to import, so only where it is asked for
 
         return getattr(torchvision.models, name)(num_classes=num_classes)
-    raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
+    kind = ValueError if isinstance(name, str) else TypeError
+    raise kind(f"model must be one of {', '.join(MODELS)}; got {name!r}")

@@ -132,36 +132,42 @@ FROM_DICT = [
 
 FLOATING = "floating-point tensor"
 PROJECT = [  # matrix, rank, options
-    (([[1.0]], 1, {}), "matrix", FLOATING, "(..., N, D)", "list"),
-    ((np.eye(3), 1, {}), "matrix", FLOATING, "ndarray", "torch.as_tensor"),
-    ((None, 1, {}), "matrix", FLOATING, "NoneType"),
-    ((torch.eye(3).int(), 1, {}), "matrix", "floating point", "torch.int32, (3, 3)"),
-    ((torch.eye(3).bool(), 1, {}), "matrix", "floating point", "torch.bool"),
-    ((torch.eye(3).cfloat(), 1, {}), "matrix", "floating point", "torch.complex64"),
+    (([[1.0]], 1, {}), TypeError, "matrix", FLOATING, "(..., N, D)", "list"),
+    ((np.eye(3), 1, {}), TypeError, "matrix", FLOATING, "ndarray", "torch.as_tensor"),
+    ((None, 1, {}), TypeError, "matrix", FLOATING, "NoneType"),
+    ((torch.eye(3).int(), 1, {}), TypeError, "matrix", "floating point", "torch.int32, (3, 3)"),
+    ((torch.eye(3).bool(), 1, {}), TypeError, "matrix", "floating point", "torch.bool"),
+    ((torch.eye(3).cfloat(), 1, {}), TypeError, "matrix", "floating point", "torch.complex64"),
     ((torch.ones(3), 1, {}), "(..., N, D)", "(3,)"),
     ((torch.tensor(1.0), 1, {}), "(..., N, D)", "()"),
     ((torch.ones(0, 3), 1, {}), "0×3", "got 1"),
     ((torch.ones(3, 0), 1, {}), "3×0", "got 1"),
     *(
-        ((M, rank, {}), "rank", "integer from 1 to 4", repr(rank))
-        for rank in (0, 5, -1, 1.0, True, "1", None, torch.tensor(1), [1])
+        ((M, rank, {}), kind, "rank", "integer from 1 to 4", repr(rank))
+        for kind, ranks in (
+            (ValueError, (0, 5, -1)),
+            (TypeError, (1.0, True, "1", None, torch.tensor(1), [1])),
+        )
+        for rank in ranks
     ),
     *(((M * value, 1, {}), "matrix", "NaN or infinite") for value in (NAN, INF, -INF)),
     ((torch.full((4, 4), 1e300, dtype=torch.float64), 1, {}), "matrix", "overflows when squared"),
     *(
-        ((M, 1, {"residual": value}), "residual", "0 to 1", repr(value))
-        for value in (-0.1, 1.1, NAN, "0", None, True, [0.5])
+        ((M, 1, {"keep_share": value}), kind, "keep_share", "0 to 1", repr(value))
+        for kind, values in ((ValueError, (-0.1, 1.1, NAN)), (TypeError, ("0", None, True, [0.5])))
+        for value in values
     ),
     *(
-        ((M, 1, {"row_eps": value}), "row_eps", "0 (exact inverse) or positive", repr(value))
-        for value in (-1.0, NAN, INF, "1e-5", None)
+        ((M, 1, {"row_eps": value}), kind, "row_eps", "0 (exact inverse) or positive", repr(value))
+        for kind, values in ((ValueError, (-1.0, NAN, INF)), (TypeError, ("1e-5", None)))
+        for value in values
     ),
     *(
-        ((M, 1, {"energy_transfer": value}), "energy_transfer", "True or False", repr(value))
+        ((M, 1, {"energy_transfer": value}), TypeError, "energy_transfer", "True or False", repr(value))
         for value in ("no", None, 1)
     ),
     *(
-        ((M, 1, {"row_scale": value}), "row_scale", FLOATING)
+        ((M, 1, {"row_scale": value}), TypeError, "row_scale", FLOATING)
         for value in ([1.0] * 4, 2.0, torch.ones(4).int())
     ),
     *(
@@ -172,12 +178,13 @@ PROJECT = [  # matrix, rank, options
 ]
 
 RANKS = [
-    *((value, "ranks", MAP, repr(value)) for value in (None, 5, "8", {2})),
+    *((value, TypeError, "ranks", MAP, repr(value)) for value in (None, 5, "8", {2})),
     ([], "ranks", "0 entries", "the model has 1"),
     ([2, 2], "ranks", "2 entries", "the model has 1"),
     *(
-        ([value], "rank of layer '0'", "integer from 1 to 8", repr(value))
-        for value in (0, 9, 2.0, True, None, "2", [2])
+        ([value], kind, "rank of layer '0'", "integer from 1 to 8", repr(value))
+        for kind, values in ((ValueError, (0, 9)), (TypeError, (2.0, True, None, "2", [2])))
+        for value in values
     ),
     ({"conv": 2}, "'conv'", "it has 0, 3"),
     ({0: 2}, "0 ", "it has 0, 3"),
@@ -187,49 +194,57 @@ RANKS = [
 
 MODULE = "torch.nn.Module"
 CALLS = [
-    (lambda: resolve_ranks("resnet20", [2]), "model", MODULE, "'resnet20'", "build_model"),
-    (lambda: ranks_from_ratio("resnet20", 0.5), "model", MODULE, "'resnet20'"),
-    (lambda: ranks_from_ratio(net(), None), "prune_ratio", "0 ≤ ratio < 1", "got None"),
+    (lambda: resolve_ranks("resnet20", [2]), TypeError, "model", MODULE, "'resnet20'", "build_model"),
+    (lambda: ranks_from_ratio("resnet20", 0.5), TypeError, "model", MODULE, "'resnet20'"),
+    (lambda: ranks_from_ratio(net(), None), TypeError, "prune_ratio", "0 ≤ ratio < 1", "got None"),
     (lambda: ranks_from_ratio(net(), 1), "prune_ratio", "0 ≤ ratio < 1", "got 1"),
     (lambda: rank_from_ratio(16, NAN), "prune_ratio", "got nan"),
     (lambda: rank_from_ratio(0, 0.5), "K ", "number of singular values", "got 0"),
-    (lambda: rank_from_ratio("16", 0.5), "K ", "number of singular values", "got '16'"),
-    (lambda: ranks_from_ratio(net(), 0.5, layers=3), "layers", "null or a pattern", "got 3"),
-    (lambda: ranks_from_ratio(net(), 0.5, layers="x*"), "no layer to compress", "layers='x*'"),
+    (lambda: rank_from_ratio("16", 0.5), TypeError, "K ", "number of singular values", "got '16'"),
+    (lambda: ranks_from_ratio(net(), 0.5, include=3), TypeError, "include", "null or a pattern", "got 3"),
+    (lambda: ranks_from_ratio(net(), 0.5, include="x*"), "no layer to compress", "matches 'x*'"),
     (lambda: ranks_from_ratio(nn.ReLU(), 0.5), "ReLU", "no layer to compress"),
-    (lambda: LowRankProjector("resnet20", {"0": 2}), "model", MODULE),
-    (lambda: LowRankProjector(net(), None), "ranks", MAP, "got None"),
-    (lambda: LowRankProjector(net(), [2], energy_transfer="no"), "energy_transfer", "True or False", "'no'"),
+    (lambda: LowRankProjector("resnet20", {"0": 2}), TypeError, "model", MODULE),
+    (lambda: LowRankProjector(net(), None), TypeError, "ranks", MAP, "got None"),
+    (
+        lambda: LowRankProjector(net(), [2], energy_transfer="no"),
+        *(TypeError, "energy_transfer", "True or False", "'no'"),
+    ),
     (
         lambda: LowRankProjector(net(), [2], bn_rectification="no"),
-        "bn_rectification",
-        "True or False",
-        "'no'",
+        *(TypeError, "bn_rectification", "True or False", "'no'"),
     ),
-    (lambda: LowRankProjector(net(), [2], residual=2), "residual", "0 to 1", "got 2"),
+    (lambda: LowRankProjector(net(), [2], keep_share=2), "keep_share", "0 to 1", "got 2"),
     (lambda: LowRankProjector(net(), [2], batchnorms={"0": "9"}), "layer '0'", "'9'", "feeds '1'"),
-    (lambda: LowRankProjector(net(), [2], batchnorms=["1"]), "batchnorms", "layer '0'"),
-    (lambda: factorize(None, [2]), "model", MODULE, "NoneType"),
-    (lambda: factorize(net(), None), "ranks", MAP, "got None"),
-    (lambda: factorize(net(), "2"), "ranks", MAP, "got '2'"),
-    (lambda: cost(5, (3, 3, 3)), "model", MODULE, "int 5"),
+    (lambda: LowRankProjector(net(), [2], batchnorms=["1"]), TypeError, "batchnorms", "map", "['1']"),
+    (lambda: factorize(None, [2]), TypeError, "model", MODULE, "NoneType"),
+    (lambda: factorize(net(), None), TypeError, "ranks", MAP, "got None"),
+    (lambda: factorize(net(), "2"), TypeError, "ranks", MAP, "got '2'"),
+    (lambda: cost(5, (3, 3, 3)), TypeError, "model", MODULE, "int 5"),
     (lambda: cost(net(), (3, 3, 3), []), "ranks", "0 entries", "the model has 1"),
     (lambda: cost(net(), (3, 3, 3), {"x": 1}), "'x'", "does not have"),
     *(
-        (lambda shape=shape: cost(net(), shape), "input_shape", "(C, H, W)", repr(shape))
-        for shape in (3, (3, 32), "abc", (3, -1, 3), (4, 3, 3), (3, 1, 1), (3, 9, 9), (3, 3.0, 3))
+        (lambda shape=shape: cost(net(), shape), kind, "input_shape", "(C, H, W)", repr(shape))
+        for kind, shapes in (
+            (TypeError, (3, "abc", (3, 3.0, 3))),
+            (ValueError, ((3, 32), (3, -1, 3), (4, 3, 3), (3, 1, 1), (3, 9, 9))),
+        )
+        for shape in shapes
     ),
     *(
-        (lambda name=name: build_model(name), "model", "resnet8, ", repr(name))
-        for name in ("resnet9", "ResNet20", None, "")
+        (lambda name=name: build_model(name), kind, "model", "resnet8, ", repr(name))
+        for kind, names in ((ValueError, ("resnet9", "ResNet20", "")), (TypeError, (None,)))
+        for name in names
     ),
     *(
-        (lambda number=number: build_model("resnet8", number), "num_classes", "1 or more", repr(number))
-        for number in (0, -1, 10.0, "10", True, None)
+        (lambda number=number: build_model("resnet8", number), kind, "num_classes", "1 or more", repr(number))
+        for kind, numbers in ((ValueError, (0, -1)), (TypeError, (10.0, "10", True, None)))
+        for number in numbers
     ),
     *(
-        (lambda value=value: ranks_for_budget(net(), (3, 3, 3), value), "macs_reduction", repr(value))
-        for value in (0.0, 1.0, -0.5, NAN, "0.5", None, True)
+        (lambda value=value: ranks_for_budget(net(), (3, 3, 3), value), kind, "macs_reduction", repr(value))
+        for kind, values in ((ValueError, (0.0, 1.0, -0.5, NAN)), (TypeError, ("0.5", None, True)))
+        for value in values
     ),
     (lambda: ranks_for_budget(net(), (3, 3, 3), 0.99), "macs_reduction", "0.99", "0.780"),
     (
@@ -251,7 +266,7 @@ RUN = [  # fields of the configuration, arguments of run()
     (({"ranks": {"nolayer": 3}}, {}), "ranks", "'nolayer'", "it has conv, "),
     (({"ranks": {"conv": 300}}, {}), "rank of layer 'conv'", "from 1 to 16", "got 300"),
     (({"ranks": [3, 3]}, {}), "ranks", "2 entries", "the model has 7"),
-    (({"layers": "nothing*"}, {}), "no layer to compress", "layers='nothing*'"),
+    (({"layers": "nothing*"}, {}), "no layer to compress", "matches 'nothing*'"),
     (({"validation_fraction": 1e-9}, {}), "validation_fraction", "1e-09", "choose another"),
     (({"precision": "tf32"}, {}), "precision", "'tf32'", "use 'fp32' or 'bf16'"),
     ((TREE, {}), "needs a folder", "--data or LRPET_DATA"),
@@ -394,7 +409,8 @@ def test_bad_input_is_refused_in_words_before_any_training(row, tmp_path, monkey
         import_module("lrpet.runs.run"), "train", lambda *_, **__: pytest.fail("training began")
     )
     do, given, *words = row
-    refused(lambda: do(given, tmp_path), *words)
+    kind, *words = words if isinstance(words[0], type) else (ValueError, *words)
+    refused(lambda: do(given, tmp_path), *words, kind=kind)
     assert not list(tmp_path.glob("**/checkpoint.*"))
 
 
@@ -600,7 +616,7 @@ def test_any_fields_make_a_configuration_that_comes_back_or_are_refused_by_name(
 def test_any_ranks_fit_the_network_or_are_refused(ranks):
     try:
         resolved = resolve_ranks(net(), ranks)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         assert "rank" in str(error) or "layer" in str(error)
         return
     assert all(type(rank) is int and 1 <= rank <= {"0": 8, "3": 2}[name] for name, rank in resolved.items())
@@ -616,12 +632,14 @@ NUMBERS = st.floats(width=32, allow_subnormal=True) | st.floats(
 def test_any_matrix_is_projected_to_a_finite_one_of_its_rank_or_refused(N, D, data):
     values = data.draw(st.lists(NUMBERS, min_size=N * D, max_size=N * D))
     scale = data.draw(st.none() | st.lists(st.floats(0, 1e3, width=32), min_size=N, max_size=N))
-    rank, residual = data.draw(st.integers(0, 6)), data.draw(st.floats(-0.5, 1.5) | st.just(0.0))
+    rank, keep_share = data.draw(st.integers(0, 6)), data.draw(st.floats(-0.5, 1.5) | st.just(0.0))
     M = torch.tensor(values).reshape(N, D)
     try:
-        result = project(M, rank, residual=residual, row_scale=None if scale is None else torch.tensor(scale))
+        result = project(
+            M, rank, keep_share=keep_share, row_scale=None if scale is None else torch.tensor(scale)
+        )
     except ValueError as error:
-        assert not M.isfinite().all() or not 1 <= rank <= min(N, D) or not 0 <= residual <= 1, error
+        assert not M.isfinite().all() or not 1 <= rank <= min(N, D) or not 0 <= keep_share <= 1, error
         return
     assert result.shape == M.shape and result.dtype == M.dtype
     if M.abs().max() <= 2.0**50:

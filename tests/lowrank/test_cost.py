@@ -65,7 +65,7 @@ def test_compressed_cost_is_the_one_of_the_authors(name, ratio, macs, dense_macs
 @pytest.mark.parametrize("name", MODELS)
 def test_arithmetic_agrees_with_pytorch_dense_and_compact(name):
     model = build_model(name)
-    ranks = ranks_from_ratio(model, 0.9, layers="*.mlp.*" if name == "vit" else None)
+    ranks = ranks_from_ratio(model, 0.9, include="*.mlp.*" if name == "vit" else None)
     shape = shape_for(name)
     by_rank = cost(model, shape, ranks)
     compact = factorize(model, ranks)

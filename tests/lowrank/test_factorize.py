@@ -49,7 +49,7 @@ def test_factorizing_and_folding_keep_the_outputs_of_every_network(name):
     model = randomize_batchnorms(build_model(name)).eval()
     x = images(name)
     assert_same_outputs(model, fold_batchnorm(model), x)
-    ranks = ranks_from_ratio(model, 0.57, layers="*.mlp.*" if name == "vit" else None)
+    ranks = ranks_from_ratio(model, 0.57, include="*.mlp.*" if name == "vit" else None)
     LowRankProjector(model, ranks).step()
     compact = factorize(model, ranks)
     assert_same_outputs(model, compact, x)
@@ -410,7 +410,7 @@ def test_layers_that_lose_stay_dense_and_say_by_how_much(monkeypatch, tmp_path):
         "measure_gains",
         lambda *_: {"square": 0.9, "pointwise": 1.0, "tall": 1.2, "column": 1.9, "dilated": 0.5},
     )
-    compact = factorize(model, ZOO_RANKS, min_gain=1.0, example=x)
+    compact = factorize(model, ZOO_RANKS, min_gain=1.0, example_inputs=x)
     report = {layer.name: layer for layer in compact.factorization}
     assert {name for name, layer in report.items() if layer.action == "dense"} == {"square", "dilated"}
     assert report["square"].reason == "measured: factors 0.90 times as fast, less than 1"
@@ -429,9 +429,9 @@ def test_real_gains_are_positive_numbers():
     assert min(gains.values()) > 0
 
 
-@pytest.mark.parametrize("options", [{"min_gain": 1.0}, {"example": torch.ones(1)}], ids=str)
+@pytest.mark.parametrize("options", [{"min_gain": 1.0}, {"example_inputs": torch.ones(1)}], ids=str)
 def test_a_gain_without_an_example_is_refused(options):
-    with pytest.raises(ValueError, match="min_gain and example go together"):
+    with pytest.raises(ValueError, match="min_gain and example_inputs go together"):
         factorize(Zoo(), ZOO_RANKS, **options)
 
 

@@ -86,7 +86,7 @@ class Net(nn.Module):
 def net_and_optimizer(strategy, *, layers="[bc]*", lr=0.01, group=None, **settings):
     torch.manual_seed(3)
     net = Net()
-    groups = projection_groups(net, strategy, layers=layers, **(SMALL[strategy] | settings))
+    groups = projection_groups(net, strategy, include=layers, **(SMALL[strategy] | settings))
     return net, GradientProjection(groups, lr=lr, weight_decay=0.1, seed=7, group=group)
 
 
@@ -894,15 +894,15 @@ def test_a_vector_cannot_be_projected_and_a_refused_group_is_not_added():
 def test_groups_take_matching_layers_and_leave_the_frozen_out():
     net = Net()
     net.head.bias.requires_grad_(False)
-    projected, plain = projection_groups(net, "lotus", layers="blocks.*", rank=2, lr=0.5)
+    projected, plain = projection_groups(net, "lotus", include="blocks.*", rank=2, lr=0.5)
     assert [name for name, _ in projected["params"]] == [f"blocks.{i}.weight" for i in (0, 2, 3)]
     assert projected["strategy"] == "lotus"
     assert projected["lr"] == 0.5
     assert len(plain["params"]) == len(list(net.parameters())) - 4
-    (only,) = projection_groups(nn.Linear(3, 4, bias=False), "galore", layers="*", rank=2)
+    (only,) = projection_groups(nn.Linear(3, 4, bias=False), "galore", include="*", rank=2)
     assert only["params"][0][0] == "weight"
-    with pytest.raises(ValueError, match="layers='block.*' matches no trainable"):
-        projection_groups(net, "galore", layers="block.*", rank=2)
+    with pytest.raises(ValueError, match="include='block.*' matches no trainable"):
+        projection_groups(net, "galore", include="block.*", rank=2)
 
 
 def test_refresh_next_is_due_once_for_every_strategy():

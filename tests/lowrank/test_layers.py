@@ -391,7 +391,7 @@ def test_factors_answer_what_the_dense_layer_was_asked():
 @pytest.mark.parametrize("training", [False, True])
 def test_a_transformer_that_reads_the_weights_of_its_layers_runs_on_factors(training):
     model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).train(training)
-    ranks = ranks_from_ratio(model, 0.5, layers="linear*")
+    ranks = ranks_from_ratio(model, 0.5, include="linear*")
     LowRankProjector(model, ranks).step()
     assert list(ranks) == ["linear1", "linear2"]
     assert difference(model, factorize(model, ranks), torch.rand(2, 5, 16)) < 1e-4

@@ -54,7 +54,7 @@ def test_step_makes_the_chosen_weights_low_rank_and_changes_nothing_else(ranks):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"energy_transfer": False}, {"residual": 0.3}, {"row_eps": 1e-8}, {"bn_rectification": False}],
+    [{}, {"energy_transfer": False}, {"keep_share": 0.3}, {"row_eps": 1e-8}, {"bn_rectification": False}],
     ids=str,
 )
 def test_step_does_to_each_layer_what_project_does(options):
@@ -278,7 +278,8 @@ def test_a_model_that_is_loaded_anew_after_the_projector_was_built_is_projected(
     ],
 )
 def test_bad_ranks_are_refused_with_the_name_of_the_layer(ranks, words):
-    with pytest.raises(ValueError, match=words):
+    wrong_type = words.endswith(("2.0", "True"))
+    with pytest.raises(TypeError if wrong_type else ValueError, match=words):
         LowRankProjector(Zoo(), ranks)
 
 
@@ -332,15 +333,15 @@ def assert_agree(model, twin, ranks):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"energy_transfer": False}, {"residual": 0.3}, {"bn_rectification": False}], ids=str
+    "options", [{}, {"energy_transfer": False}, {"keep_share": 0.3}, {"bn_rectification": False}], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_fast_path_agrees_with_the_exact_one(options, dtype):
     model, ranks = zoo().to(dtype), ZOO_RANKS | {"head": 2}
     fast, twin, exact = both(
-        model, ranks, **(options | {"residual": 0.0})
+        model, ranks, **(options | {"keep_share": 0.0})
     )  # only removed values that are gone leave a gap
-    fast.settings["residual"] = exact.settings["residual"] = options.get("residual", 0.0)
+    fast.settings["keep_share"] = exact.settings["keep_share"] = options.get("keep_share", 0.0)
     train_a_little(model)
     twin.load_state_dict(model.state_dict())
     report, expected = fast.step(), exact.step()

@@ -16,7 +16,7 @@ def test_a_network_without_batchnorm_need_not_be_traceable():
             )  # torch.fx cannot follow this
 
     model = Stubborn()
-    ranks = lrpet.ranks_from_ratio(model, 0.5, layers="fc1")
+    ranks = lrpet.ranks_from_ratio(model, 0.5, include="fc1")
     report = lrpet.LowRankProjector(model, ranks).step()
     assert [(layer.name, layer.rank, layer.action) for layer in report] == [("fc1", 6, "projected")]
     x = torch.randn(3, 12)
@@ -26,7 +26,7 @@ def test_a_network_without_batchnorm_need_not_be_traceable():
 def test_only_the_mlp_layers_of_the_vit_are_touched():
     model = lrpet.build_model("vit")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    ranks = lrpet.ranks_from_ratio(model, 0.7, layers="*.mlp.*")
+    ranks = lrpet.ranks_from_ratio(model, 0.7, include="*.mlp.*")
     assert len(ranks) == 18 and set(ranks.values()) == {57}
     lrpet.LowRankProjector(model, ranks).step()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -38,7 +38,7 @@ def test_timm_vit_by_name_pattern():
     model = timm.create_model(
         "vit_tiny_patch16_224", pretrained=False, img_size=32, patch_size=4, depth=2, num_classes=10
     ).eval()
-    ranks = lrpet.ranks_from_ratio(model, 0.7, layers="*.mlp.*")
+    ranks = lrpet.ranks_from_ratio(model, 0.7, include="*.mlp.*")
     assert sorted(ranks) == [f"blocks.{i}.mlp.fc{j}" for i in (0, 1) for j in (1, 2)]
     lrpet.LowRankProjector(model, ranks).step()
     x = torch.randn(2, 3, 32, 32)
