@@ -255,12 +255,12 @@ def _plan(model: nn.Module, ranks, prune_ratio, macs_reduction, include, exclude
     if ranks is not None:
         if include is not None or exclude:
             raise ValueError("ranks names the layers; give it, or include and exclude with a ratio")
-        ranks = resolve_ranks(model, ranks)
-        plan = select(model, list(ranks), example_inputs=example_inputs)
-        left = [layer for layer in plan.layers if layer.name in ranks and not layer.taken]
+        stated = resolve_ranks(model, ranks)
+        plan = ranks if isinstance(ranks, Plan) else select(model, [*stated], example_inputs=example_inputs)
+        left = [layer for layer in plan.layers if layer.name in stated and not layer.taken]
         if left:
             raise ValueError(f"ranks names layer {left[0].name!r}, which cannot take part: {left[0].reason}")
-        return plan.with_ranks(ranks)
+        return plan.with_ranks(stated)
     plan = select(model, include, exclude, prune_ratio=prune_ratio, example_inputs=example_inputs)
     if not plan:
         raise ValueError("no layer takes part; print(lrpet.select(model, '*')) shows all layers and reasons")

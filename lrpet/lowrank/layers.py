@@ -166,9 +166,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if sharded := next((kind for kind in _class_names(module) if kind in SHARDED), None):
             raise ValueError(
-                f"{name or 'the network'!r} ({type(module).__name__}) is sharded by FSDP ({sharded}): no "
-                "process has its whole weights. Work on an unsharded copy of the network: bring its weights "
-                "there and back by get_model_state_dict and set_model_state_dict of "
+                f"{repr(name) if name else 'the network'} ({type(module).__name__}) is sharded by FSDP "
+                f"({sharded}): no process has its whole weights. Work on an unsharded copy of the network: "
+                "bring its weights there and back by get_model_state_dict and set_model_state_dict of "
                 "torch.distributed.checkpoint.state_dict, with StateDictOptions(full_state_dict=True)"
             )
     return model
@@ -179,7 +179,7 @@ def _class_names(module: nn.Module) -> list[str]:
 
 
 def unwrapped_name(name: str, known: Container[str]) -> str:
-    """Return a name as it is in the network inside a wrapper: without "module." and "_orig_mod." in front.
+    """Return a name as it is in the network inside a wrapper: without "module." and the like in front.
 
     Args:
         name: of a module, as the wrapper or the network has it.
@@ -190,7 +190,7 @@ def unwrapped_name(name: str, known: Container[str]) -> str:
     """
     if not isinstance(name, str) or name in known:
         return name
-    return re.sub(r"^((module|_orig_mod|_original_module)\.)+", "", name)
+    return re.sub(r"^((module|_orig_mod|_original_module|_forward_module)\.)+", "", name)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
