@@ -120,7 +120,8 @@ def select(
         layer, a warning says so.
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError: an argument is of another type.
+        ValueError: the ratio is out of range, or the network is sharded.
 
     >>> print(select(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8)), prune_ratio=0.5))
     layer  type    N×D   rank  taken  note

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_dense_never_acts_and_deploys_the_model_itself():
     [
         ({"method": "lrpet"}, {}),
         ({"method": "lrp"}, {"energy_transfer": False}),
-        ({"method": "lrpet", "residual": 0.3, "row_eps": 1e-3}, {"residual": 0.3, "row_eps": 1e-3}),
+        ({"method": "lrpet", "residual": 0.3, "row_eps": 1e-3}, {"keep_share": 0.3, "row_eps": 1e-3}),
     ],
 )
 @pytest.mark.parametrize("rectified", [True, False])
@@ -320,6 +321,12 @@ def test_pruned_filters_that_did_nothing_are_not_missed():
         model.blocks[1].bn1.bias[5:9] = 0
     kept = {"blocks.1.conv1": [i for i in range(32) if not 5 <= i < 9]}
     assert torch.allclose(logits(keep_filters(model, kept, SHAPE)), logits(model), atol=1e-5)
+
+
+def test_a_missing_package_is_an_import_error_that_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ImportError, match="Torch-Pruning, which is not installed; run: pip install"):
+        weakest_last(build_model("resnet8"), SHAPE)
 
 
 def test_a_network_without_filters_to_prune_is_refused():
