@@ -4,9 +4,10 @@ from lrpet.data.batches import Batches
 from lrpet.data.cache import DataError
 from lrpet.data.digits_tree import make_digits_tree
 from lrpet.data.load import fits_in_memory, load_images, make_batches
+from lrpet.data.pixels import central_square, open_image
 from lrpet.data.sets import ImageData, load_data
 from lrpet.data.stream import StreamBatches, StreamData, worker_count
-from lrpet.data.tree import central_square, list_images, open_image
+from lrpet.data.tree import list_images
 
 __all__ = [
     "Batches",

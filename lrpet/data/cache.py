@@ -17,20 +17,27 @@ class DataError(ValueError):
 
 
 def cache_names(root: Path, purpose: str, files: list[tuple[str, int]]) -> tuple[str, str]:
-    """Return two hashes that name a cache: of folder and purpose, and of its images' names, sizes, times."""
+    """Return two hashes that name a cache: of folder and purpose, and of its images' names and states.
+
+    A state is size and inode, and when the content and the inode changed last: a file that was replaced by
+    another of the same size and time has another inode, or its inode changed later.
+    """
     try:
-        listing = [
-            f"{Path(p).relative_to(root)} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for p, _ in files
-        ]
+        listing = [f"{os.path.relpath(p, root)} {_state(p)}" for p, _ in files]
     except OSError as error:
         raise DataError(
             f"{root} must be a folder of images that can be read; got: {error}. "
             "Remove that file or give another --data"
         ) from error
     return tuple(
-        hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
         for lines in ([str(root.resolve()), purpose], listing)
     )
+
+
+def _state(path: str) -> tuple[int, ...]:
+    state = os.stat(path)
+    return state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns
 
 
 def read_cache(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -12,7 +12,8 @@ import torch
 from filelock import FileLock
 
 from lrpet.data.cache import DataError, cache_names, read_cache
-from lrpet.data.tree import central_square, list_images, open_image
+from lrpet.data.pixels import central_square, open_image
+from lrpet.data.tree import list_images
 from lrpet.files import write_whole
 from lrpet.paths import cache_folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from lrpet.data.tree import held_out
 from lrpet.paths import data_folder, project_file
 
 __all__ = ["ImageData", "load_data"]
+CIFAR10_FILES = ("train", "cifar-10-batches-py", "cifar-10-python.tar.gz")  # any of them: a copy of it
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, scaled to [0, 1]
 
 
@@ -58,7 +60,7 @@ def load_data(config: RunConfig, root: str | Path | None = None) -> ImageData:
     Args:
         config: its ``dataset``, ``image_size``, ``crops`` and ``validation_fraction`` are read.
         root: folder of the images (``--data``); None takes ``LRPET_DATA``, and for CIFAR-10 without either
-            torchvision downloads to ``data/`` of the project. digits needs none.
+            torchvision downloads to ``data/`` of the project, to an empty ``root`` too. digits needs none.
 
     Returns:
         The images. With ``validation_fraction`` > 0 the "test" part is held out from the training
@@ -128,6 +130,8 @@ def _digits() -> ImageData:
 
 def _cifar10(root: Path | None) -> ImageData:
     place = root or project_file("data/cifar10", "set LRPET_DATA or give data=")
+    if root is not None:
+        place = _cifar10_folder(root)
     if (place / "train").is_dir():
         train_x, train_y, test_x, test_y, classes = read_tree(place, None, 32, 32)
         if (len(train_y), len(test_y), len(classes)) != (50_000, 10_000, 10):
@@ -139,24 +143,34 @@ def _cifar10(root: Path | None) -> ImageData:
     else:
         from torchvision.datasets import CIFAR10
 
-        if root is not None and not (place / "cifar-10-batches-py").is_dir():
-            raise DataError(
-                f"{place} holds neither train/ nor cifar-10-batches-py/; "
-                "give the folder of CIFAR-10, or none to download it"
-            )
         try:
             sets = [CIFAR10(place, train=train, download=True) for train in (True, False)]
         except Exception as error:  # torchvision lets errors of urllib, tarfile and its own checks through
             raise DataError(
                 f"CIFAR-10 is not in {place} and could not be downloaded ({type(error).__name__}: {error}). "
-                "Delete that folder and try again with a network, "
-                "or give a folder with train/ and test/ by --data or LRPET_DATA"
+                "Try again with a network, or give a folder with train/ and test/ by --data or LRPET_DATA"
             ) from error
         train_x, test_x = (torch.from_numpy(s.data) for s in sets)
         train_y, test_y = (torch.tensor(s.targets) for s in sets)
         classes = tuple(sets[0].classes)
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     return ImageData(train_x, train_y, test_x, test_y, classes, mean, std, 32, pad=4, flip=True)
+
+
+def _cifar10_folder(root: Path) -> Path:
+    """Return where CIFAR-10 is in a folder: there or one level deeper; an empty folder, to download it to."""
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder; give that of CIFAR-10, or an empty one to download it to")
+    names = sorted(name for name in os.listdir(root) if not name.startswith("."))
+    for place in (root, *(root / name for name in names)):
+        if any((place / name).exists() for name in CIFAR10_FILES):
+            return place
+    if names:
+        raise DataError(
+            f"{root} holds neither train/ nor {' nor '.join(CIFAR10_FILES[1:])}, but {', '.join(names[:5])}; "
+            "give the folder of CIFAR-10, or an empty one to download it to"
+        )
+    return root
 
 
 def stored_side(size: int) -> int:

@@ -17,15 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from lrpet.data.batches import Batches, crop_maps
 from lrpet.data.cache import DataError
+from lrpet.data.pixels import central_square, open_image
 from lrpet.data.sets import MEAN, STD, stored_side
-from lrpet.data.tree import central_square, open_image
 
 __all__ = ["StreamBatches", "StreamData", "worker_count"]
 
 
 @dataclass(frozen=True)
 class StreamData:
-    """An ImageFolder tree of which only the file names are in memory."""
+    """A tree of images of which only the file names are in memory."""
 
     root: Path
     train_files: list[str]
@@ -49,7 +49,7 @@ class StreamData:
                 f"{os.path.relpath(f, self.root)} {os.stat(f).st_size} {y}\n"
                 for f, y in zip(files, labels.tolist(), strict=True)
             )
-            return "files:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+            return "files:" + hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
         return {
             "data_train_sha256": digest(self.train_files, self.train_labels),

@@ -255,10 +255,42 @@ def test_images_of_another_size_are_not_cifar10(tree):
 
 
 def test_a_folder_without_cifar10_is_refused(tmp_path):
+    (tmp_path / "cats").mkdir()
     with pytest.raises(
-        DataError, match=r"holds neither train/ nor cifar-10-batches-py/; give the folder of CIFAR-10"
+        DataError,
+        match=r"holds neither train/ nor cifar-10-batches-py .*, but cats; give the folder of CIFAR-10",
     ):
         load_data(CIFAR10, tmp_path)
+    with pytest.raises(DataError, match="nowhere is no folder"):
+        load_data(CIFAR10, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("holds", "place"),
+    [
+        ("", "."),  # empty: downloaded there
+        ("cifar-10-python.tar.gz", "."),  # which torchvision unpacks
+        ("cifar-10-batches-py/x", "."),
+        ("cifar-10-python/cifar-10-batches-py/x", "cifar-10-python"),
+        ("copies/cifar-10-python.tar.gz", "copies"),
+    ],
+)
+def test_cifar10_is_found_in_a_folder_or_one_level_deeper(tmp_path, monkeypatch, holds, place):
+    import torchvision.datasets
+
+    if holds:
+        (tmp_path / holds).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / holds).touch()
+    asked = []
+
+    def fake(root, *, train, download):
+        asked.append((root, train, download))
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake)
+    with pytest.raises(DataError, match="could not be downloaded"):
+        load_data(CIFAR10, tmp_path)
+    assert asked == [(tmp_path / place, True, True)]
 
 
 def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
