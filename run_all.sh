@@ -70,8 +70,7 @@ cores=$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')
 [ -n "$jobs" ] || jobs=$([ -n "$cluster" ] && echo 100 || echo $((cores < 2 ? 1 : 2)))
 results=${LRPET_RESULTS:-$ROOT/results}
 results=${results/#\~/$HOME}/$profile
-figures=${LRPET_FIGURES:-$ROOT/figures}
-figures=${figures/#\~/$HOME}/$profile
+figures=$("$PYTHON" -c 'from lrpet.paths import figures_root; print(figures_root())')/$profile
 echo "$jobs at a time; results go to $results"
 snakemake=("$PYTHON" -m snakemake --snakefile "$ROOT/Snakefile" --workflow-profile "$ROOT/profiles/default"
     --config "profile=$profile" "gpus=$gpus")

@@ -22,6 +22,7 @@ from lrpet.config import PROFILES, RunConfig, describe_fields
 from lrpet.data.load import load_images, make_batches
 from lrpet.deploy.export import FORMATS
 from lrpet.experiments import Experiment, load_profile, select
+from lrpet.paths import has_own_results, results_root
 from lrpet.processes import Processes, join_processes
 from lrpet.runs.device import device_of
 from lrpet.runs.environment import environment
@@ -145,7 +146,10 @@ def _tables(_args) -> int:
     from lrpet.tables.pages import write_pages
 
     write_pages()
-    print("tables written to results/*/tables, README.md and REPRODUCING.md")
+    pages = (
+        ", README.md and REPRODUCING.md" if has_own_results() else "; pages are written from results/ only"
+    )
+    print(f"tables written to {results_root()}/*/tables{pages}")
     return 0
 
 

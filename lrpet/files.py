@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["write_whole"]
+__all__ = ["write_file", "write_whole"]
 
 
 @contextmanager
@@ -18,6 +18,8 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 
     Args:
         path: the file; what stood there before stays until the new one is whole.
+
+    Its folder is made where it is missing.
 
     Raises:
         OSError: it could not be written; names the file and the free space of its disk.
@@ -31,13 +33,15 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     """
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free / 1e6
+        there = next(folder for folder in path.absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(there).free / 1e6
         advice = "what stood there before is untouched; make room or give another folder, then start again"
         raise OSError(
             error.errno,
@@ -45,3 +49,24 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file that is there whole or not at all, and read it back.
+
+    Raises:
+        OSError: it could not be written, or what is read is not what was written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_file(Path(folder) / "new" / "a.txt", "text")
+    ...     (Path(folder) / "new" / "a.txt").read_text()
+    'text'
+    """
+    content = content.encode() if isinstance(content, str) else content
+    with write_whole(path) as file:
+        file.write(content)
+    if path.read_bytes() != content:
+        raise OSError(
+            f"{path} does not hold what was written to it; look at its disk, or give another folder"
+        )

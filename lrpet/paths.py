@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["PROJECT", "cache_folder", "figures_root", "project_file", "results_root"]
+__all__ = ["PROJECT", "cache_folder", "figures_root", "has_own_results", "project_file", "results_root"]
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -35,8 +35,18 @@ def results_root() -> Path:
     return _folder("LRPET_RESULTS", "results", "set LRPET_RESULTS or give results=").absolute()
 
 
+def has_own_results() -> bool:
+    """Tell whether the results are the project's: only from these are its pages and figures made."""
+    return results_root().resolve() == PROJECT / "results"
+
+
 def figures_root() -> Path:
-    """Return the folder of all figures: ``LRPET_FIGURES``, else ``figures/`` of the project."""
+    """Return the folder of all figures: ``LRPET_FIGURES``, else ``figures/`` of the project.
+
+    With results elsewhere it is ``figures/`` among those.
+    """
+    if not os.environ.get("LRPET_FIGURES") and os.environ.get("LRPET_RESULTS") and not has_own_results():
+        return results_root() / "figures"
     return _folder("LRPET_FIGURES", "figures", "set LRPET_FIGURES").absolute()
 
 

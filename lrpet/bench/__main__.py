@@ -13,6 +13,7 @@ from lrpet.bench.inference import bench_inference
 from lrpet.bench.projection import bench_projection
 from lrpet.bench.scaling import bench_scaling
 from lrpet.bench.training import bench_training
+from lrpet.files import write_file
 from lrpet.models import MODELS
 from lrpet.paths import results_root
 from lrpet.runs.environment import environment
@@ -53,8 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         / "bench"
         / ("-".join(filter(None, [benchmark, args.get("model"), args["device"]])) + ".json")
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(result, indent=1) + "\n")
     print(path.read_text(encoding="utf-8"), end="")
     print(f"kept in {path}")
     return 0

@@ -13,6 +13,7 @@ import torch
 from lrpet.config import RunConfig
 from lrpet.data.batches import Batches
 from lrpet.data.stream import StreamBatches
+from lrpet.files import write_file
 from lrpet.methods import make_method
 from lrpet.methods.base import build_network
 from lrpet.paths import results_root
@@ -114,7 +115,6 @@ def keep(config: RunConfig, result: dict, origin: dict) -> Path:
     device = "-".join(origin["device"].split()).replace("/", "-")
     name = f"throughput-{config.model}-{config.method}-{config.image_size}-{device}.json"
     path = results_root() / "bench" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "benchmark": "throughput",
         "model": config.model,
@@ -123,5 +123,5 @@ def keep(config: RunConfig, result: dict, origin: dict) -> Path:
         **result,
         **origin,
     }
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(result, indent=1) + "\n")
     return path

@@ -27,7 +27,7 @@ def cache_names(root: Path, purpose: str, files: list[tuple[str, int]]) -> tuple
     except OSError as error:
         raise DataError(
             f"{root} must be a folder of images that can be read; got: {error}. "
-            "Remove that file or give another --data"
+            "Allow reading it or give another --data"
         ) from error
     return tuple(
         hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]

@@ -37,7 +37,7 @@ def open_image(path: str) -> Image.Image:
             turned = _orientation(image)
             pixels = _eight_bits(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be decoded ({error}); replace or remove it") from error
+        raise DataError(f"{path} cannot be decoded ({error}); replace it or move it away") from error
     return pixels.transpose(UPRIGHT[turned]) if turned in UPRIGHT else pixels
 
 

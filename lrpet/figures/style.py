@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lrpet.config import PROFILES
+from lrpet.files import write_file
 from lrpet.paths import figures_root, project_file
 from lrpet.registry import METHODS
 
@@ -224,10 +224,7 @@ def save_figure(figure: ProjectFigure, name: str, profile: str) -> tuple[Path, P
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}; got {profile!r}")
     folder = figures_root() / profile
-    folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"{name}.png", folder / f"{name}.svg"
     for path, content in zip(paths, (figure.png(STYLE["savefig.dpi"]), figure.svg()), strict=True):
-        part = path.with_name(f"{path.name}.part{os.getpid()}")
-        part.write_bytes(content)
-        os.replace(part, path)  # whole or not at all
+        write_file(path, content)
     return paths

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from lrpet.config import RunConfig
 from lrpet.deploy.export import FORMATS, export
+from lrpet.files import write_file
 from lrpet.lowrank.batchnorm import fold_batchnorm
 from lrpet.lowrank.compact_file import compact_header, save_compact
 from lrpet.paths import results_root
-from lrpet.runs.store import is_complete, load_network, load_run, weights_file
+from lrpet.runs.store import is_complete, load_network, load_run, read_network, weights_file
 
 __all__ = ["export_run", "find_run"]
 
@@ -65,19 +66,19 @@ def export_run(name: str, to: str, out: str | Path | None = None, half: bool = F
     file, network = weights_file(done.folder), load_network(done)
     shape = (3, done.config.image_size, done.config.image_size)
     if half:
-        return path, _save_half(network, path, compact_header(file), shape)
+        return path, _save_half(done.config, network, path, compact_header(file))
     if to == "safetensors":
-        shutil.copyfile(file, path)
+        write_file(path, file.read_bytes())
         return path, 0.0
     return path, export(fold_batchnorm(network), path, to, shape)
 
 
-@torch.no_grad()
-def _save_half(network: nn.Module, path: Path, header: dict, shape: tuple[int, int, int]) -> float:
-    """Write a network in half precision; return the largest relative difference of an output."""
-    rounded = copy.deepcopy(network).half()
+def _save_half(config: RunConfig, network: nn.Module, path: Path, header: dict) -> float:
+    """Write a network in half precision; return the largest relative difference of an output, read back."""
     kept = {name: header[name] for name in ("model", "num_classes", "filters") if name in header}
-    save_compact(rounded, path, **kept)
-    images = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
-    reference = network.eval()(images)
-    return float((rounded.float().eval()(images) - reference).abs().max() / reference.abs().max())
+    save_compact(copy.deepcopy(network).half(), path, **kept)
+    rounded, size = read_network(config, path), config.image_size
+    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        reference, rounded = network.eval()(images), rounded.eval()(images)
+    return float((rounded - reference).abs().max() / reference.abs().max())

@@ -12,14 +12,15 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lrpet.config import RunConfig
 from lrpet.data.batches import Batches
-from lrpet.files import write_whole
+from lrpet.files import write_file
 from lrpet.lowrank.compact_file import save_compact
 from lrpet.lowrank.cost import Cost, cost
 from lrpet.lowrank.ranks import LayerReport
 from lrpet.models import build_model
 from lrpet.runs.environment import utc_now
-from lrpet.runs.store import WEIGHTS
+from lrpet.runs.store import WEIGHTS, read_network
 from lrpet.training.state import State
 
 
@@ -55,6 +56,7 @@ def finish_run(trained: Trained) -> None:
     summary = _summary(trained, deployed, counted, sum(row["action"] == "constant" for row in rows))
     filters = method.structure if config.method == "filter_pruning" else None
     save_compact(compact, folder / WEIGHTS, model=config.model, num_classes=classes, filters=filters)
+    _read_back(compact, config, folder / WEIGHTS)
     for name, content in state.recorder.files().items():
         write_file(folder / name, content)
     texts = {
@@ -69,6 +71,13 @@ def finish_run(trained: Trained) -> None:
     for name, text in texts.items():  # the summary last: it says that all others are there
         write_file(folder / name, text)
     tidy(folder)
+
+
+def _read_back(compact: nn.Module, config: RunConfig, file: Path) -> None:
+    """Refuse to finish with weights that do not load as what was saved."""
+    saved, loaded = compact.state_dict(), read_network(config, file).state_dict()
+    if saved.keys() != loaded.keys() or not all(torch.equal(saved[n].cpu(), loaded[n]) for n in saved):
+        raise OSError(f"{file} does not hold the network that was written to it; look at its disk")
 
 
 def _summary(trained: Trained, deployed: Cost, counted: Cost, dead_layers: int) -> dict:
@@ -144,9 +153,3 @@ def _difference(model, compact, batches) -> float:
 def as_json(values: dict) -> str:
     """Return values as the text of a JSON file."""
     return json.dumps(values, indent=1) + "\n"
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    with write_whole(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,19 +16,21 @@ from lrpet.config import RunConfig
 from lrpet.data.load import load_images, make_batches
 from lrpet.data.sets import ImageData
 from lrpet.data.stream import StreamData
+from lrpet.files import write_file
 from lrpet.methods import make_method
 from lrpet.methods.base import Dense, build_network
 from lrpet.paths import data_folder
 from lrpet.processes import Processes, join_processes
 from lrpet.runs.device import deterministic_algorithms, device_of
 from lrpet.runs.environment import environment
-from lrpet.runs.finish import Trained, as_json, finish_run, tidy, write_file
+from lrpet.runs.finish import Trained, as_json, finish_run, tidy
 from lrpet.runs.store import Run, is_complete, load_run, read_json
 from lrpet.training.checkpoint import has_checkpoint
 from lrpet.training.evaluate import evaluate
 from lrpet.training.loop import Session, train
 
 __all__ = ["run"]
+IDENTITY = ("data_train_sha256", "data_test_sha256", "data_classes_sha256")  # of the images that a run saw
 ARGUMENTS = {  # of run: what each must be, in a test and in words
     "config": (lambda v: isinstance(v, RunConfig), "a RunConfig; RunConfig.from_dict makes one of a map"),
     "data": (lambda v: v is None or isinstance(v, (str, Path)), "the path of a folder, or None"),
@@ -130,7 +132,7 @@ def run(
                     return _train(job)
     done = processes.share(lambda: load_run(folder))
     _same_config(folder, done.config, config)
-    _same_classes(done, data)
+    processes.share(lambda: _same_as_seen(done, data))
     if processes.first:
         tidy(folder)  # where it was killed between its summary and this
     e = done.environment
@@ -200,9 +202,7 @@ def _load(job: _Job) -> ImageData | StreamData:
 
 def _begin(job: _Job, images: ImageData | StreamData) -> dict:
     """Write down what a run begins with, and return where it comes from; refuse one that began otherwise."""
-    origin = environment(job.device) | {"processes": job.processes.world} | images.fingerprint
-    if job.config.dataset == "imagefolder":
-        origin["data_classes_sha256"] = _digest(images.classes)
+    origin = environment(job.device) | {"processes": job.processes.world} | _identity(job.config, images)
     begun = job.folder / "config.json"
     if begun.is_file():
         _same_config(job.folder, RunConfig.from_dict(read_json(begun)), job.config)
@@ -236,35 +236,44 @@ def _same_config(folder: Path, there: RunConfig, asked: RunConfig) -> None:
         differ = "; ".join(f"{name} {one[name]!r} there, {other[name]!r} asked for" for name in names)
         raise ValueError(
             f"{folder} holds another configuration of the same name than the one asked for: {differ}. "
-            "Give another seed or results folder (LRPET_RESULTS), or delete the folder"
+            "Give another seed or results folder (LRPET_RESULTS)"
         )
 
 
-def _same_data(folder: Path, environment: dict) -> None:
+def _identity(config: RunConfig, images: ImageData | StreamData) -> dict[str, str]:
+    """Return what tells the images of a run from others: their content and, of a tree, its classes."""
+    if config.dataset != "imagefolder":
+        return images.fingerprint
+    classes = hashlib.sha256("\n".join(images.classes).encode()).hexdigest()
+    return images.fingerprint | {"data_classes_sha256": classes}
+
+
+def _other(before: dict, now: dict) -> str | None:
+    """Return the name of what differs between images as recorded and as they are."""
+    return next((name for name in IDENTITY if name in before and before[name] != now.get(name)), None)
+
+
+def _same_data(folder: Path, origin: dict) -> None:
     """Refuse to resume with other images than a run began with."""
     if not has_checkpoint(folder / "checkpoint.pt"):
         return
-    before = read_json(folder / "environment.json")
-    for name in ("data_train_sha256", "data_test_sha256"):
-        if before.get(name) != environment[name]:
-            raise ValueError(
-                f"{folder} was begun with other images ({name} differs); "
-                "give the data it began with, or another results folder"
-            )
-
-
-def _same_classes(done: Run, data: str | Path | None) -> None:
-    """Refuse to show a finished run for a tree of other classes: its name does not say which it saw."""
-    root, seen = data_folder(data), done.environment.get("data_classes_sha256")
-    if seen is None or root is None or not root.is_dir():
-        return
-    place = root / "train" if (root / "train").is_dir() else root
-    if _digest(sorted(entry.name for entry in place.iterdir() if entry.is_dir())) != seen:
+    name = _other(read_json(folder / "environment.json"), origin)
+    if name is not None:
         raise ValueError(
-            f"{done.folder} is a finished run on other classes than {root} holds; "
-            "give another seed or results folder (LRPET_RESULTS)"
+            f"{folder} was begun with other images ({name} differs); "
+            "give the data it began with, or another results folder"
         )
 
 
-def _digest(names: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+def _same_as_seen(done: Run, data: str | Path | None) -> None:
+    """Refuse to show a finished run for other images: its name does not say which it saw."""
+    root, before = data_folder(data), done.environment
+    if done.config.dataset == "digits" or root is None or not root.is_dir() or IDENTITY[0] not in before:
+        return
+    images = load_images(done.config, root, streamed=before[IDENTITY[0]].startswith("files:"))
+    name = _other(before, _identity(done.config, images))
+    if name is not None:
+        raise ValueError(
+            f"{done.folder} is a finished run on other images than {root} holds ({name} differs); give the "
+            "data that it saw, or none, or another seed or results folder (LRPET_RESULTS)"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from lrpet.config import RunConfig
+from lrpet.config import PROFILES, RunConfig
 from lrpet.lowrank.compact_file import compact_header, load_compact
 from lrpet.methods.base import build_network
 from lrpet.methods.filter_pruning import keep_filters
 from lrpet.paths import results_root
 
 __all__ = ["Run", "is_complete", "load_network", "load_run", "load_runs", "weights_file"]
-ANEW = "delete the folder to run it anew, or take it from where you got it"
+ANEW = "move the folder away to run it anew, or take it from where you got it"
 WEIGHTS = "compact.safetensors"
 HALF_WEIGHTS = "compact-half.safetensors"  # of some runs, see results/README.md
 FILES = ("config.json", "environment.json", "history.csv", "layers.csv", "summary.json")
@@ -62,7 +63,10 @@ def _verify(folder: Path) -> None:
     """Refuse a run whose files are not as ``SHA256SUMS`` says; the oldest runs have none."""
     sums = folder / "SHA256SUMS"
     if sums.is_file():
-        told = _read(sums, lambda file: {line[66:]: line[:64] for line in file.read_text().splitlines()})
+        told = _read(
+            sums,
+            lambda file: {line[66:]: line[:64] for line in file.read_text(encoding="utf-8").splitlines()},
+        )
         for name in FILES:
             found = _read(folder / name, lambda file: hashlib.sha256(file.read_bytes()).hexdigest())
             if told.get(name) != found:
@@ -72,7 +76,7 @@ def _verify(folder: Path) -> None:
 
 
 def read_json(file: Path) -> dict:
-    return _read(file, lambda file: json.loads(file.read_text()))
+    return _read(file, lambda file: json.loads(file.read_text(encoding="utf-8")))
 
 
 def _read(file: Path, read: Callable):
@@ -85,6 +89,9 @@ def _read(file: Path, read: Callable):
 def load_runs(root: str | Path | None = None) -> pd.DataFrame:
     """Return the finished runs below a folder: one row per run, one column per field and summary value.
 
+    What is no run of its own is left out: a summary.json of something else, and a copy of a run, whose folder
+    does not have the name of the run or which is there a second time.
+
     Args:
         root: ``results/``, ``results/<profile>`` or any folder above run folders; None is the project's
             results.
@@ -93,16 +100,43 @@ def load_runs(root: str | Path | None = None) -> pd.DataFrame:
         A DataFrame, with the run folder, device and commit as further columns; empty where nothing has
         finished.
 
+    Warns:
+        UserWarning: what is left out, and why.
+
     >>> len(load_runs("no such folder"))
     0
     """
-    rows = []
-    for file in sorted(Path(root or results_root()).glob("**/summary.json")):
-        done = load_run(file.parent)
+    rows, seen = [], {}
+    folders = {file.parent for file in Path(root or results_root()).glob("**/summary.json")}
+    for folder in sorted(folders, key=lambda folder: (not _in_its_place(folder), folder)):
+        odd = _no_run(folder)
+        done = None if odd else load_run(folder)
+        if done and done.config.run_id != folder.name:
+            odd = f"it is a copy of the run {done.config.run_id}, or was renamed"
+        elif done and seen.setdefault(folder.name, folder) != folder:
+            odd = f"the same run is in {seen[folder.name]}"
+        if odd:
+            warnings.warn(f"{folder} is left out: {odd}", stacklevel=2)
+            continue
         kept = ("device", "commit", "finished", "data_train_sha256")
         origin = {name: done.environment[name] for name in kept}
         rows.append({**done.config.to_dict(), **done.summary, **origin, "folder": str(done.folder)})
     return pd.DataFrame(rows)
+
+
+def _in_its_place(folder: Path) -> bool:
+    return folder.parent.name == "runs" and folder.parent.parent.name in PROFILES
+
+
+def _no_run(folder: Path) -> str:
+    """Say why a folder with a summary.json is no run of this project; empty where it is, even damaged."""
+    if (folder / "SHA256SUMS").is_file():
+        return ""
+    try:
+        RunConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        return f"its summary.json is of no run of this project, for its config.json is none ({error})"
+    return ""
 
 
 def weights_file(folder: Path) -> Path:
@@ -115,7 +149,7 @@ def weights_file(folder: Path) -> Path:
     if not kept:
         raise ValueError(
             f"{folder / WEIGHTS} is not there: the repository keeps the weights of few runs; "
-            "delete the run's folder and run it anew"
+            "run it in another results folder (LRPET_RESULTS) to have them"
         )
     return kept[0]
 
@@ -126,10 +160,13 @@ def load_network(finished: Run) -> torch.nn.Module:
     Raises:
         ValueError: the weights are not there, as in most results that came with the repository.
     """
-    file = weights_file(finished.folder)
+    return read_network(finished.config, weights_file(finished.folder))
+
+
+def read_network(config: RunConfig, file: Path) -> torch.nn.Module:
+    """Return the network in a file of weights that a run of a configuration wrote."""
     header = compact_header(file)
-    model = build_network(finished.config, header["num_classes"])
-    if finished.config.method == "filter_pruning":
-        size = finished.config.image_size
-        model = keep_filters(model, header["filters"], (3, size, size))
+    model = build_network(config, header["num_classes"])
+    if config.method == "filter_pruning":
+        model = keep_filters(model, header["filters"], (3, config.image_size, config.image_size))
     return load_compact(file, model)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from lrpet.experiments import MAIN
-from lrpet.paths import PROJECT, project_file, results_root
+from lrpet.files import write_file
+from lrpet.paths import PROJECT, has_own_results, project_file, results_root
 from lrpet.tables.accuracy import accuracy_table, imagenet_table, related_table
 from lrpet.tables.choice import repeats_table, selection_table
 from lrpet.tables.claims import ablation_table, claims_table, differences
@@ -73,10 +74,9 @@ def write_tables(profile: str, results: Path | None = None) -> dict[str, pd.Data
     if profile in ("imagenet", "imagenette"):
         tables["imagenet"] = imagenet_table(runs, reported, results)
     folder = (results or results_root()) / profile / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
-        (folder / f"{name}.csv").write_text(table.to_csv(index=False), encoding="utf-8")
-        (folder / f"{name}.md").write_text(_markdown(table), encoding="utf-8")
+        write_file(folder / f"{name}.csv", table.to_csv(index=False))
+        write_file(folder / f"{name}.md", _markdown(table))
     return tables
 
 
@@ -92,7 +92,12 @@ def write_pages(pages: Sequence[Path] | None = None) -> list[str]:
 
     A marker is ``<!-- table: short accuracy -->``, closed by ``<!-- end -->``; with columns,
     ``<!-- table: short accuracy: method top1_pct -->``, it shows these alone.
+
+    Args:
+        pages: the files to write; None is those two, which stay as they are where the store is not the
+            project's own (``LRPET_RESULTS``).
     """
+    asked = pages is not None
     pages = pages or [project_file(page.name) for page in PAGES]
     tables: dict[str, dict[str, pd.DataFrame]] = {}
 
@@ -105,8 +110,8 @@ def write_pages(pages: Sequence[Path] | None = None) -> list[str]:
 
     marked = re.compile(r"(<!-- table: (\w+) (\w+)(?:: ([\w ]+))? -->).*?<!-- end -->", re.DOTALL)
     texts = [marked.sub(fill, path.read_text(encoding="utf-8")) for path in pages]
-    for path, text in zip(pages, texts, strict=True):
-        path.write_text(text, encoding="utf-8")
+    for path, text in zip(pages, texts, strict=True) if asked or has_own_results() else ():
+        write_file(path, text)
     for profile in {"short", "scaled", "selection", "paper", "imagenet", "imagenette"} - set(tables):
         write_tables(profile)
     return texts

@@ -67,7 +67,7 @@ def read_recorded(
 
     >>> from lrpet.training.recording import load_gradients
     >>> read_recorded(load_gradients, {"lrp": Path("digits-resnet8-lrp")})
-    lrp: not recorded; digits-resnet8-lrp is older than recording, delete the folder to run it anew
+    lrp: not recorded; digits-resnet8-lrp is older than recording, move the folder away to run it anew
     {}
     """
     tables = {}
@@ -75,7 +75,7 @@ def read_recorded(
         try:
             tables[method] = load(folder)
         except FileNotFoundError:
-            advice = f"{folder.name} is older than recording, delete the folder to run it anew"
+            advice = f"{folder.name} is older than recording, move the folder away to run it anew"
             print(f"{method}: not recorded; {advice}")
     return tables
 

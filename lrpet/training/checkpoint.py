@@ -81,6 +81,6 @@ def _newest_whole(path: Path) -> tuple[Path, bytes] | None:
     if damaged:
         raise ValueError(
             f"checkpoint {damaged[0]} is damaged and there is no whole one before it; "
-            "delete it to start the run anew"
+            "move it away to start the run anew"
         )
     return None

@@ -165,19 +165,19 @@ def truncate(path):
 BROKEN = {
     "not an image": (
         lambda r: overwrite(r / "train/cat/1.jpg", b"not an image"),
-        ["train/cat/1.jpg", "cannot be decoded", "replace or remove"],
+        ["train/cat/1.jpg", "cannot be decoded", "replace it or move it away"],
     ),
     "empty file": (
         lambda r: overwrite(r / "val/dog/grey0.jpg", b""),
-        ["val/dog/grey0.jpg", "cannot be decoded", "replace or remove"],
+        ["val/dog/grey0.jpg", "cannot be decoded", "replace it or move it away"],
     ),
     "truncated JPEG": (
         lambda r: truncate(r / "train/cat/0.jpg"),
-        ["train/cat/0.jpg", "cannot be decoded", "replace or remove"],
+        ["train/cat/0.jpg", "cannot be decoded", "replace it or move it away"],
     ),
     "truncated PNG": (
         lambda r: truncate(r / "train/cat/tall2.png"),
-        ["train/cat/tall2.png", "cannot be decoded", "replace or remove"],
+        ["train/cat/tall2.png", "cannot be decoded", "replace it or move it away"],
     ),
     "empty class": (
         lambda r: [f.unlink() for f in (r / "train/cat").iterdir()],

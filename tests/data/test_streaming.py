@@ -232,7 +232,7 @@ def test_the_same_images_are_held_out_as_in_memory(tree):
 def test_a_truncated_image_stops_the_run_and_is_named(damaged, config):
     with pytest.raises(
         DataError,
-        match=r"train/2/1\.jpg cannot be decoded .*; replace or remove it",
+        match=r"train/2/1\.jpg cannot be decoded .*; replace it or move it away",
     ) as stop:
         run(config, data=damaged, device="cpu", progress="off")
     assert "Traceback" not in str(stop.value)

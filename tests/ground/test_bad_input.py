@@ -468,8 +468,12 @@ TREES = {
     ),
     "train alone": (lambda r: shutil.rmtree(r / "test"), "must hold train/ and test/ (or val/)"),
     "test alone": (lambda r: shutil.rmtree(r / "train"), "must hold train/ and test/ (or val/)"),
-    "no image": (content(CAT, b"text"), DECODED, "replace or remove it"),
-    "no bytes": (content("test/dog/0.png", b""), "test/dog/0.png cannot be decoded", "replace or remove it"),
+    "no image": (content(CAT, b"text"), DECODED, "replace it or move it away"),
+    "no bytes": (
+        content("test/dog/0.png", b""),
+        "test/dog/0.png cannot be decoded",
+        "replace it or move it away",
+    ),
     "a folder named as an image": (
         lambda r: (r / "train/cat/1.png").mkdir() or (r / CAT).unlink(),
         "cat",

@@ -7,7 +7,7 @@ import pytest
 from lrpet import RunConfig
 from lrpet.config import METHODS, describe_fields
 from lrpet.experiments import load_profile
-from lrpet.paths import PROJECT, figures_root, results_root
+from lrpet.paths import PROJECT, figures_root, has_own_results, results_root
 from lrpet.registry import MODELS
 
 LRPET = {"method": "lrpet", "prune_ratio": 0.57, "seed": 1}
@@ -210,8 +210,11 @@ def test_folders_follow_the_environment(monkeypatch, tmp_path):
     assert config.folder() == tmp_path / "here" / "paper" / "runs" / config.run_id
     assert config.folder(Path("there")) == Path("there/paper/runs") / config.run_id
     assert figures_root() == Path.home() / "figures"
+    monkeypatch.setenv("LRPET_FIGURES", "")  # with results elsewhere, not among the project's own
+    assert figures_root() == tmp_path / "here" / "figures" and not has_own_results()
+    monkeypatch.setenv("LRPET_RESULTS", str(PROJECT / "results"))
+    assert figures_root() == PROJECT / "figures" and has_own_results()
     monkeypatch.delenv("LRPET_RESULTS")
-    monkeypatch.setenv("LRPET_FIGURES", "")
     assert (results_root(), figures_root()) == (PROJECT / "results", PROJECT / "figures")
 
 

@@ -369,7 +369,7 @@ def test_damage_to_a_finished_run_is_found_and_named(
         assert str(folder / name) in str(caught.value) or (
             name == "SHA256SUMS" and "SHA256SUMS beside it" in str(caught.value)
         )
-        assert "delete the folder to run it anew" in str(caught.value)
+        assert "move the folder away to run it anew" in str(caught.value)
     monkeypatch.setenv("LRPET_RESULTS", str(tmp_path))
     assert main(["train", *fields(CONFIG)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {folder}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import nbformat
 import pandas as pd
@@ -121,6 +122,18 @@ def test_the_last_epochs_top5_is_the_summarys(tmp_path):
 # ---------------------------------------------------------------- one store, several trees
 
 
+@pytest.mark.parametrize("crops", ["square", "whole"])
+def test_a_finished_run_is_not_shown_for_other_images_of_the_same_classes(tmp_path, crops):
+    config = RunConfig(**SMALL | {"crops": crops})
+    root = make_digits_tree(tmp_path / "six", train=4, val=2)
+    done = run(config, data=root, device="cpu", progress="off")
+    assert run(config, data=root, device="cpu", progress="off").summary == done.summary
+    shutil.copyfile(root / "train" / "1" / "0.jpg", root / "train" / "0" / "0.jpg")
+    with pytest.raises(ValueError, match=r"is a finished run on other images than .*six holds"):
+        run(config, data=root, device="cpu", progress="off")
+    assert run(config, data=tmp_path / "gone", device="cpu", progress="off").summary == done.summary
+
+
 def test_a_finished_run_is_not_shown_for_other_classes(tmp_path):
     six, seven = (make_digits_tree(tmp_path / str(n), classes=n, train=4, val=2) for n in (6, 7))
     done = run(RunConfig(**SMALL), data=six, device="cpu", progress="off")
@@ -128,7 +141,7 @@ def test_a_finished_run_is_not_shown_for_other_classes(tmp_path):
     assert run(RunConfig(**SMALL), device="cpu", progress="off").summary == done.summary  # needs no images
     with pytest.raises(
         ValueError,
-        match=r"is a finished run on other classes than .*7 holds; give another seed or results folder",
+        match=r"is a finished run on other images than .*7 holds \(data_train_sha256 differs\); give",
     ):
         run(RunConfig(**SMALL), data=seven, device="cpu", progress="off")
 

@@ -1,9 +1,11 @@
 import contextlib
+import copy
 import dataclasses
 import json
 import multiprocessing
 import shutil
 from importlib import import_module
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,6 +16,7 @@ from lrpet import RunConfig, build_model, cost, load_runs, ranks_from_ratio, run
 from lrpet.config import METHODS
 from lrpet.data.batches import Batches
 from lrpet.data.sets import load_data
+from lrpet.files import write_file
 from lrpet.runs.store import is_complete, load_network, load_run
 from lrpet.training.evaluate import evaluate
 from lrpet.training.loop import Paused
@@ -166,7 +169,7 @@ def test_a_damaged_file_of_a_run_from_before_checksums_is_an_error_that_names_it
     (folder / "SHA256SUMS").unlink()
     assert load_run(folder).summary == undisturbed.summary
     (folder / name).write_text("" if name.endswith("csv") else "{")
-    with pytest.raises(ValueError, match=f"damaged/{name} is damaged .*delete the folder"):
+    with pytest.raises(ValueError, match=f"damaged/{name} is damaged .*move the folder away"):
         load_run(folder)
 
 
@@ -259,7 +262,7 @@ def test_two_damaged_checkpoints_end_the_run_with_advice(tmp_path):
     folder = pause_twice(tmp_path)
     for name in ("checkpoint.pt", "checkpoint.previous"):
         (folder / name).write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="delete it to start the run anew"):
+    with pytest.raises(ValueError, match="move it away to start the run anew"):
         run(CONFIG, results=tmp_path, device="cpu", progress="off")
 
 
@@ -381,3 +384,26 @@ def test_load_runs_looks_into_the_results_of_the_project(monkeypatch, undisturbe
     assert load_runs().empty
     monkeypatch.setenv("LRPET_RESULTS", str(undisturbed.folder.parents[2]))
     assert load_runs()["run_id"].tolist() == [CONFIG.run_id]
+
+
+# ---------------------------------------------------------------- what was written can be read
+
+
+def test_weights_that_do_not_load_as_they_were_saved_finish_no_run(tmp_path, monkeypatch):
+    from lrpet.lowrank import compact_file
+
+    def other(compact, path, **description):
+        broken = copy.deepcopy(compact)
+        next(broken.parameters()).data[0] += 1
+        compact_file.save_compact(broken, path, **description)
+
+    monkeypatch.setattr(import_module("lrpet.runs.finish"), "save_compact", other)
+    with pytest.raises(OSError, match=r"compact\.safetensors does not hold the network"):
+        run(CONFIG, results=tmp_path, device="cpu", progress="off")
+    assert not is_complete(CONFIG.folder(tmp_path))
+
+
+def test_a_text_that_is_not_read_as_it_was_written_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "read_bytes", lambda self: b"other")
+    with pytest.raises(OSError, match=r"a\.txt does not hold what was written to it"):
+        write_file(tmp_path / "a.txt", "text")

@@ -1,10 +1,12 @@
 import dataclasses
+import shutil
 
 import pandas as pd
 import pytest
 from helpers import experiment, put
 
-from lrpet import tables
+from lrpet import RunConfig, load_runs, tables
+from lrpet.__main__ import main
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT
 from lrpet.tables import choice, claims, costs, pages, statistics
@@ -385,3 +387,50 @@ def test_sweeps_of_lrp_are_compared_with_lrp(tmp_path):
     assert table.loc["resnet20-lrp-16-iterations", "difference"] == "+0.50"
     base = table[table.question == "projection interval, LRP"].loc["resnet20-lrp"]
     assert base.verdict == "LRP as it is"
+
+
+# ---------------------------------------------------------------- what is no run of its own
+
+
+def test_a_copied_run_is_no_seed(tmp_path):
+    root = tmp_path / "results"
+    shutil.copytree(PROJECT / "results" / "short" / "runs", root / "short" / "runs")
+    before = tables.accuracy_table(tables.profile_runs("short", root), tables.published())
+    for part in ("*narrow*", "*lrpet-0.57-s1-1190cc*"):
+        folder = next((root / "short" / "runs").glob(part))
+        shutil.copytree(folder, f"{folder} (copy)")
+        shutil.copytree(folder, root / "short" / "before" / folder.name)
+    with pytest.warns(UserWarning, match="is left out") as told:
+        runs = tables.profile_runs("short", root)
+    assert tables.accuracy_table(runs, tables.published()).equals(before)
+    texts = sorted(str(warning.message) for warning in told)
+    assert len(texts) == 4
+    assert set(runs.folder.dropna().str.contains("/short/runs/")) == {True}
+    assert sum("(copy) is left out: it is a copy of the run" in text for text in texts) == 2
+    assert sum(f"the same run is in {root / 'short' / 'runs'}" in text for text in texts) == 2
+
+
+@pytest.mark.parametrize("config", [None, "{}x", '{"model_type": "bert"}', "[]"])
+def test_a_summary_of_something_else_is_left_out_and_named(tmp_path, config):
+    put(tmp_path, RunConfig(), 97.0)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "summary.json").write_text('{"loss": 1}')
+    if config is not None:
+        (tmp_path / "theirs" / "config.json").write_text(config)
+    with pytest.warns(UserWarning, match="theirs is left out: its summary.json is of no run of this project"):
+        assert load_runs(tmp_path).run_id.tolist() == [RunConfig().run_id]
+
+
+def test_pages_are_written_from_the_projects_own_store_alone(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- table: smoke accuracy: method top1_pct -->\n<!-- end -->\n")
+    monkeypatch.setattr(pages, "PAGES", (page,))
+    monkeypatch.setattr(pages, "project_file", lambda name: tmp_path / name)
+    before = page.read_text()
+    assert main(["tables"]) == 0
+    assert "pages are written from results/ only" in capsys.readouterr().out
+    assert page.read_text() == before
+    assert (tmp_path / "results" / "smoke" / "tables" / "accuracy.md").is_file()
+    monkeypatch.setattr(pages, "has_own_results", lambda: True)
+    assert main(["tables"]) == 0
+    assert "| method" in page.read_text()

@@ -282,7 +282,7 @@ def test_two_damaged_checkpoints_are_an_error_that_says_what_to_do(path, damage)
     for file in (path, path.with_suffix(".previous")):
         file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(
-        ValueError, match=r"checkpoint\.pt is damaged and there is no whole one before it; delete it"
+        ValueError, match=r"checkpoint\.pt is damaged and there is no whole one before it; move it away"
     ):
         load_checkpoint(path)
 
