@@ -18,6 +18,7 @@ from lrpet.methods.base import Dense, is_due
 from lrpet.processes import ALONE, Processes
 from lrpet.training.evaluate import evaluate
 from lrpet.training.interrupt import PatientInterrupt
+from lrpet.training.pieces import check_pieces
 from lrpet.training.progress import Progress
 from lrpet.training.recipes import learning_rate, make_mixer, set_learning_rate
 from lrpet.training.state import State
@@ -75,6 +76,7 @@ def train(
         Paused: the deadline passed.
         KeyboardInterrupt: Ctrl-C; the step under way was finished and a checkpoint written, from which the
             same call resumes.
+        ValueError: a process would take one image alone, of which a BatchNorm sees 1×1 pixels.
         FloatingPointError: the loss became NaN or infinite; names epoch, step and the norms of the layers.
         RuntimeError: the processes' weights are no longer the same, as machines of different kinds may make
             them.
@@ -83,6 +85,7 @@ def train(
     """
     device, steps, last_step = batches.device, batches.steps, config.epochs * batches.steps
     mix, synchronize = make_mixer(config, len(batches.data.classes)), device.type == "cuda"
+    check_pieces(method.model, batches, processes.world, session.device_batch)
     state = State(config, method, batches, processes)
     state.load(session.checkpoint)
     clock, recorder, totals = state.clock, state.recorder, state.totals

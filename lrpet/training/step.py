@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lrpet.config import RunConfig
 from lrpet.training.bfloat16 import Bfloat16Products, has_bfloat16_products
+from lrpet.training.pieces import count_pieces
 from lrpet.training.recipes import training_loss
 
 __all__ = ["Step"]
@@ -112,7 +113,7 @@ class Step:
         self._forward_backward(x, target, y, images)
 
     def _forward_backward(self, x: Tensor, target: Tensor, y: Tensor, images: int) -> None:
-        count = max(1, -(-len(y) // (self.device_batch or self.config.batch_size)))
+        count = count_pieces(len(y), self.device_batch or self.config.batch_size)
         pieces = zip(*(whole.tensor_split(count) for whole in (x, target, y)), strict=True)
         for left, piece in zip(reversed(range(count)), pieces, strict=True):
             # processes meet at the last piece
