@@ -8,17 +8,17 @@ Verbs: ``list``, ``check``, ``headline``, ``run NAMEâ€¦``, ``train FIELD=VALUEâ€
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import yaml
-
 from lrpet.bench.loading import keep, measure, throughput_line
-from lrpet.config import PROFILES, RunConfig, describe_fields
+from lrpet.config import PROFILES, RunConfig, describe_fields, read_fields
 from lrpet.data.load import load_images, make_batches
 from lrpet.deploy.export import FORMATS
 from lrpet.experiments import Experiment, load_profile, select
@@ -33,18 +33,31 @@ from lrpet.training.checkpoint import has_checkpoint
 from lrpet.training.loop import Paused
 
 PAUSED = 75  # exit status: "temporary failure, try again" of sysexits.h
+BROKEN_PIPE = 141  # 128 + SIGPIPE
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; return its exit status.
 
-    0: all complete; 1: an error; 75: paused by the time budget; 130: stopped by Ctrl-C.
+    0: all complete; 1: an error; 75: paused by the time budget; 130: stopped by Ctrl-C; 141: nobody reads the
+    output.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal may know fewer characters than names and tables have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(arguments)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        return args.action(args)
+        with warnings.catch_warnings():  # else each would show a line of source, in every process
+            warnings.showwarning = _warn if rank == 0 else _hide
+            status = args.action(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as of ``| head``: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return BROKEN_PIPE
     except Paused as pause:
         if rank == 0:
             print(pause)
@@ -53,10 +66,40 @@ def main(arguments: list[str] | None = None) -> int:
         if rank == 0:
             print(stop.args[0] if stop.args else "stopped; what was trained so far is kept", file=sys.stderr)
         return INTERRUPTED
-    except (ImportError, ValueError, FloatingPointError, OSError, yaml.YAMLError) as error:
+    except (ImportError, ValueError, FloatingPointError, MemoryError, OSError) as error:
         where = f" in process {rank + 1} of {world}" if world > 1 else ""
         print(f"error{where}: {error}", file=sys.stderr)
         return 1
+
+
+def _warn(message, *_, **__) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _hide(*_, **__) -> None:
+    pass
+
+
+class _Once(argparse.Action):
+    """An option that is refused where it is given a second time, which argparse takes without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = vars(namespace).setdefault("given", set())
+        if option_string and self.dest in given:
+            parser.error(f"{option_string} must be given once")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def _seconds(text: str) -> float:
+    """Return a length of time that was typed."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more; got {text!r}")
+    return seconds
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     def verb(name: str, action: Callable, text: str, profile: str | None = None) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text)
+        sub = verbs.add_parser(name, help=text, allow_abbrev=False)
+        sub.register("action", None, _Once)
         sub.set_defaults(action=action)
         if profile is not None:
             sub.add_argument("--profile", default=profile, choices=PROFILES)
@@ -96,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("throughput", _throughput, text, "imagenet")
     sub.add_argument("names", nargs="+", metavar="NAME", help="as 'list' shows them")
     _add_place(sub)
-    sub.add_argument("--seconds", type=float, default=20.0, help="of each of the three measurements")
+    sub.add_argument("--seconds", type=_seconds, default=20.0, help="of each of the three measurements")
     text = "write results/bench/throughput-*.json, which the tables estimate times from"
     sub.add_argument("--keep", action="store_true", help=text)
     return parser
@@ -110,7 +154,7 @@ def _add_place(sub: argparse.ArgumentParser) -> None:
 def _add_training(sub: argparse.ArgumentParser) -> None:
     _add_place(sub)
     text = "stop at a checkpoint after this time"
-    sub.add_argument("--time-budget", type=float, metavar="SECONDS", help=text)
+    sub.add_argument("--time-budget", type=_seconds, metavar="SECONDS", help=text)
     text = "epochs between checkpoints"
     sub.add_argument("--checkpoint-epochs", type=int, default=1, metavar="N", help=text)
     text = "images that a device takes at a time (default: all of its batch)"
@@ -173,8 +217,7 @@ def _throughput(args) -> int:
 
 
 def _train(args) -> int:
-    fields = dict(field.partition("=")[::2] for field in args.fields)
-    config = RunConfig.from_dict({name: yaml.safe_load(value) for name, value in fields.items()})
+    config = RunConfig.from_dict(read_fields(args.fields))
     done = _do(config, args, args.time_budget)
     if Processes.now().first:
         s = done.summary

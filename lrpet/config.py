@@ -6,15 +6,16 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lrpet.paths import results_root
 from lrpet.registry import METHODS, MODELS, SMALLEST
 
-__all__ = ["DATASETS", "METHODS", "PROFILES", "RunConfig", "describe_fields"]
+__all__ = ["DATASETS", "METHODS", "PROFILES", "RunConfig", "describe_fields", "read_fields"]
 DATASETS = {"digits": 8, "cifar10": 32, "imagefolder": 224}  # name → image size in pixels
 PROFILES = ("smoke", "short", "scaled", "selection", "paper", "imagenette", "imagenet")
 SIZE = ("prune_ratio", "ranks", "layers")  # how compact the result is; ignored by methods that do not read it
@@ -302,6 +303,79 @@ def _fill_in_defaults(config: RunConfig) -> None:
         and "finetune_learning_rate" in row.reads
     ):
         config._put("finetune_learning_rate", config.learning_rate / 10)
+
+
+def read_fields(typed: Sequence[str]) -> dict:
+    """Return what was typed as FIELD=VALUE, each value as the type of its field, read as it looks.
+
+    Numbers are decimal, also with leading zeros; 1e2 is a whole number; text is taken as it stands; null is
+    no value.
+
+    Args:
+        typed: as ``["epochs=20", "milestones=[10, 15]", "ranks={conv1: 3, conv2: 8}"]``.
+
+    Raises:
+        ValueError: no value, a field given twice, or a value that is not of its type; names the field.
+
+    >>> read_fields(["seed=010", "layers=*.conv1", "learning_rate=1e-2", "milestones=[8, 12]", "crops=null"])
+    {'seed': 10, 'layers': '*.conv1', 'learning_rate': 0.01, 'milestones': (8, 12), 'crops': None}
+    """
+    values, kinds = {}, {field.name: field.type for field in dataclasses.fields(RunConfig)}
+    for text in typed:
+        name, _, value = (part.strip() for part in text.partition("="))
+        if not name or not value:
+            raise ValueError(
+                f"a field must be typed as FIELD=VALUE, as epochs=20 or crops=null; got {text!r}"
+            )
+        if name in values:
+            raise ValueError(f"{name} must be given once; got {values[name]!r} and {value!r}")
+        values[name] = _read_value(name, value, kinds.get(name, "str"))  # an unknown one is refused later
+    return values
+
+
+def _read_value(name: str, text: str, kind: str):
+    if text == "null" and "None" in kind:
+        return None
+    if kind.startswith("tuple"):
+        return _read_numbers(name, text, may_be_map="Mapping" in kind)
+    if kind.startswith("bool"):
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name} must be true or false; got {text!r}")
+        return text.lower() == "true"
+    if kind.startswith("int"):
+        return _read_whole(name, text)
+    return _read_number(name, text, "a number, as 0.1 or 1e-4") if kind.startswith("float") else text
+
+
+def _read_number(name: str, text: str, wanted: str) -> float:
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.ASCII | re.IGNORECASE):
+        raise ValueError(f"{name} must be {wanted}; got {text!r}")
+    return float(text)
+
+
+def _read_whole(name: str, text: str) -> int:
+    if re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII):
+        return int(text)
+    number = _read_number(name, text, "a whole number")
+    if not number.is_integer():
+        raise ValueError(f"{name} must be a whole number; got {text!r}")
+    return int(number)
+
+
+def _read_numbers(name: str, text: str, may_be_map: bool) -> tuple[int, ...] | dict[str, int]:
+    brackets, items = text[:1] + text[1:][-1:], [item.strip() for item in text[1:-1].split(",")]
+    items = items if items != [""] else []
+    if brackets == "[]":
+        return tuple(_read_whole(name, item) for item in items)
+    if brackets != "{}" or not may_be_map:
+        raise ValueError(
+            f"{name} must be a list, as [1, 2]{', or a map, as {conv1: 3}' * may_be_map}; got {text!r}"
+        )
+    pairs = [[part.strip() for part in item.rpartition(":")[::2]] for item in items]
+    twice = [key for key, _ in pairs if [key for key, _ in pairs].count(key) > 1]
+    if twice:
+        raise ValueError(f"{name} must name each layer once; got {twice[0]!r} twice")
+    return {key: _read_whole(f"{name} of {key!r}", value) for key, value in pairs}
 
 
 def describe_fields() -> str:

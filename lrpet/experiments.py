@@ -54,6 +54,18 @@ class _UniqueKeys(yaml.SafeLoader):
             raise ValueError(f"the name {name!r} stands twice{node.start_mark}; rename one")
         return super().construct_mapping(node, deep)
 
+    def construct_as_typed(self, node):
+        """Refuse a number that YAML reads as another than it looks: 010 as 8, 1:30 as 90, 0x10, 1_0."""
+        if re.search(r"[_:xob]|^[-+]?0\d", node.value, re.IGNORECASE):
+            raise ValueError(
+                f"YAML reads {node.value} as another number{node.start_mark}; write it in decimal digits"
+            )
+        return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+
+
+for _number in ("int", "float"):
+    _UniqueKeys.add_constructor(f"tag:yaml.org,2002:{_number}", _UniqueKeys.construct_as_typed)
+
 
 def load_profile(name: str, path: Path | None = None) -> Profile:
     """Read one profile and validate every configuration in it.
