@@ -114,6 +114,7 @@ def run(
         DataError, ValueError: data or configuration cannot be used, or the folder holds another
             configuration.
         FloatingPointError: the loss became NaN or infinite.
+        MemoryError: the device's memory is too small for a batch.
 
     Two processes asked for the same run do not both train it: the second waits, then loads.
     """
@@ -176,7 +177,15 @@ def _train(job: _Job) -> Run:
     verb, times = "resuming" if resumed else "training", f"{processes.world} × " * (processes.world > 1)
     length = f"{config.epochs} epochs of {batches.steps} steps"
     job.say(f"{config.run_id}: {verb} {length} on {times}{origin['device']}")
-    state = train(config, method, batches, job.session, processes)
+    try:
+        state = train(config, method, batches, job.session, processes)
+    except torch.OutOfMemoryError as error:
+        pieces = job.session.device_batch or -(-config.batch_size // processes.world)
+        raise MemoryError(
+            f"{origin['device']} has too little memory for batch_size {config.batch_size}, of which it takes "
+            f"{pieces} images at a time: give --device-batch {max(1, pieces // 2)} (device_batch=) or less, "
+            f"which takes a batch in pieces, or a smaller batch_size; {str(error).splitlines()[0]}"
+        ) from error
     compact = method.compact()
     top1_pct = evaluate(compact, batches, processes)["top1_pct"]
     if processes.first:

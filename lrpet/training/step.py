@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -16,6 +17,8 @@ from lrpet.training.recipes import training_loss
 __all__ = ["Step"]
 # steps done plainly before they are recorded: by then cuDNN has its algorithms and the optimizer its buffers
 WARM_UP = 3
+# how far gradients of a replayed step may be from those of a plain one, relative to a layer's
+TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2}
 
 
 class Step:
@@ -24,7 +27,8 @@ class Step:
     A step of a small network is about a thousand kernels of a few microseconds, less than it takes to launch
     each from Python. So on a GPU the kernels of a whole batch are recorded as two graphs, cut where gradients
     are complete (there they may be read or added to), and each is launched by one call. A smaller last batch
-    is done plainly. Nothing here waits for the GPU except the recording itself.
+    is done plainly. Nothing here waits for the GPU except the recording itself. The first recorded step is
+    done both ways and compared; where they differ, or recording fails, all steps are plain, after a warning.
 
     Args:
         config: of the run; its recipe and precision are read.
@@ -62,6 +66,7 @@ class Step:
         self.world, self.device_batch = world, device_batch
         self._stream = torch.cuda.Stream() if graphs else None
         self._calls, self._graphs = 0, None  # graphs: (backward, update)
+        self._trusted = True  # until graphs were compared with plain steps
         self._host, self._copied = None, None
 
     def backward(self, x: Tensor, target: Tensor, y: Tensor, images: int | None = None) -> None:
@@ -74,18 +79,12 @@ class Step:
             images: of the whole batch, over which the loss is a mean; None: B.
         """
         images = len(y) if images is None else images
-        self._replaying = (
-            self._stream is not None and self._calls >= WARM_UP and len(y) == self.config.batch_size
-        )
+        whole = self._calls >= WARM_UP and len(y) == self.config.batch_size
+        if whole and self._stream is not None and self._trusted and self._graphs is None:
+            self._rehearse(x, target, y)
+        self._replaying = whole and self._graphs is not None
         if self._replaying:
-            if self._graphs is None:
-                self._record(x, target, y)
-            for static, new in zip(self._batch, (x, target, y), strict=True):
-                static.copy_(new)
-            if self._grads and self._grads[0][0].grad is not self._grads[0][1]:  # a plain step came between
-                for p, grad in self._grads:
-                    p.grad = grad
-            self._graphs[0].replay()
+            self._replay(x, target, y)
         else:
             self._calls += 1
             self._aside(self._backward, x, target, y, images)
@@ -144,6 +143,58 @@ class Step:
             work(*arguments)
         here.wait_stream(self._stream)
 
+    def _replay(self, *batch: Tensor) -> None:
+        for static, new in zip(self._batch, batch, strict=True):
+            static.copy_(new)
+        if self._grads and self._grads[0][0].grad is not self._grads[0][1]:  # a plain step came between
+            for p, grad in self._grads:
+                p.grad = grad
+        self._graphs[0].replay()
+
+    def _rehearse(self, *batch: Tensor) -> None:
+        """Record a step, and keep the graphs only if they do what a plain one does; all else is as before."""
+        tolerance, wrong = TOLERANCE[self.config.precision], None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        try:
+            apart = self._compare(
+                lambda: self._aside(self._backward, *batch, len(batch[-1])),
+                lambda: (self._record(*batch), self._replay(*batch)),
+                [self.totals, *self.model.buffers()],
+                lambda: [p.grad for p in parameters if p.grad is not None],
+            )
+            if not apart <= tolerance:  # also where it is not a number
+                wrong = f"loss or gradients of a replayed step are {apart:.1e} from those of a plain one"
+            else:
+                moved = [v for state in self.optimizer.state.values() for v in state.values()]
+                changing = parameters + [value for value in moved if isinstance(value, Tensor)]
+                apart = self._compare(self.optimizer.step, self._graphs[1].replay, changing)
+                if not apart <= tolerance:
+                    wrong = f"weights after a replayed step are {apart:.1e} from those after a plain one"
+        except RuntimeError as error:
+            wrong = f"a step could not be recorded ({error})"
+        if wrong:
+            self._trusted, self._graphs = False, None
+            warnings.warn(f"CUDA graphs are not used: {wrong}; steps are plain, and slower", stacklevel=2)
+
+    @torch.no_grad()
+    def _compare(
+        self, plain: Callable, replayed: Callable, state: list[Tensor], results: Callable = list
+    ) -> float:
+        """Return how far two ways of a step are apart, in results and in changes of a state; undo both."""
+        before, seen = [tensor.clone() for tensor in state], []
+        for way in (plain, replayed):
+            on = [self.totals.device] if self.totals.is_cuda else []
+            with torch.random.fork_rng(devices=on), torch.enable_grad():
+                way()
+            changes = [(tensor - old).clone() for tensor, old in zip(state, before, strict=True)]
+            seen.append(([value.clone() for value in results()], changes))
+            for tensor, old in zip(state, before, strict=True):
+                tensor.copy_(old)
+        (one, changed), (other, changed_too) = seen
+        # the gradient of a bias before a BatchNorm is nothing but rounding: a floor for all
+        floor = 0.01 * sum(value.double().square().sum() for value in one) ** 0.5 if one else 0.0
+        return max(_apart(one, other, floor), _apart(changed, changed_too, 0.0))
+
     def _record(self, *batch: Tensor) -> None:
         self._batch = [tensor.clone() for tensor in batch]
         self.optimizer.zero_grad()  # gradients are made in the graph's memory, so replaying overwrites them
@@ -157,6 +208,18 @@ class Step:
             if p.grad is not None
         ]
         self._graphs = backward, _capture(self.optimizer.step, self._stream, backward.pool())
+
+
+def _apart(some: list[Tensor], others: list[Tensor], floor: Tensor | float) -> float:
+    """Return the largest norm of a difference of two tensors, relative to the first or to a floor."""
+    if len(some) != len(others):
+        return float("inf")
+    ratios = [
+        torch.linalg.vector_norm(a.double() - b.double())
+        / (torch.linalg.vector_norm(a.double()) + floor).clamp(min=1e-30)
+        for a, b in zip(some, others, strict=True)
+    ]
+    return torch.stack(ratios).max().item() if ratios else 0.0
 
 
 def _capture(work: Callable, stream: torch.cuda.Stream, pool: tuple | None = None) -> torch.cuda.CUDAGraph:

@@ -407,3 +407,33 @@ def test_a_text_that_is_not_read_as_it_was_written_is_an_error(tmp_path, monkeyp
     monkeypatch.setattr(Path, "read_bytes", lambda self: b"other")
     with pytest.raises(OSError, match=r"a\.txt does not hold what was written to it"):
         write_file(tmp_path / "a.txt", "text")
+
+
+# ---------------------------------------------------------------- GPUs
+
+
+def test_a_device_without_memory_is_told_with_the_way_out(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(import_module("lrpet.runs.run"), "train", full)
+    words = (
+        r"too little memory for batch_size 256.* --device-batch 128 .*smaller batch_size; CUDA out of memory"
+    )
+    with pytest.raises(MemoryError, match=words) as told:
+        run(CONFIG, results=tmp_path, device="cpu", progress="off")
+    assert "\n" not in str(told.value)
+    with pytest.raises(MemoryError, match="takes 8 images at a time: give --device-batch 4"):
+        run(CONFIG, results=tmp_path, device="cpu", progress="off", device_batch=8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("method", ["lrpet", "trp"])
+def test_a_run_paused_and_resumed_on_a_gpu_equals_an_uninterrupted_one(tmp_path, method):
+    config = RunConfig(**TINY, method=method)
+    options = {"device": "cuda", "progress": "off", "deterministic": True}
+    expected = outcome(run(config, results=tmp_path / "undisturbed", **options).folder)
+    for _ in range(7):
+        with pytest.raises(Paused):
+            run(config, results=tmp_path, time_budget=0.0, **options)
+    assert outcome(run(config, results=tmp_path, **options).folder) == expected

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import lrpet.training.step
 from lrpet import RunConfig, build_model
 from lrpet.training.recipes import make_optimizer, set_learning_rate
 from lrpet.training.step import WARM_UP, Step
@@ -82,6 +83,86 @@ def test_replayed_steps_are_plain_steps(device, recipe, monkeypatch):
     assert totals == pytest.approx(expected, rel=1e-6)
     for (name, a), b in zip(plain.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name
+
+
+# ---------------------------------------------------------------- graphs that do something else
+
+
+def double_a_gradient(model, totals):
+    next(model.parameters()).grad.mul_(2)
+
+
+def forget_a_gradient(model, totals):
+    list(model.parameters())[-1].grad.zero_()
+
+
+def lose_the_gradients_sign(model, totals):
+    for p in model.parameters():
+        p.grad.neg_()
+
+
+def count_wrong(model, totals):
+    totals[0] *= 1.5
+
+
+def leave_nan(model, totals):
+    next(model.parameters()).grad.fill_(torch.nan)
+
+
+def forget_statistics(model, totals):
+    next(module for module in model.modules() if hasattr(module, "running_var")).running_var.fill_(1)
+
+
+def move_a_weight(model, totals):
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+
+
+def fail(model, totals):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+LIES = {
+    "backward": [double_a_gradient, forget_a_gradient, lose_the_gradients_sign, count_wrong, leave_nan],
+    "update": [move_a_weight],
+}
+LIES["backward"] += [forget_statistics, fail]
+
+
+@pytest.mark.parametrize(("graph", "lie"), [(graph, lie) for graph in LIES for lie in LIES[graph]])
+def test_graphs_that_do_something_else_are_given_up_after_a_warning(monkeypatch, graph, lie):
+    config, device = RunConfig(batch_size=16), torch.device("cpu")
+    plain = build_model("resnet8")
+    other = copy.deepcopy(plain)
+    expected, _ = make_steps(config, plain, device, graphs=False)
+    pretend(monkeypatch, other)
+    honest, real, made = lrpet.training.step._capture, Step, []
+
+    def lying(work, stream, pool=None):
+        name = "backward" if pool is None else "update"
+        if lie is fail:
+            fail(other, None)
+        recorded = honest(work, stream, pool)
+
+        def replay():
+            recorded.replay()
+            if name == graph:
+                lie(other, made[0].totals)
+
+        return SimpleNamespace(replay=replay, pool=recorded.pool)
+
+    def make(*given, **options):
+        made.append(real(*given, **options))
+        return made[-1]
+
+    monkeypatch.setattr("lrpet.training.step._capture", lying)
+    monkeypatch.setitem(globals(), "Step", make)
+    with pytest.warns(UserWarning, match="CUDA graphs are not used: .*; steps are plain") as told:
+        totals, replayed = make_steps(config, other, device, graphs=True)
+    assert len(told) == 1 and replayed == 0
+    assert totals == expected
+    for (name, a), b in zip(plain.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
