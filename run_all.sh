@@ -70,6 +70,7 @@ cores=$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')
 [ -n "$jobs" ] || jobs=$([ -n "$cluster" ] && echo 100 || echo $((cores < 2 ? 1 : 2)))
 results=${LRPET_RESULTS:-$ROOT/results}
 results=${results/#\~/$HOME}/$profile
+case $results in *[{}]*) wrong "the results folder must have no braces in its path; got $results; set LRPET_RESULTS" ;; esac
 figures=$("$PYTHON" -c 'from lrpet.paths import figures_root; print(figures_root())')/$profile
 echo "$jobs at a time; results go to $results"
 snakemake=("$PYTHON" -m snakemake --snakefile "$ROOT/Snakefile" --workflow-profile "$ROOT/profiles/default"

@@ -5,7 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["PROJECT", "cache_folder", "figures_root", "has_own_results", "project_file", "results_root"]
+__all__ = [
+    "PROJECT",
+    "cache_folder",
+    "data_folder",
+    "expanded",
+    "figures_root",
+    "has_own_results",
+    "project_file",
+    "results_root",
+]
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -58,8 +67,25 @@ def cache_folder() -> Path:
 def data_folder(root: str | Path | None) -> Path | None:
     """Return the folder of the images: the given one, else ``LRPET_DATA``, else None."""
     root = root or os.environ.get("LRPET_DATA") or None
-    return None if root is None else Path(root).expanduser()
+    return None if root is None else expanded(root)
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with ``~`` and ``~user`` as home folders.
+
+    Raises:
+        ValueError: that home is not known.
+
+    >>> expanded("data"), expanded("~") == Path.home()
+    (PosixPath('data'), True)
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"the home folder of {str(path)!r} is not known; give the folder without ~"
+        ) from error
 
 
 def _folder(variable: str, name: str, instead: str) -> Path:
-    return Path(os.environ.get(variable) or project_file(name, instead)).expanduser()
+    return expanded(os.environ.get(variable) or project_file(name, instead))

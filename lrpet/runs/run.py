@@ -19,7 +19,7 @@ from lrpet.data.stream import StreamData
 from lrpet.files import write_file
 from lrpet.methods import make_method
 from lrpet.methods.base import Dense, build_network
-from lrpet.paths import data_folder
+from lrpet.paths import data_folder, expanded
 from lrpet.processes import Processes, join_processes
 from lrpet.runs.device import deterministic_algorithms, device_of
 from lrpet.runs.environment import environment
@@ -120,7 +120,7 @@ def run(
     """
     _check_arguments(locals())
     deadline = None if time_budget is None else time.monotonic() + time_budget
-    folder = config.folder(None if results is None else Path(results))
+    folder = config.folder(None if results is None else expanded(results))
     checkpoint = folder / "checkpoint.pt"
     session = Session(checkpoint, checkpoint_epochs, deadline, progress, on_epoch, device_batch)
     processes = join_processes()

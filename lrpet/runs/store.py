@@ -16,7 +16,7 @@ from lrpet.config import PROFILES, RunConfig
 from lrpet.lowrank.compact_file import compact_header, load_compact
 from lrpet.methods.base import build_network
 from lrpet.methods.filter_pruning import keep_filters
-from lrpet.paths import results_root
+from lrpet.paths import expanded, results_root
 
 __all__ = ["Run", "is_complete", "load_network", "load_run", "load_runs", "weights_file"]
 ANEW = "move the folder away to run it anew, or take it from where you got it"
@@ -107,7 +107,7 @@ def load_runs(root: str | Path | None = None) -> pd.DataFrame:
     0
     """
     rows, seen = [], {}
-    folders = {file.parent for file in Path(root or results_root()).glob("**/summary.json")}
+    folders = {file.parent for file in expanded(root or results_root()).glob("**/summary.json")}
     for folder in sorted(folders, key=lambda folder: (not _in_its_place(folder), folder)):
         odd = _no_run(folder)
         done = None if odd else load_run(folder)

@@ -7,7 +7,7 @@ import pytest
 from lrpet import RunConfig
 from lrpet.config import METHODS, describe_fields
 from lrpet.experiments import load_profile
-from lrpet.paths import PROJECT, figures_root, has_own_results, results_root
+from lrpet.paths import PROJECT, data_folder, figures_root, has_own_results, results_root
 from lrpet.registry import MODELS
 
 LRPET = {"method": "lrpet", "prune_ratio": 0.57, "seed": 1}
@@ -216,6 +216,15 @@ def test_folders_follow_the_environment(monkeypatch, tmp_path):
     assert figures_root() == PROJECT / "figures" and has_own_results()
     monkeypatch.delenv("LRPET_RESULTS")
     assert (results_root(), figures_root()) == (PROJECT / "results", PROJECT / "figures")
+
+
+def test_a_home_that_is_not_known_is_told(monkeypatch):
+    monkeypatch.setenv("LRPET_RESULTS", "~nobody-of-this-name/results")
+    for ask in (results_root, lambda: data_folder("~nobody-of-this-name/data")):
+        with pytest.raises(
+            ValueError, match="the home folder of '~nobody-of-this-name/.*give the folder without"
+        ):
+            ask()
 
 
 @pytest.mark.parametrize("method", METHODS)

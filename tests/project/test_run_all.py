@@ -45,6 +45,13 @@ def test_dry_run_plans_every_run(profile):
     assert not os.path.exists(os.environ["LRPET_RESULTS"])
 
 
+def test_a_results_folder_may_have_any_name_but_braces(tmp_path):
+    named = run_all("--dry-run", LRPET_RESULTS=str(tmp_path / "a b'ü\"$x"))
+    assert named.returncode == 0, named.stderr
+    braces = run_all("--dry-run", LRPET_RESULTS=str(tmp_path / "{x}"))
+    assert braces.returncode == 2 and "must have no braces in its path" in braces.stderr
+
+
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 4 -m lrpet run resnet18-lrpet-s1 "
 
 
