@@ -22,6 +22,7 @@ __all__ = ["Run", "is_complete", "load_network", "load_run", "load_runs", "weigh
 ANEW = "move the folder away to run it anew, or take it from where you got it"
 WEIGHTS = "compact.safetensors"
 HALF_WEIGHTS = "compact-half.safetensors"  # of some runs, see results/README.md
+REPEATS = "repeats"  # folder of runs that were done a second time, on another machine
 FILES = ("config.json", "environment.json", "history.csv", "layers.csv", "summary.json")
 
 
@@ -90,7 +91,8 @@ def load_runs(root: str | Path | None = None) -> pd.DataFrame:
     """Return the finished runs below a folder: one row per run, one column per field and summary value.
 
     What is no run of its own is left out: a summary.json of something else, and a copy of a run, whose folder
-    does not have the name of the run or which is there a second time.
+    does not have the name of the run or which is there a second time. So are, without a word, the runs of
+    ``results/repeats``, which were done twice on purpose.
 
     Args:
         root: ``results/``, ``results/<profile>`` or any folder above run folders; None is the project's
@@ -107,8 +109,10 @@ def load_runs(root: str | Path | None = None) -> pd.DataFrame:
     0
     """
     rows, seen = [], {}
-    folders = {file.parent for file in expanded(root or results_root()).glob("**/summary.json")}
-    for folder in sorted(folders, key=lambda folder: (not _in_its_place(folder), folder)):
+    root = expanded(root or results_root())
+    folders = [file.parent for file in root.glob("**/summary.json")]
+    folders = [folder for folder in folders if REPEATS not in folder.relative_to(root).parts]
+    for folder in sorted(folders, key=lambda f: (not _in_its_place(f), len(f.parts), f)):
         odd = _no_run(folder)
         done = None if odd else load_run(folder)
         if done and done.config.run_id != folder.name:

@@ -405,6 +405,11 @@ def test_a_copied_run_is_no_seed(tmp_path):
     assert tables.accuracy_table(runs, tables.published()).equals(before)
     texts = sorted(str(warning.message) for warning in told)
     assert len(texts) == 4
+    (root / "repeats").mkdir()
+    shutil.copytree(root / "short" / "runs", root / "repeats" / "short" / "runs")
+    with pytest.warns(UserWarning, match="is left out") as told:
+        assert len(load_runs(root)) == len(runs.folder.dropna())
+    assert sorted(str(warning.message) for warning in told) == texts
     assert set(runs.folder.dropna().str.contains("/short/runs/")) == {True}
     assert sum("(copy) is left out: it is a copy of the run" in text for text in texts) == 2
     assert sum(f"the same run is in {root / 'short' / 'runs'}" in text for text in texts) == 2
