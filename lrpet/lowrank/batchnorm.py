@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lrpet.lowrank.arguments import check
-from lrpet.lowrank.factors import ConstantOutput
+from lrpet.lowrank.factors import ConstantOutput, whole_layer
 from lrpet.lowrank.layers import (
     TRANSPOSED,
     canonical_names,
@@ -248,6 +248,11 @@ def resolve_batchnorms(
                     f"layer {name!r} is paired with BatchNorm {bn!r}, but in the graph it feeds "
                     f"{found.get(name)!r}"
                 )
+    _check_pairs(model, pairs)
+    return pairs
+
+
+def _check_pairs(model: nn.Module, pairs: Mapping[str, str | None]) -> None:
     modules = dict(model.named_modules())
     for name, bn in pairs.items():
         if name not in modules or not _can_be_paired(modules[name]):
@@ -270,7 +275,6 @@ def resolve_batchnorms(
             raise ValueError(
                 f"layer {name!r} has {width} outputs, but its BatchNorm {bn!r} has {features} features"
             )
-    return pairs
 
 
 def normalized_weights(model: nn.Module) -> list[nn.Parameter]:
@@ -287,11 +291,7 @@ def normalized_weights(model: nn.Module) -> list[nn.Parameter]:
     """
     model = unwrap(model)
     pairs = find_batchnorms(model) if any(is_batchnorm(module) for module in model.modules()) else {}
-    factorized = {
-        report.name for report in getattr(model, "factorization", ()) if report.action == "factorized"
-    }
-    followed = [name for name, bn in pairs.items() if bn is not None]
-    wholes = [whole if (whole := name.rpartition(".")[0]) in factorized else name for name in followed]
+    wholes = [whole_layer(model, name) for name, bn in pairs.items() if bn is not None]
     parts = [part for name in wholes for part in model.get_submodule(name).named_parameters()]
     return [parameter for name, parameter in parts if not name.endswith("bias")]
 
@@ -346,11 +346,25 @@ def fold_batchnorm(
     folded = copy_of(unwrap(model)).eval()
     layers = [name for name, module in folded.named_modules() if _can_be_paired(module)]
     stated = layers if batchnorms is None else batchnorms
-    folded.folded_batchnorms = {}
-    for name, bn_name in resolve_batchnorms(folded, stated, batchnorms, example_inputs).items():
+    return fold_pairs(folded, resolve_batchnorms(folded, stated, batchnorms, example_inputs))
+
+
+@torch.no_grad()
+def fold_pairs(model: nn.Module, pairs: Mapping[str, str | None]) -> nn.Module:
+    """Merge BatchNorms into layers in place, without a look at what feeds what; return the model.
+
+    Raises:
+        ValueError: the two of a pair cannot be merged; nothing was changed.
+
+    >>> fold_pairs(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), {"0": "1"})[1]
+    Identity()
+    """
+    _check_pairs(model, pairs)
+    model.folded_batchnorms = {}
+    for name, bn_name in pairs.items():
         if bn_name is None:
             continue
-        layer, bn = folded.get_submodule(name), folded.get_submodule(bn_name)
+        layer, bn = model.get_submodule(name), model.get_submodule(bn_name)
         computed = "bias" not in layer._parameters or "weight" not in layer._parameters
         # whose outputs are not one dimension of the weight
         transposed_groups = layer_type(layer) in TRANSPOSED and layer.groups > 1
@@ -368,7 +382,7 @@ def fold_batchnorm(
             # a new one: another layer may share the old
             layer.weight = nn.Parameter(weight.to(old.dtype), old.requires_grad)
         layer.bias = nn.Parameter(bias.to(like.dtype), like.requires_grad)
-        replace_module(folded, bn_name, nn.Identity())
-        folded.folded_batchnorms[name] = bn_name
-    folded.batchnorm_folded = True
-    return folded
+        replace_module(model, bn_name, nn.Identity())
+        model.folded_batchnorms[name] = bn_name
+    model.compressions = [*getattr(model, "compressions", ()), ("fold", dict(model.folded_batchnorms))]
+    return model.eval()

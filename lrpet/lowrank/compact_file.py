@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import hashlib
 import json
 import math
@@ -14,25 +16,26 @@ from safetensors.torch import save
 from torch import nn
 
 from lrpet.files import write_whole
-from lrpet.lowrank.batchnorm import fold_batchnorm
+from lrpet.lowrank.batchnorm import fold_batchnorm, fold_pairs
 from lrpet.lowrank.factors import rebuild
-from lrpet.lowrank.layers import unwrap
+from lrpet.lowrank.layers import copy_of, unwrap
 from lrpet.lowrank.ranks import LayerReport
 
 __all__ = ["compact_header", "load_compact", "save_compact"]
 
 
 def save_compact(compact: nn.Module, path: str | Path, **description: str | int) -> None:
-    """Write a compact network to a safetensors file: its factors, and in the header what was factorized how.
+    """Write a compact network to a safetensors file: its tensors, and in the header all that was done to it.
 
     Args:
-        compact: result of :func:`factorize`, BatchNorm folded or not; tensors that are shared are written
-            once.
-        path: the file to write; it appears whole or not at all.
+        compact: made by :func:`factorize` and :func:`fold_batchnorm`, each as often as you like, in any
+            order; tensors that are shared are written once.
+        path: the file to write; it appears when it is whole and has been read back, or not at all.
         description: further entries for the header, such as ``model="resnet20"``.
 
     Raises:
-        ValueError: the module did not come from :func:`factorize`.
+        ValueError: the module came from neither, or a description has a name that the header needs.
+        OSError: the file could not be written, or what was read back is something else.
 
     Source: https://github.com/huggingface/safetensors for the format.
 
@@ -46,26 +49,37 @@ def save_compact(compact: nn.Module, path: str | Path, **description: str | int)
     torch.Size([2, 8, 3, 3])
     """
     compact = unwrap(compact)
-    if not hasattr(compact, "factorization"):
+    if not hasattr(compact, "compressions"):
         raise ValueError(
-            f"{type(compact).__name__} was not made by factorize(); save_compact needs its record of ranks"
+            f"{type(compact).__name__} was not made by factorize() or fold_batchnorm(); save_compact needs "
+            "their record of what was done"
         )
-    layers = {layer.name: [layer.rank, layer.action] for layer in compact.factorization}
-    folded = getattr(compact, "batchnorm_folded", False)
-    header = {"layers": layers, "batchnorm_folded": folded, **description}
-    if folded:
-        header["batchnorms"] = compact.folded_batchnorms
-    tensors, first, shared = {}, {}, {}
-    for name, tensor in compact.state_dict().items():
+    state = compact.state_dict()
+    shared = _shared(state)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items() if name not in shared}
+    header = {"compressions": compact.compressions, "shared": shared, "sha256": _digest(tensors)}
+    if taken := header.keys() & description:
+        raise ValueError(f"the header has its own entry {min(taken)!r}; describe the network by another name")
+    header = json.dumps(header | description)
+    with write_whole(Path(path)) as file:
+        file.write(save(tensors, metadata={"lrpet": header}))
+        file.flush()
+        try:
+            same = _read(file.name)[0] == json.loads(header)  # whose digest is that of the tensors
+        except ValueError:
+            same = False
+        if not same:
+            raise OSError(errno.EIO, "what was read back is not what was written")
+
+
+def _shared(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return the name of each tensor that is an earlier one → the name of that one."""
+    first, shared = {}, {}
+    for name, tensor in state.items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and first.setdefault(place, name) != name:
-            shared[name] = first[place]  # written once
-        else:
-            tensors[name] = tensor.detach().contiguous()
-    if shared:
-        header["shared"] = shared
-    with write_whole(Path(path)) as file:
-        file.write(save(tensors, metadata={"lrpet": json.dumps(header | {"sha256": _digest(tensors)})}))
+            shared[name] = first[place]
+    return shared
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -79,7 +93,7 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def compact_header(path: str | Path) -> dict:
-    """Return what :func:`save_compact` wrote about a file: layers, whether BatchNorm is folded, description.
+    """Return what :func:`save_compact` wrote about a file: what was done to the network, and the description.
 
     Raises:
         ValueError: the file is not a whole safetensors file of ours.
@@ -121,7 +135,8 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
             changed.
 
     Returns:
-        The compact network, as it was saved.
+        The compact network, as it was saved, with the dtype and on the device of ``model``. What was done to
+        it is done again, in the same order, to a copy of ``model``, and what shared a tensor shares it again.
 
     Raises:
         ValueError: the file is not a whole safetensors file of ours, or belongs to another architecture.
@@ -132,20 +147,50 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
     """
     header, tensors = _read(path)
     try:
-        reports = [
-            LayerReport(name, rank, math.nan, action) for name, (rank, action) in header["layers"].items()
-        ]
-        folded, pairs = header["batchnorm_folded"], header.get("batchnorms")
-        tensors |= {name: tensors[other] for name, other in header.get("shared", {}).items()}
+        done = []
+        for kind, layers in _compressions(header):
+            if kind == "factorize":
+                layers = [
+                    LayerReport(name, rank, math.nan, action) for name, (rank, action) in layers.items()
+                ]
+            done.append((kind, layers))
+        shared = header.get("shared", {})
+        tensors |= {name: tensors[other] for name, other in shared.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"the header of {path} is damaged ({error!r}); save the compact network again"
         ) from error
     try:
-        compact = rebuild(model, reports)
-        if folded:
-            compact = fold_batchnorm(compact, pairs)
+        compact = copy_of(unwrap(model))
+        if any(parameter.is_meta for parameter in compact.parameters()):
+            raise ValueError("it is on the meta device, which keeps no values; build it on the CPU")
+        for kind, layers in done:
+            if kind == "factorize":
+                compact = rebuild(compact, layers)
+            else:
+                compact = fold_batchnorm(compact) if layers is None else fold_pairs(compact, layers)
+        _share(compact, shared)
         compact.load_state_dict(tensors)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit a {type(model).__name__}: {error}") from error
     return compact
+
+
+def _compressions(header: Mapping) -> list[tuple[str, dict | None]]:
+    """Return what was done to a network, in order; older files know one factorization and one fold."""
+    if "compressions" in header:
+        return header["compressions"]
+    fold = [("fold", header.get("batchnorms"))] if header["batchnorm_folded"] else []
+    return [("factorize", header["layers"]), *fold]
+
+
+def _share(compact: nn.Module, shared: Mapping[str, str]) -> None:
+    """Let those tensors of a network be one that were one when it was saved, and no others."""
+    state = compact.state_dict(keep_vars=True)
+    found = _shared(state)
+    for name in found.keys() | shared.keys() if found != shared else ():
+        path, _, key = name.rpartition(".")
+        module = compact.get_submodule(path)
+        place = module._parameters if key in module._parameters else module._buffers
+        own = state[name]
+        place[key] = state[shared[name]] if name in shared else copy.deepcopy(own)

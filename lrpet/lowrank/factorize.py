@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lrpet.lowrank.arguments import renamed
-from lrpet.lowrank.factors import replace_layer, symmetric_padding
+from lrpet.lowrank.factors import record, replace_layer, symmetric_padding
 from lrpet.lowrank.gains import measure_gains
 from lrpet.lowrank.layers import copy_of, layer_type, matrix_of, rows_first, unwrap, unwritable
 from lrpet.lowrank.projection import truncated_svd
@@ -101,5 +101,4 @@ def factorize(
             rows = rows_first(first, first.weight)
             rows.copy_((s.sqrt().unsqueeze(-1) * Vh).reshape(rows.shape))
             second.weight.copy_((U * s.sqrt()).reshape(second.weight.shape))
-    compact.factorization = reports
-    return compact
+    return record(compact, reports)

@@ -31,9 +31,12 @@ class _Factors(nn.Sequential):
     def weight(self) -> Tensor:
         """The product of the factors, in the shape of the dense layer's weight."""
         first, second = self
-        rows = rows_first(first, first.weight)  # (R, ...)
+        window = first
+        while isinstance(window, _Factors):  # a factor that was factorized in its turn
+            window = window[0]
+        rows = rows_first(window, first.weight)  # (R, ...)
         product = second.weight.flatten(1) @ rows.flatten(1)  # (N, D)
-        return rows_first(first, product.view(-1, *rows.shape[1:]))  # a transposed layer's order, and back
+        return rows_first(window, product.view(-1, *rows.shape[1:]))  # a transposed layer's order, and back
 
     @property
     def rank(self) -> int:
@@ -97,6 +100,18 @@ class LowRankConv2d(LowRankConv):
     """
 
 
+def whole_layer(model: nn.Module, name: str) -> str:
+    """Return the name of the layer that a factor stands for with the others; of any other module its own.
+
+    >>> model = nn.Sequential(LowRankLinear(nn.Linear(8, 2, bias=False), nn.Linear(2, 5)), nn.ReLU())
+    >>> whole_layer(model, "0.1"), whole_layer(model, "1")
+    ('0', '1')
+    """
+    while name and isinstance(model.get_submodule(parent := name.rpartition(".")[0]), _Factors):
+        name = parent
+    return name
+
+
 class ConstantOutput(nn.Module):
     """What is left of a dead convolution: the same output at every pixel, with no multiply-add.
 
@@ -133,7 +148,8 @@ def rebuild(model: nn.Module, reports: Sequence[LayerReport]) -> nn.Module:
 
     Args:
         model: the dense architecture with any weights; it is not changed.
-        reports: those of the factorized network, its ``factorization``.
+        reports: those of the factorized network, its ``factorization``. For a network that was factorized
+            twice they are those of the second time, and ``model`` is what the first time made.
 
     >>> reports = [LayerReport("0", 2, 0.9, "factorized")]
     >>> [tuple(p.shape) for p in rebuild(nn.Sequential(nn.Conv2d(8, 16, 3)), reports).parameters()]
@@ -142,7 +158,14 @@ def rebuild(model: nn.Module, reports: Sequence[LayerReport]) -> nn.Module:
     compact, made = copy_of(unwrap(model)), {}
     for report in reports:
         compact = replace_layer(compact, report, made)
-    compact.factorization = Report(reports)
+    return record(compact, Report(reports))
+
+
+def record(compact: nn.Module, reports: list[LayerReport]) -> nn.Module:
+    """Note on a network that it was factorized, after whatever was done to it before; return it."""
+    compact.factorization = reports
+    done = ("factorize", {report.name: [report.rank, report.action] for report in reports})
+    compact.compressions = [*getattr(compact, "compressions", ()), done]
     return compact
 
 

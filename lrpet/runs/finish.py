@@ -50,7 +50,7 @@ def finish_run(trained: Trained) -> None:
     config, method, classes = state.config, state.method, len(trained.batches.data.classes)
     shape = (3, config.image_size, config.image_size)
     if not hasattr(compact, "factorization"):
-        compact.factorization = []  # a dense network is one with nothing factorized
+        compact.factorization, compact.compressions = [], []  # a dense network is one with nothing factorized
     deployed, counted = cost(compact, shape), cost(build_model(config.model, classes), shape, method.ranks)
     rows = _layer_rows(counted, deployed, compact.factorization, state.layers)
     summary = _summary(trained, deployed, counted, sum(row["action"] == "constant" for row in rows))
