@@ -1,7 +1,7 @@
 """Train compact networks by low-rank projection with energy transfer (LRPET, arXiv 2204.05566).
 
-This loads the library alone. What runs experiments (``run``, ``load_runs``, ``RunConfig``) is loaded when it
-is first asked for.
+This loads the library alone. ``export`` and what runs experiments (``run``, ``load_runs``, ``RunConfig``) are
+loaded when they are first asked for.
 """
 
 from lrpet.lowrank import (
@@ -19,8 +19,9 @@ from lrpet.lowrank import (
 )
 from lrpet.models import build_model
 
-HARNESS = {
+LATER = {
     "RunConfig": "lrpet.config",
+    "export": "lrpet.deploy",
     "load_runs": "lrpet.runs",
     "run": "lrpet.runs",
 }  # name → the module that has it
@@ -31,6 +32,7 @@ __all__ = [
     "RunConfig",
     "build_model",
     "cost",
+    "export",
     "factorize",
     "fold_batchnorm",
     "load_compact",
@@ -45,12 +47,12 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name not in HARNESS:
+    if name not in LATER:
         raise AttributeError(f"module 'lrpet' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(HARNESS[name]), name)
+    return getattr(import_module(LATER[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *HARNESS])
+    return sorted([*globals(), *LATER])

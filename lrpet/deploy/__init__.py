@@ -1,5 +1,5 @@
 """Networks for other programs; loaded when asked for."""
 
-from lrpet.deploy.export import FORMATS, TOLERANCE, export
+from lrpet.deploy.export import FORMATS, TOLERANCES, export
 
-__all__ = ["FORMATS", "TOLERANCE", "export"]
+__all__ = ["FORMATS", "TOLERANCES", "export"]

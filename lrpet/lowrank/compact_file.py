@@ -162,6 +162,7 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
         ) from error
     try:
         compact = copy_of(unwrap(model))
+        compact.factorization, compact.compressions = [], []
         if any(parameter.is_meta for parameter in compact.parameters()):
             raise ValueError("it is on the meta device, which keeps no values; build it on the CPU")
         for kind, layers in done:

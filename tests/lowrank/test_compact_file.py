@@ -170,6 +170,15 @@ def test_a_file_that_reads_back_differently_is_not_kept_and_the_earlier_one_stay
         assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["net"]
 
 
+def test_a_network_of_which_nothing_was_compressed_can_be_saved_where_it_says_so(tmp_path):
+    dense = Net().eval()
+    dense.compressions = []
+    save_compact(dense, tmp_path / "net")
+    again = load_compact(tmp_path / "net", Net())
+    assert_same(dense, again)
+    save_compact(again, tmp_path / "again")
+
+
 def test_mistakes_are_named(tmp_path):
     net = made_by({"a": 4})
     refused(lambda: save_compact(Net(), tmp_path / "net"), "Net", "factorize()", "fold_batchnorm()")
