@@ -74,7 +74,7 @@ def ranks_for_budget(
     model = unwrap(model)
     shapes = compressible_layers(model, include, exclude)
     dense = cost(model, input_shape, example_inputs=example_inputs)
-    rows = {layer.name: layer for layer in dense.layers if layer.name in shapes}
+    rows = {layer.name: layer for layer in dense.layers if layer.name in shapes and layer.dense_macs}
     ones = cost(model, input_shape, dict.fromkeys(rows, 1), example_inputs=example_inputs)
     price = {row.name: row.macs for row in ones.layers if row.name in rows}  # of one more rank
     ceiling = {

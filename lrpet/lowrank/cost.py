@@ -15,14 +15,15 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrpet.lowrank.arguments import check, is_whole
-from lrpet.lowrank.layers import copy_of, count_parameters, layer_type, matrix_of, unwrap
-from lrpet.lowrank.observe import call, image_like, watching
+from lrpet.lowrank.layers import copy_of, count_parameters, layer_type, left_out, matrix_of, unwrap
+from lrpet.lowrank.observe import call, image_like, watching, weight_reads
 from lrpet.lowrank.ranks import resolve_ranks
 from lrpet.lowrank.table import LayerTable, size
 
 __all__ = ["Cost", "LayerCost", "cost"]
 LAYER_PRODUCTS = ("mm", "addmm", "convolution", "_convolution")  # with a weight; attention multiplies by bmm
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+READ_ONLY = "another module reads its weight and does not call it"
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,13 @@ class LayerCost:
     params: int
     dense_macs: int
     dense_params: int
+    reads: int = 0  # of its weight by other modules, for each of which factors are multiplied out
 
     @property
     def note(self) -> str:
         """Say where the factors cost more than the dense layer, R·(N + D) ≥ N·D; empty elsewhere."""
+        if self.reads and not self.dense_macs:
+            return f"{READ_ONLY}, so factors save no multiply-adds"
         return (
             "factors cost no less than the dense layer"
             if self.rank is not None and self.macs >= self.dense_macs
@@ -99,7 +103,8 @@ def cost(
     factorized; its weights N·D and R·(N + D). Convolutions and Linear layers count, as often as they run;
     BatchNorm, pooling and activations do not (their parameters do). Attention products and recurrent cells
     stand in ``other_macs``. The rank min(N, D) is dense. A layer that never runs has parameters and no
-    multiply-adds.
+    multiply-adds. Each time that another module reads the weight of a factorized layer, N·R·D are added, to
+    multiply the factors out.
 
     Args:
         model: any module; it is run once on the "meta" device, which computes shapes only, or where it cannot
@@ -131,7 +136,7 @@ def cost(
     names = {module: name for name, module in model.named_modules()}
     modules = {name: module for module, name in names.items()}
     layers, other_macs = [], {}
-    for name, (counts, positions) in _run(model, input_shape, example_inputs).items():
+    for name, (counts, positions, reads) in _run(model, input_shape, example_inputs).items():
         module = modules[name]
         macs = sum(macs for op, macs in counts.items() if _of_a_layer(module, op))
         other_macs |= {
@@ -139,8 +144,8 @@ def cost(
             for op, macs in counts.items()
             if not _of_a_layer(module, op)
         }
-        if macs or isinstance(module, (_ConvNd, nn.Linear)):
-            layers.append(_row(name, module, macs, positions, ranks.get(name)))
+        if macs or isinstance(module, (_ConvNd, nn.Linear)) or reads:
+            layers.append(_row(name, module, macs, positions, ranks.get(name), reads))
     weights = {}  # of a weight that layers share → what factorizing takes from the parameters
     for name, rank in ranks.items():
         N, D = matrix_of(modules[name]).shape
@@ -164,7 +169,9 @@ def _of_a_layer(module: nn.Module, op: str) -> bool:
     return op in LAYER_PRODUCTS and not isinstance(module, RECURRENT)
 
 
-def _row(name: str, module: nn.Module, dense_macs: int, positions: int, rank: int | None) -> LayerCost:
+def _row(
+    name: str, module: nn.Module, dense_macs: int, positions: int, rank: int | None, reads: int
+) -> LayerCost:
     own = sum(p.numel() for p in module._parameters.values() if p is not None)
     if not isinstance(module, (_ConvNd, nn.Linear)) and not layer_type(module):
         return LayerCost(name, type(module).__name__, 0, 0, None, dense_macs, own, dense_macs, own)
@@ -177,11 +184,13 @@ def _row(name: str, module: nn.Module, dense_macs: int, positions: int, rank: in
     if rank is not None:
         factored = N * D - rank * (N + D)
         macs = dense_macs // N * rank + rank * N * positions  # the window on R channels, then N×R
-    return LayerCost(name, type(module).__name__, N, D, rank, macs, params - factored, dense_macs, params)
+        macs += reads * N * rank * D
+    kind = type(module).__name__
+    return LayerCost(name, kind, N, D, rank, macs, params - factored, dense_macs, params, reads)
 
 
-def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Counter, int]]:
-    """Return of each module that runs its own multiply-adds by operation, and its output positions."""
+def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Counter, int, int]]:
+    """Return of each module that runs its own multiply-adds by operation, its output positions, and reads."""
     try:
         given = image_like(model, input_shape) if example_inputs is None else example_inputs
         shadow = copy_of(model, meta=True)
@@ -198,8 +207,11 @@ def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Count
         ) from error
 
 
-def _count(model: nn.Module, given: Any) -> dict[str, tuple[Counter, int]]:
+def _count(model: nn.Module, given: Any) -> dict[str, tuple[Counter, int, int]]:
     names = {module: name for name, module in model.named_modules()}
+    outputs = {
+        module: len(matrix_of(module)) for module in names if layer_type(module) and not left_out(module)
+    }
     counter = FlopCounterMode(display=False)
     done: dict[str, tuple[Counter, int]] = {}
     began = [(Counter(), Counter())]  # of running modules: the counts at their start, their children's
@@ -221,15 +233,15 @@ def _count(model: nn.Module, given: Any) -> dict[str, tuple[Counter, int]]:
         for op, flops in mine.items():
             if flops:
                 counts[op] += flops // 2  # two for each multiply-add
-        if layer_type(module) and isinstance(output, Tensor):
-            positions += output.numel() // matrix_of(module).shape[0]
+        if module in outputs and isinstance(output, Tensor):
+            positions += output.numel() // outputs[module]
         done[names[module]] = (counts, positions)
 
     fast_path, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
     torch.backends.mkldnn.enabled = False  # its recurrent layers are not counted
     try:
-        with watching(model) as hooks, sdpa_kernel(SDPBackend.MATH):
+        with watching(model) as hooks, sdpa_kernel(SDPBackend.MATH), weight_reads(outputs) as reads:
             for module in names:
                 hooks.append(module.register_forward_pre_hook(begin))
                 hooks.append(module.register_forward_hook(end))
@@ -238,4 +250,7 @@ def _count(model: nn.Module, given: Any) -> dict[str, tuple[Counter, int]]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.backends.mkldnn.enabled = onednn
-    return done
+    for module in reads:
+        done.setdefault(names[module], (Counter(), 0))  # read and not called
+    modules = {name: module for module, name in names.items()}
+    return {name: (*counted, reads[modules[name]]) for name, counted in done.items()}

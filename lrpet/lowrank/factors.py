@@ -15,6 +15,17 @@ from lrpet.lowrank.ranks import LayerReport, Report
 __all__ = ["ConstantOutput", "LowRankConv", "LowRankConv2d", "LowRankLinear", "rebuild"]
 
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
 class _Factors(nn.Sequential):
     """Two thin layers in the place of a dense one, which can still be asked what the dense one was asked.
 
@@ -185,9 +196,12 @@ def replace_layer(model: nn.Module, report: LayerReport, made: dict[int, _Factor
         new = make_factors(old, report.rank)
         other = made.setdefault(id(old.weight), new)
         new[0].weight, new[1].weight = other[0].weight, other[1].weight
-    for kind in ("_forward_hooks", "_forward_pre_hooks"):
-        for hooks in (kind, f"{kind}_with_kwargs"):
-            getattr(new, hooks).update(getattr(old, hooks))
+    for hooks in HOOKS:
+        getattr(new, hooks).update(getattr(old, hooks))
+    new._is_full_backward_hook = old._is_full_backward_hook
+    for parent in model.modules():
+        if isinstance(parent, nn.TransformerEncoderLayer) and old in parent.children():
+            parent.activation_relu_or_gelu = 0  # or its fast path reads .weight, where factors save nothing
     return replace_module(model, report.name, new.train(old.training))
 
 
@@ -212,8 +226,9 @@ def make_factors(old: nn.Module, rank: int) -> _Factors:
         second.bias = copy.deepcopy(old.bias)
     for factor in factors:
         factor.weight.requires_grad_(old.weight.requires_grad)
-    if old.weight.ndim == 4 and not old.weight.is_contiguous():
-        factors.to(memory_format=torch.channels_last)
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(old.weight.ndim)
+    if not old.weight.is_contiguous() and memory_format is not None:
+        factors.to(memory_format=memory_format)
     return factors
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call", "watching"]
+__all__ = ["call", "image_like", "watching", "weight_reads"]
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -43,6 +44,43 @@ def watching(model: nn.Module) -> Iterator[list]:
             hook.remove()
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def weight_reads(layers: Collection[nn.Module]) -> Iterator[Counter]:
+    """Count how often the weight of each layer is read by something else than the layer itself.
+
+    >>> model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    >>> with torch.no_grad(), weight_reads([model.linear1]) as reads:
+    ...     _ = model(torch.ones(1, 2, 4))  # by PyTorch's fast path
+    >>> reads[model.linear1] > 0
+    True
+    """
+    reads, running, kinds = Counter(), set(), {layer: type(layer) for layer in layers}
+
+    def watched(kind: type) -> type:
+        class Watched(kind):
+            def __getattr__(self, name):
+                if name == "weight" and self not in running:
+                    reads[self] += 1
+                return super().__getattr__(name)
+
+            def forward(self, *inputs, **named):
+                running.add(self)
+                try:
+                    return super().forward(*inputs, **named)
+                finally:
+                    running.discard(self)
+
+        return Watched
+
+    try:
+        for layer, kind in kinds.items():
+            layer.__class__ = watched(kind)
+        yield reads
+    finally:
+        for layer, kind in kinds.items():
+            layer.__class__ = kind
 
 
 def image_like(model: nn.Module, input_shape) -> Tensor:

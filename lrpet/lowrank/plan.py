@@ -113,7 +113,8 @@ def select(
             None for all convolutions.
         exclude: the same, for layers to leave out.
         prune_ratio: ρ in [0, 1), to give each layer the rank K − K·ρ; None to choose ranks later.
-        example_inputs: a tensor, tuple or dict to run the model on, for the share of multiply-adds.
+        example_inputs: a tensor, tuple or dict to run the model on, for the share of multiply-adds, and to
+            leave out layers whose weight another module reads and multiplies by itself.
 
     Returns:
         A :class:`Plan`. Where it covers less than half of the parameters, or factors are larger than their
@@ -132,6 +133,8 @@ def select(
     model = unwrap(model)
     included, excluded = matcher(include, setting="include"), matcher(exclude, setting="exclude")
     shared, rows, sizes = shared_weights(model), [], {}
+    counted = None if example_inputs is None else cost(model, example_inputs=example_inputs)
+    costs = {} if counted is None else {row.name: row for row in counted.layers}
     for name, module in model.named_modules():
         kind, reason = layer_type(module), left_out(module)
         if kind is None and not reason:
@@ -145,6 +148,8 @@ def select(
             reason = "excluded"
         elif not reason and not wanted:
             reason = "not included"
+        elif not reason and name in costs:
+            reason = costs[name].note
         rank = None if reason or prune_ratio is None else rank_from_ratio(min(shape), prune_ratio)
         rows.append(PlannedLayer(name, type(module).__name__, *shape, rank, not reason, reason))
         if not reason:
@@ -152,8 +157,7 @@ def select(
     taken = {id(model.get_submodule(name).weight): model.get_submodule(name).weight.numel() for name in sizes}
     params_share = sum(taken.values()) / max(1, count_parameters(model))
     macs_share = None
-    if example_inputs is not None:
-        counted = cost(model, example_inputs=example_inputs)
+    if counted is not None:
         macs_share = sum(row.macs for row in counted.layers if row.name in sizes) / max(1, counted.macs)
     warn_of_coverage(params_share)
     if prune_ratio is not None:
