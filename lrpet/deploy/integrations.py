@@ -7,8 +7,6 @@ for huggingface_hub, and ``write_scalars`` for TensorBoard.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from lrpet.lowrank.compact_file import load_compact, save_compact
 from lrpet.lowrank.projector import LowRankProjector
-from lrpet.lowrank.ranks import LayerReport
+from lrpet.lowrank.ranks import Report
 from lrpet.processes import Processes
 
 __all__ = [
@@ -29,7 +27,7 @@ __all__ = [
 ]
 
 
-def project_everywhere(projector: LowRankProjector, *, exact: bool = False) -> list[LayerReport]:
+def project_everywhere(projector: LowRankProjector, *, exact: bool = False) -> Report:
     """Project, and give every process the weights of the first, to the bit; alone it is ``projector.step()``.
 
     Args:
@@ -67,7 +65,7 @@ def trainer_callback(projector: LowRankProjector, every: int | None = None) -> A
     from transformers import TrainerCallback
 
     class Projection(TrainerCallback):
-        report: list[LayerReport] | None = None
+        report: Report | None = None
 
         def on_step_end(self, args, state, control, **kwargs):
             if every is not None and state.global_step % every == 0:
@@ -102,7 +100,7 @@ def lightning_callback(projector: LowRankProjector, every: int | None = None) ->
     from lightning.pytorch import Callback
 
     class Projection(Callback):
-        report: list[LayerReport] | None = None
+        report: Report | None = None
         last = 0  # step of the optimizer; gradients are perhaps summed over several batches
 
         def on_train_start(self, trainer, pl_module):
@@ -161,8 +159,8 @@ def hub_network_class() -> type[nn.Module]:
     return HubNetwork
 
 
-def write_scalars(writer: Any, report: Sequence[LayerReport], step: int) -> None:
-    """Write a report to TensorBoard: the share of energy that each layer kept.
+def write_scalars(writer: Any, report: Report, step: int) -> None:
+    """Write a report to TensorBoard, each of its numbers as a scalar, see :meth:`Report.metrics`.
 
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or another object with ``add_scalar``.
@@ -172,9 +170,13 @@ def write_scalars(writer: Any, report: Sequence[LayerReport], step: int) -> None
     >>> class Printer:
     ...     def add_scalar(self, name, value, step):
     ...         print(name, value, step)
-    >>> write_scalars(Printer(), [LayerReport("conv", 6, 0.9, "projected")], step=1)
-    energy_kept/conv 0.9 1
+    >>> report = LowRankProjector(nn.Sequential(nn.Linear(8, 8)), {"0": 2}).step()
+    >>> write_scalars(Printer(), report, step=1)  # doctest: +ELLIPSIS
+    layers_projected 1 1
+    energy_kept_mean 0... 1
+    energy_kept_min 0... 1
+    energy_kept/0 0... 1
+    rank/0 2 1
     """
-    for layer in report:
-        if not math.isnan(layer.energy_kept):
-            writer.add_scalar(f"energy_kept/{layer.name}", layer.energy_kept, step)
+    for name, value in report.metrics().items():
+        writer.add_scalar(name, value, step)

@@ -69,18 +69,18 @@ def test_a_plan_a_budget_and_measured_gains_leave_out_what_factors_cannot_speed_
     assert list(plan) == ["wo", "plain"]
     assert "another module reads its weight" in {row.name: row.reason for row in plan.layers}["qkv"]
     assert "qkv" in select(model, "*")  # without a run nobody knows
-    ranks = ranks_for_budget(model, macs_reduction=0.4, layers="*", example_inputs=X)
+    ranks = ranks_for_budget(model, macs_reduction=0.4, include="*", example_inputs=X)
     assert list(ranks) == ["wo", "plain"]
     saved = cost(factorize(model, ranks), example_inputs=X)
     assert saved.macs <= 0.6 * cost(model, example_inputs=X).macs
-    report = {row.name: row for row in factorize(model, RANKS, min_gain=1e-9, example=X).factorization}
+    report = {row.name: row for row in factorize(model, RANKS, min_gain=1e-9, example_inputs=X).factorization}
     assert [report[name].action for name in RANKS] == ["dense", "factorized", "factorized"]
     assert "nothing calls it" in report["qkv"].reason
 
 
 def test_a_transformer_layer_on_factors_calls_them_in_evaluation_too():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
-    ranks = ranks_from_ratio(model, 0.5, layers="*linear*")
+    ranks = ranks_from_ratio(model, 0.5, include="*linear*")
     LowRankProjector(model, ranks).step()
     compact, x = factorize(model, ranks), torch.rand(2, 5, 16)
     calls = []
@@ -152,7 +152,7 @@ def test_transformers_run_train_and_are_copied_after_factorizing_and_cost_what_w
     model, inputs = make()
     model = model.to(dtype).eval()
     inputs = tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
-    ranks = ranks_from_ratio(model, 0.6, layers="*")
+    ranks = ranks_from_ratio(model, 0.6, include="*")
     LowRankProjector(model, ranks).step()
     compact = factorize(model, ranks)
     assert {p.dtype for p in compact.parameters()} == {dtype}
