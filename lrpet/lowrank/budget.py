@@ -78,7 +78,7 @@ def ranks_for_budget(
     ones = cost(model, input_shape, dict.fromkeys(rows, 1), example_inputs=example_inputs)
     price = {row.name: row.macs for row in ones.layers if row.name in rows}  # of one more rank
     ceiling = {
-        name: max(1, min(row.N, row.D, (row.N * row.D - 1) // (row.N + row.D))) for name, row in rows.items()
+        name: max(1, min(row.N, row.D, (row.dense_macs - 1) // price[name])) for name, row in rows.items()
     }
     budget = (1 - macs_reduction) * dense.macs - (dense.macs - sum(row.dense_macs for row in rows.values()))
     if sum(price.values()) > budget:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from lrpet.lowrank.ranks import resolve_ranks
 from lrpet.lowrank.table import LayerTable, size
 
 __all__ = ["Cost", "LayerCost", "cost"]
-LAYER_PRODUCTS = ("mm", "addmm", "convolution", "_convolution")  # with a weight; attention multiplies by bmm
+# with a weight; attention multiplies by bmm
+LAYER_PRODUCTS = ("mm", "addmm", "mv", "addmv", "convolution", "_convolution")
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 READ_ONLY = "another module reads its weight and does not call it"
 
@@ -199,11 +201,12 @@ def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Count
         except Exception:  # it looks at values, or keeps tensors of its own on a device
             return _count(model, given)
     except Exception as error:
-        shape = f"one image: input_shape must be (C, H, W) of what it takes; got {input_shape!r}"
-        what = shape if example_inputs is None else "example_inputs"
+        on, todo = "example_inputs", "; give what its forward takes"
+        if example_inputs is None:
+            on = f"one image: input_shape must be (C, H, W) of what it takes; got {input_shape!r}"
+            todo = ". Where it takes other inputs, give example_inputs=, a tensor, a tuple or a dict"
         raise ValueError(
-            f"{type(model).__name__} does not run on {what}: {type(error).__name__}: {error}. Where it takes "
-            "other inputs than one image, give example_inputs=, a tensor, a tuple or a dict"
+            f"{type(model).__name__} does not run on {on}: {type(error).__name__}: {error}{todo}"
         ) from error
 
 
@@ -212,7 +215,7 @@ def _count(model: nn.Module, given: Any) -> dict[str, tuple[Counter, int, int]]:
     outputs = {
         module: len(matrix_of(module)) for module in names if layer_type(module) and not left_out(module)
     }
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     done: dict[str, tuple[Counter, int]] = {}
     began = [(Counter(), Counter())]  # of running modules: the counts at their start, their children's
 
@@ -254,3 +257,31 @@ def _count(model: nn.Module, given: Any) -> dict[str, tuple[Counter, int, int]]:
         done.setdefault(names[module], (Counter(), 0))  # read and not called
     modules = {name: module for module, name in names.items()}
     return {name: (*counted, reads[modules[name]]) for name, counted in done.items()}
+
+
+def _by_vector(matrix, _vector, *_, **__) -> int:
+    return 2 * prod(matrix)
+
+
+def _by_vector_added(_, matrix, *__, **___) -> int:
+    return 2 * prod(matrix)
+
+
+def _bilinear(a, weight, *_, **__) -> int:
+    """Return two for each multiply-add of nn.Bilinear: a (P, D), weight (N, D, E)."""
+    return 2 * a[0] * prod(weight)
+
+
+def _grouped(a, b, *_, **__) -> int:
+    """Return two for each multiply-add of experts: rows a (T, K) times b (E, K, N), or of its gradients."""
+    return 2 * prod(a) * b[-1] // (a[0] if len(a) > len(b) else 1)
+
+
+# products that PyTorch's counter does not know
+UNCOUNTED = {
+    torch.ops.aten.mv: _by_vector,
+    torch.ops.aten.dot: _by_vector,
+    torch.ops.aten.addmv: _by_vector_added,
+    torch.ops.aten._trilinear: _bilinear,
+    torch.ops.aten._grouped_mm: _grouped,
+}
