@@ -24,8 +24,9 @@ MEMORY_TARGET = 2.2  # model, bases and what a projection takes for a while, by 
 
 
 def load_results() -> list[dict]:
-    """Return the JSON of every kept benchmark, its file name as ``file``, "cpu" or "cuda" as ``kind``."""
+    """Return each kept benchmark of speed; its file's name is ``file``, ``kind`` is "cpu" or "cuda"."""
     files = sorted((results_root() / "bench").glob("*.json"))
+    files = [file for file in files if not file.stem.startswith("models-")]
     return [
         {
             **json.loads(file.read_text(encoding="utf-8")),

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from lrpet.bench.inference import bench_inference
+from lrpet.bench.models import bench_models
 from lrpet.bench.projection import bench_projection
 from lrpet.bench.scaling import bench_scaling
 from lrpet.bench.training import bench_training
@@ -23,13 +24,14 @@ BENCHMARKS = {
     "training": bench_training,
     "inference": bench_inference,
     "scaling": bench_scaling,
+    "models": bench_models,
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark, print its result and keep it."""
     parser = argparse.ArgumentParser(
-        prog="python -m lrpet.bench", description="Speed, measured side by side in one run."
+        prog="python -m lrpet.bench", description="Measured side by side in one run."
     )
     verbs = parser.add_subparsers(dest="benchmark", required=True)
     for verb, function in BENCHMARKS.items():

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -171,7 +172,9 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
             else:
                 compact = fold_batchnorm(compact) if layers is None else fold_pairs(compact, layers)
         _share(compact, shared)
-        compact.load_state_dict(tensors)
+        state = OrderedDict(tensors)
+        state._metadata = compact.state_dict()._metadata  # the versions that some modules ask for
+        compact.load_state_dict(state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit a {type(model).__name__}: {error}") from error
     return compact
