@@ -193,3 +193,25 @@ def test_mistakes_are_named(tmp_path):
     header["shared"] = {"nothing": "a.0.weight"}
     save_file(net.state_dict(), tmp_path / "other", metadata={"lrpet": json.dumps(header)})
     refused(lambda: load_compact(tmp_path / "other", Net()), "other does not fit a Net", "nothing")
+
+
+class Versioned(nn.Module):
+    """Refuses a state that does not say its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version") != 2:
+            raise ValueError("no version")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_modules_that_ask_for_the_version_of_a_state_get_it(tmp_path):
+    compact = factorize(Versioned(), {"fc": 2})
+    save_compact(compact, tmp_path / "net")
+    again = load_compact(tmp_path / "net", Versioned())
+    assert torch.equal(again.fc[0].weight, compact.fc[0].weight)
