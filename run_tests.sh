@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set up what is missing, then lint and run the tests that are not marked slow. With --all run every test,
-# then the notebooks that are committed with outputs, and compare these. Other arguments go to pytest:
-# ./run_tests.sh -k projection. Exit status 0 means that everything passed.
+# Set up what is missing, then lint and run the tests that are not marked slow. With --all run every test, those
+# of other people's networks too, then the notebooks that are committed with outputs, and compare these. Other
+# arguments go to pytest: ./run_tests.sh -k projection. Exit status 0 means that everything passed.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
@@ -14,7 +14,7 @@ export JUPYTER_PREFER_ENV_PATH=1             # notebooks run in this environment
 notebooks=""
 case ${1:-} in
     "") set -- -m "not slow" ;;
-    --all) shift && notebooks=yes ;;
+    --all) shift && notebooks=yes && add_zoo ;;
 esac
 
 failed=""

@@ -93,6 +93,25 @@ make_environment() {
     exec 8>&-
 }
 
+# Install the packages of requirements-zoo.lock into a folder of their own and let Python find them, for tests of
+# other people's networks. Without the network, or with somebody else's environment, these tests are skipped.
+add_zoo() {
+    [ -z "${LRPET_PYTHON:-}" ] || return 0
+    local zoo=$VENV/zoo lock=$ROOT/requirements-zoo.lock
+    if ! cmp -s "$lock" "$zoo/stamp"; then
+        echo "installing requirements-zoo.lock: 150 MB to download, about a minute"
+        rm -rf "$zoo"
+        mkdir "$zoo"
+        if ! "$PYTHON" -m pip --disable-pip-version-check install --quiet --quiet --no-input --no-deps \
+            --target "$zoo" -r "$lock"; then
+            echo "warning: requirements-zoo.lock could not be installed; tests of its libraries are skipped" >&2
+            return 0
+        fi
+        cp "$lock" "$zoo/stamp"
+    fi
+    export PYTHONPATH="$zoo${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 YOLO_CONFIG_DIR="$zoo"
+}
+
 VENV=$ROOT/.venv
 PYTHON=$VENV/bin/python
 if [ -n "${LRPET_PYTHON:-}" ]; then

@@ -23,18 +23,25 @@ GROUPS = (
     *PROJECT_TABLE["optional-dependencies"].values(),
 )
 DECLARED = [Requirement(text) for group in GROUPS for text in group]
-LOCK = [
-    Requirement(line)
-    for line in (PROJECT / "requirements.lock").read_text().splitlines()
-    if line and not line.startswith("#")
-]
+LOCK, ZOO = (
+    [
+        Requirement(line)
+        for line in (PROJECT / name).read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    for name in ("requirements.lock", "requirements-zoo.lock")
+)
 
 
-def test_lock_holds_exact_versions_and_no_addresses():
-    for requirement in LOCK:
+def test_locks_hold_exact_versions_and_no_addresses():
+    for requirement in LOCK + ZOO:
         assert [specifier.operator for specifier in requirement.specifier] == ["=="], requirement
         assert requirement.url is None
-    assert "://" not in (PROJECT / "requirements.lock").read_text()
+    assert all("://" not in file.read_text() for file in PROJECT.glob("*.lock"))
+
+
+def test_a_newcomer_gets_nothing_of_other_peoples_libraries():
+    assert not {requirement.name for requirement in LOCK + DECLARED} & {other.name for other in ZOO}
 
 
 @pytest.mark.parametrize("declared", DECLARED, ids=str)
@@ -84,7 +91,8 @@ STAND_IN = """#!/bin/bash
 case "$*" in
     *version_info*) echo "${VERSION:-3.11.9}" ;;
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/made" ;;
-    "-m pip "*) echo "${@: -1}" >>"$INSTALLED"; [ -z "${FAIL:-}" ] || kill -9 $PPID ;;
+    "-m pip "*) echo "${@: -1}" >>"$INSTALLED"; [ -z "${FAIL:-}" ] || kill -9 $PPID
+        [ -z "${REFUSE:-}" ] ;;
 esac
 """
 
@@ -95,6 +103,7 @@ def setup(tmp_path):
     root = tmp_path / "a project"
     root.mkdir()
     (root / "requirements.lock").write_text("numpy==2.0\n")
+    (root / "requirements-zoo.lock").write_text("timm==1.0\n")
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("bash", "cat", "cmp", "cp", "head", "mkdir", "mv", "rm", "touch"):
@@ -102,7 +111,7 @@ def setup(tmp_path):
     (tools / "python3.11").write_text(STAND_IN)
     (tools / "python3.11").chmod(0o755)
 
-    def start(**environment):
+    def start(then="echo uses $PYTHON", **environment):
         note = tmp_path / "installed"
         note.write_text("")
         clean = {
@@ -112,7 +121,7 @@ def setup(tmp_path):
             [
                 shutil.which("bash"),
                 "-c",
-                f'set -euo pipefail; ROOT=$1; . "{PROJECT}/scripts/environment.sh"; echo "uses $PYTHON"',
+                f'set -euo pipefail; ROOT=$1; . "{PROJECT}/scripts/environment.sh"; {then}',
                 "-",
                 str(root),
             ],
@@ -133,6 +142,22 @@ def test_environment_is_made_once(setup):
     assert f"uses {setup.root}/.venv/bin/python" in first.stdout
     assert first.installed == [str(setup.root / "requirements.lock"), str(setup.root)]
     assert setup().installed == []
+
+
+def test_other_peoples_libraries_are_installed_once_and_beside_the_environment(setup):
+    setup()
+    assert setup("add_zoo").installed == [str(setup.root / "requirements-zoo.lock")]
+    assert setup("add_zoo").installed == []
+    (setup.root / "requirements-zoo.lock").write_text("timm==1.1\n")
+    shown = setup('add_zoo; echo "finds $PYTHONPATH"')
+    assert len(shown.installed) == 1 and f"finds {setup.root}/.venv/zoo" in shown.stdout
+
+
+def test_without_other_peoples_libraries_the_tests_go_on(setup):
+    setup()
+    without = setup("add_zoo", REFUSE="yes")
+    assert without.returncode == 0 and "are skipped" in without.stderr
+    assert len(setup("add_zoo").installed) == 1
 
 
 def test_changed_lock_is_installed_into_the_environment_that_is_there(setup):
