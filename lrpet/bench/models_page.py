@@ -19,8 +19,7 @@ LEGEND = """\
   concatenation, a layer that is left out, or one applied to tokens.
 - *dense*, *told*, *run*: millions of multiply-adds for the inputs tried, of the dense network, of the compact
   one as `lrpet.cost` tells before it is made, and counted in a run of it. Where a module around a layer reads
-  its `weight` (Swin of torchvision to multiply by it, T5, ViT and CLIP to see its dtype), the factors are
-  multiplied first, and `lrpet.cost` says so.
+  its `weight`, as T5, ViT and CLIP do to see its dtype, the factors are multiplied first, and both count it.
 - *error*: of outputs, factorized against projected, by the largest. *folded*: with BatchNorm folded too.
   *loaded*: saved and loaded, against factorized. *ONNX*: in float32, onnxruntime against PyTorch.
 """.splitlines()
@@ -106,4 +105,6 @@ def _line(row: dict) -> str:
 def _in_short(reason: str) -> str:
     if reason.startswith("its weight is also that of"):
         return "tied"
+    if reason.startswith("another module reads its weight"):
+        return "used by another module"
     return reason.partition(" is a subclass")[0].partition(" (")[0]

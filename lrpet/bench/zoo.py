@@ -26,8 +26,6 @@ LIBRARIES = {  # as on PyPI → as imported
 # name → edge of the image
 TORCHVISION = {
     "resnet18": 64,
-    "densenet121": 64,
-    "googlenet": 64,
     "squeezenet1_1": 64,
     "mobilenet_v2": 64,
     "mobilenet_v3_small": 64,
@@ -35,7 +33,6 @@ TORCHVISION = {
     "shufflenet_v2_x0_5": 64,
     "efficientnet_b0": 64,
     "regnet_y_400mf": 64,
-    "swin_t": 64,
 }
 SEGMENTATION = {"deeplabv3_mobilenet_v3_large": 64, "lraspp_mobilenet_v3_large": 64}
 TIMM = {
@@ -44,7 +41,6 @@ TIMM = {
     "mobilenetv4_conv_small": 64,
     "repvgg_a0": 64,
     "nf_regnet_b0": 64,
-    "skresnet18": 64,
     "levit_128s": 224,
     "mobilevit_xxs": 64,
     "edgenext_xx_small": 64,
@@ -52,20 +48,16 @@ TIMM = {
     "vit_tiny_patch16_224": 224,
     "mixer_s32_224": 224,
     "xcit_nano_12_p16_224": 224,
-    "poolformer_s12": 64,
 }
 SMP = {
     "Unet": "resnet18",
     "UnetPlusPlus": "mobilenet_v2",
-    "MAnet": "resnet18",
-    "Linknet": "resnet18",
     "FPN": "tu-mobilenetv3_small_100",
     "PSPNet": "resnet18",
     "PAN": "resnet18",
     "DeepLabV3Plus": "efficientnet-b0",
 }
 ULTRALYTICS = {
-    "yolov5n": "DetectionModel",
     "yolov8n": "DetectionModel",
     "yolov8n-seg": "SegmentationModel",
     "yolov10n": "DetectionModel",
@@ -103,11 +95,6 @@ TRANSFORMERS: dict[str, tuple[str, dict, str]] = {
         "tokens",
     ),
     "BertForSequenceClassification": ("BertConfig", TEXT, "tokens"),
-    "DistilBertModel": (
-        "DistilBertConfig",
-        {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128, "vocab_size": 100},
-        "tokens",
-    ),
     "T5ForConditionalGeneration": (
         "T5Config",
         {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
@@ -133,7 +120,6 @@ TRANSFORMERS: dict[str, tuple[str, dict, str]] = {
         "image",
     ),
     "SegformerForSemanticSegmentation": ("SegformerConfig", {"depths": [1, 1, 1, 1]}, "image"),
-    "MobileNetV2ForImageClassification": ("MobileNetV2Config", {"image_size": 32}, "image"),
 }
 
 
@@ -159,7 +145,8 @@ def networks() -> list[Network]:
     ]
     found += [
         Network("torchvision", "r3d_18", partial(_torchvision, "r3d_18"), partial(image, 4, 32, 32)),
-        Network("torchvision", "vit_b_16 (2 layers)", _vit, partial(image, 32)),
+        Network("torchvision", "VisionTransformer, small", _vit, partial(image, 32)),
+        Network("torchvision", "SwinTransformer, small", _swin, partial(image, 32)),
         Network("torchvision", "fasterrcnn_mobilenet_v3_large_320_fpn", _faster_rcnn, _list_of_images),
     ]
     found += [
@@ -229,13 +216,16 @@ def _load(library: str):
 
 
 def _torchvision(name: str) -> nn.Module:
-    more = {"aux_logits": True, "init_weights": False} if name == "googlenet" else {}
-    more |= {"weights_backbone": None} if name in SEGMENTATION else {}
+    more = {"weights_backbone": None} if name in SEGMENTATION else {}
     return torchvision.models.get_model(name, weights=None, **more)
 
 
 def _vit() -> nn.Module:
     return torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128)
+
+
+def _swin() -> nn.Module:
+    return torchvision.models.SwinTransformer([2, 2], 32, [2, 2], [2, 4], [4, 4])
 
 
 def _faster_rcnn() -> nn.Module:
