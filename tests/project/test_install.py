@@ -51,15 +51,9 @@ def test_lock_satisfies_every_declared_dependency(declared):
     assert all(declared.specifier.contains(version) for version in locked)
 
 
-# They meet networks and trainers of libraries that their user has already, or has not.
-GUESTS = {"deploy/integrations.py", "bench/models.py"}
-
-
 def test_every_import_is_declared():
-    imported = set()
-    for path in (PROJECT / "lrpet").rglob("*.py"):
-        if path.relative_to(PROJECT / "lrpet").as_posix() in GUESTS:
-            continue
+    imported, integrations = set(), PROJECT / "lrpet" / "deploy" / "integrations.py"
+    for path in {*(PROJECT / "lrpet").rglob("*.py")} - {integrations}:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
@@ -70,6 +64,19 @@ def test_every_import_is_declared():
         assert {found.lower() for found in known.get(name, [])} & declared, (
             f"lrpet imports {name}; pyproject.toml does not name it"
         )
+
+
+def test_libraries_that_users_bring_are_imported_when_asked_for_and_tried_by_all_tests():
+    tree = ast.parse((PROJECT / "lrpet" / "deploy" / "integrations.py").read_text())
+    brought = {requirement.name.replace("-", "_") for requirement in ZOO}
+    known = {name.replace("-", "_") for name in {requirement.name for requirement in DECLARED}}
+    here = set(tree.body)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            name = module.split(".")[0]
+            if name not in sys.stdlib_module_names | known | {"lrpet"}:
+                assert name in brought and node not in here, name
 
 
 def test_conda_environment_agrees():
