@@ -61,7 +61,7 @@ def test_every_import_is_declared():
                 imported.add(node.module.split(".")[0])
     known, declared = packages_distributions(), {requirement.name for requirement in DECLARED}
     for name in imported - sys.stdlib_module_names - {"lrpet"}:
-        assert {found.lower() for found in known.get(name, [])} & declared, (
+        assert {found.lower().replace("_", "-") for found in known.get(name, [])} & declared, (
             f"lrpet imports {name}; pyproject.toml does not name it"
         )
 
