@@ -56,6 +56,8 @@ class Inception(nn.Module):
 class CifarGoogLeNet(nn.Module):
     """Nine inception modules in three stages at 32, 16 and 8 pixels.
 
+    Weights begin as PyTorch's layers do, as the LRPET authors' do.
+
     Args:
         num_classes: width of the classifier.
         width: factor on the channels.
@@ -82,9 +84,6 @@ class CifarGoogLeNet(nn.Module):
                 inputs = layers[-1].outputs
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(inputs, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x):
         """Map images (B, 3, 32, 32) to logits (B, num_classes)."""

@@ -35,6 +35,8 @@ WIDTHS = (
 class CifarVGG16(nn.Module):
     """Five stages of convolutions with BatchNorm, each halving the image.
 
+    Convolutions begin Kaiming-normal with fan-out, as the LRPET authors' do.
+
     Args:
         num_classes: width of the classifier.
         width: factor on the channels.
@@ -63,7 +65,7 @@ class CifarVGG16(nn.Module):
         self.fc = nn.Linear(inputs, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x):
         """Map images (B, 3, 32, 32) to logits (B, num_classes)."""

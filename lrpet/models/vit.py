@@ -13,12 +13,28 @@ from torch import nn
 __all__ = ["SmallViT"]
 
 
+class StochasticDepth(nn.Module):
+    """In training sets a branch to zero for a share of the images; divides it by 1 − share for the others.
+
+    Written here because the library loads no torchvision, whose ``ops.StochasticDepth`` does the same.
+    Source: Huang et al., arXiv 1603.09382; for the division, arXiv 2012.12877.
+    """
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x):
+        """Map tokens (B, T, width) to (B, T, width)."""
+        return x * F.dropout(torch.ones_like(x[:, :1, :1]), self.share) if self.training else x
+
+
 class Block(nn.Module):
     """Attention and MLP, each after a LayerNorm and with a shortcut around it."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int):
+    def __init__(self, width: int, heads: int, mlp_ratio: int, stochastic_depth: float):
         super().__init__()
-        self.heads = heads
+        self.heads, self.drop = heads, StochasticDepth(stochastic_depth)
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
@@ -32,8 +48,8 @@ class Block(nn.Module):
         q, k, v = (
             self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         )  # (B, heads, T, width/heads) each
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop(self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+        return x + self.drop(self.mlp(self.norm2(x)))
 
 
 class SmallViT(nn.Module):
@@ -42,6 +58,8 @@ class SmallViT(nn.Module):
     Args:
         num_classes: width of the classifier.
         width, depth, heads, mlp_ratio, patch: sizes; the defaults are the paper's.
+        stochastic_depth: share of the images for which a branch is left out in training, in each block alike,
+            as in the LRPET authors' code.
 
     Source: arXiv 2010.11929.
 
@@ -57,13 +75,14 @@ class SmallViT(nn.Module):
         heads: int = 12,
         mlp_ratio: int = 2,
         patch: int = 4,
+        stochastic_depth: float = 0.1,
     ):
         super().__init__()
         self.patch = nn.Conv2d(3, width, patch, stride=patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(torch.empty(1, (32 // patch) ** 2 + 1, width))
         nn.init.trunc_normal_(self.position, std=0.02)
-        self.blocks = nn.Sequential(*[Block(width, heads, mlp_ratio) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Block(width, heads, mlp_ratio, stochastic_depth) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         self.fc = nn.Linear(width, num_classes)
 

@@ -6,6 +6,8 @@ from torch import nn
 from lrpet import build_model
 from lrpet.models import MODELS, TORCHVISION
 from lrpet.models.resnet_cifar import Block, CifarResNet
+from lrpet.models.vit import Block as VitBlock
+from lrpet.models.vit import StochasticDepth
 from lrpet.registry import MODELS as REGISTERED
 
 
@@ -105,6 +107,34 @@ def test_stages_of_a_cifar_resnet():
     model(torch.rand(2, 3, 32, 32))
     assert shapes == [(16, 32, 32)] * 3 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3
     assert not any(module.bias is not None for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
+def test_convolutions_of_vgg_begin_kaiming_normal_by_fan_out():
+    weight = next(m.weight for m in build_model("vgg16").modules() if getattr(m, "out_channels", 0) == 512)
+    assert weight.shape[1] == 256  # so that fan-in would be another number
+    assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.02)
+
+
+def test_weights_of_googlenet_begin_as_those_of_pytorch_do():
+    for conv in (m for m in build_model("googlenet").modules() if isinstance(m, nn.Conv2d)):
+        bound = conv.weight[0].numel() ** -0.5  # uniform up to 1/√D
+        assert 0.9 * bound < conv.weight.abs().max().item() <= bound
+
+
+def test_stochastic_depth_leaves_out_a_share_of_the_images_and_nothing_in_evaluation():
+    drop, x = StochasticDepth(0.1), torch.ones(4000, 3, 2)
+    assert torch.equal(drop.eval()(x), x)
+    kept = drop.train()(x)
+    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.9])
+    assert torch.equal(kept, kept[:, :1, :1].expand_as(kept))  # an image as a whole
+    assert 0.08 < (kept[:, 0, 0] == 0).float().mean().item() < 0.12
+
+
+def test_stochastic_depth_covers_both_branches_of_every_block():
+    assert {block.drop.share for block in build_model("vit").blocks} == {0.1}
+    x = torch.rand(2, 5, 8)
+    assert torch.equal(VitBlock(8, 2, 2, stochastic_depth=1.0)(x), x)
+    assert not torch.equal(VitBlock(8, 2, 2, stochastic_depth=0.0)(x), x)
 
 
 def test_convolutions_begin_kaiming_normal():
