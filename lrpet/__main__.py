@@ -31,6 +31,7 @@ from lrpet.runs.run import run
 from lrpet.runs.store import Run, is_complete, load_run
 from lrpet.training.checkpoint import has_checkpoint
 from lrpet.training.loop import Paused
+from lrpet.training.recipes import augmentation
 
 PAUSED = 75  # exit status: "temporary failure, try again" of sysexits.h
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -208,7 +209,7 @@ def _throughput(args) -> int:
         config = experiment.config
         where = device_of(args.device, config)
         images = load_images(config, args.data, device=where)
-        batches = make_batches(images, config.batch_size, where, config.seed)
+        batches = make_batches(images, config.batch_size, where, config.seed, **augmentation(config))
         result = measure(config, batches, args.seconds)
         print(f"{experiment.name}: {throughput_line(result)}", flush=True)
         if args.keep:

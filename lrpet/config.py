@@ -16,7 +16,7 @@ from lrpet.paths import results_root
 from lrpet.registry import METHODS, MODELS, SMALLEST
 
 __all__ = ["DATASETS", "METHODS", "PROFILES", "RunConfig", "describe_fields", "read_fields"]
-DATASETS = {"digits": 8, "cifar10": 32, "imagefolder": 224}  # name → image size in pixels
+DATASETS = {"digits": 8, "cifar10": 32, "cifar100": 32, "imagefolder": 224}  # name → image size in pixels
 PROFILES = ("smoke", "short", "scaled", "selection", "paper", "imagenette", "imagenet")
 SIZE = ("prune_ratio", "ranks", "layers")  # how compact the result is; ignored by methods that do not read it
 METHOD_DEFAULTS = {  # field that only some methods read → method → its default
@@ -60,7 +60,9 @@ class RunConfig:
     """
 
     dataset: str = _field("digits", "the images", choices=DATASETS)
-    image_size: int | None = _field(None, "pixels; null: the data set's own, 8, 32, 224", low=4, high=1024)
+    image_size: int | None = _field(
+        None, "pixels; null: the data set's own, 8, 32, 32, 224", low=4, high=1024
+    )
     model: str = _field("resnet8", "the network, a name of build_model", choices=MODELS)
     method: str = _field("lrpet", "how the network becomes compact", choices=METHODS)
     prune_ratio: float | None = _field(
@@ -143,7 +145,18 @@ class RunConfig:
         absent=None,
     )
     recipe: str = _field(
-        "sgd", "adamw comes with cosine schedule, mixup and more", choices=("sgd", "adamw"), absent="sgd"
+        "sgd",
+        "adamw: as the paper's vision transformer was trained, with epochs of three passes",
+        choices=("sgd", "adamw"),
+        absent="sgd",
+    )
+    best_of_last: int | None = _field(
+        None,
+        "the authors' score too: of so many epochs at the end the best before its projection, then cut by a"
+        " plain SVD; null: no",
+        low=1,
+        high=100_000,
+        absent=None,
     )
     seed: int = _field(1, "of all random numbers", low=0, high=2**31 - 1)
     sync_batchnorm: bool = _field(
@@ -266,7 +279,13 @@ def _check_schedule(config: RunConfig) -> None:
     if config.pretrain_epochs is not None and not 1 <= config.pretrain_epochs < config.epochs:
         allowed = f"between 1 and {config.epochs - 1}, one below epochs, which counts them too"
         config._refuse("pretrain_epochs", allowed)
-
+    if config.best_of_last is not None:
+        if config.best_of_last > config.epochs:
+            config._refuse("best_of_last", f"between 1 and {config.epochs}, the epochs")
+        if config.dataset == "imagefolder":
+            config._refuse(
+                "best_of_last", "left out with dataset='imagefolder', whose images may be streamed"
+            )
     if config.matched_steps and (config.recipe != "sgd" or config.residual):
         config._refuse("matched_steps", "left out except with recipe='sgd' and residual 0")
 

@@ -46,7 +46,7 @@ def measure(config: RunConfig, batches: Batches, seconds: float = 1.0) -> dict:
     device = batches.device
     classes = len(batches.data.classes)
     network = build_network(config, classes).to(device, memory_format=torch.channels_last)
-    method, mix = make_method(network, config), make_mixer(config, classes)
+    method, mix = make_method(network, config), make_mixer(config, classes, batches.data.mean)
     method.model.train()
     optimizer = make_optimizer(config, method.model, device, method.undecayed)
     set_learning_rate(optimizer, learning_rate(config, 0), device)

@@ -17,10 +17,10 @@ __all__ = ["Batches"]
 class Batches:
     """Serves normalized, augmented batches of a data set that lives on the device.
 
-    The order of an epoch and every random crop and flip are drawn at its start on the CPU from (seed, epoch)
-    alone: the same on every device, and an epoch can be entered at any step. Where several processes train
-    together each is served its part of the same batches, so an epoch can also be entered by another number
-    of them.
+    The order of an epoch and all that changes its images at random are drawn at its start on the CPU from
+    (seed, epoch) alone: the same on every device, and an epoch can be entered at any step. Where several
+    processes train together each is served its part of the same batches, so an epoch can also be entered by
+    another number of them.
 
     Args:
         data: the images.
@@ -29,6 +29,10 @@ class Batches:
         seed: of the run.
         rank, world: which process this is, of how many; it serves every ``world``-th image of a batch,
             possibly none of the last one.
+        passes: over the images in an epoch, in an order each, without a break between them; of several the
+            last batch is left out unless it is full or the only one.
+        autoaugment: change each image by the policy for CIFAR-10, after its crop; before, where crops are
+            resized.
 
     >>> from lrpet.data import load_data
     >>> from lrpet.config import RunConfig
@@ -45,6 +49,8 @@ class Batches:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        passes: int = 1,
+        autoaugment: bool = False,
     ):
         self.data, self.batch_size, self.device = data, batch_size, torch.device(device)
         self.seed, self.rank, self.world = seed, rank, world
@@ -53,7 +59,15 @@ class Batches:
         self.shift = torch.tensor(
             [m / s for m, s in zip(data.mean, data.std, strict=True)], device=self.device
         )
-        self.steps = -(-len(self.labels) // batch_size)
+        self.served = passes * len(self.labels)  # images in an epoch
+        if passes > 1 and self.served > batch_size:
+            self.served -= self.served % batch_size
+        self.steps = -(-self.served // batch_size)
+        self.policy = None
+        if autoaugment:
+            from lrpet.data.policy import BatchPolicy  # torchvision takes 2 s to import
+
+            self.policy = BatchPolicy()
         self._place()
 
     def _place(self) -> None:
@@ -68,16 +82,28 @@ class Batches:
         """Turn (B, H, W, 3) uint8 or float into (B, 3, H, W) float32 in channels_last memory."""
         return (pixels * self.scale - self.shift).permute(0, 3, 1, 2)
 
-    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw from (seed, epoch): order of the images, five uniform numbers each, and which are mirrored."""
+    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw from (seed, epoch) for each image that is served.
+
+        Returns:
+            Its place among the training images, five uniform numbers, whether it is mirrored, and the numbers
+            of its policy.
+        """
         n, draw = len(self.labels), torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(n, generator=draw)
-        numbers = torch.rand(n, 5, generator=draw)
-        return order, numbers, (numbers[:, 0] < 0.5) if self.data.flip else torch.zeros(n, dtype=torch.bool)
+        orders = [torch.randperm(n, generator=draw) for _ in range(-(-self.served // n))]
+        order = torch.cat(orders)[: self.served]
+        numbers = torch.rand(self.served, 5, generator=draw)
+        flip = (numbers[:, 0] < 0.5) if self.data.flip else torch.zeros(self.served, dtype=torch.bool)
+        policy = torch.rand(self.served, self.policy.draws if self.policy else 0, generator=draw)
+        return order, numbers, flip, policy
+
+    def _vary(self, pixels: Tensor, draws: Tensor) -> Tensor:
+        """Change (B, H, W, 3) uint8 by the policy, where there is one."""
+        return self.policy.vary(pixels, draws) if self.policy and len(pixels) else pixels
 
     def size(self, step: int) -> int:
         """Return how many images the batch of a step (of an epoch, from 0) has in all processes together."""
-        return min(self.batch_size, len(self.labels) - step * self.batch_size)
+        return min(self.batch_size, self.served - step * self.batch_size)
 
     def _part(self, step: int) -> slice:
         """Return which places in the order of an epoch make up this process's part of the batch of a step."""
@@ -103,7 +129,7 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (x (B, 3, H, W) float32, y (B,)) of one epoch, from step ``start`` on."""
-        order, numbers, flip = self._draw(epoch)
+        order, numbers, flip, policy = self._draw(epoch)
         if self.data.pad is None:
             maps = crop_maps(numbers, flip).to(self.device)  # (n, 2, 3)
         else:
@@ -116,11 +142,10 @@ class Batches:
         for part in map(self._part, range(start, self.steps)):
             which = order[part]
             if self.data.pad is None:
-                x = self._resample(self.images[which], maps[part])
+                x = self._resample(self._vary(self.images[which], policy[part]), maps[part])
             else:
-                x = self._normalize(
-                    self.images[which[:, None, None], rows[part, :, None], columns[part, None, :]]
-                )
+                crops = self.images[which[:, None, None], rows[part, :, None], columns[part, None, :]]
+                x = self._normalize(self._vary(crops, policy[part]))
             yield x, self.labels[which]
 
     def test(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:

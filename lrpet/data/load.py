@@ -81,7 +81,8 @@ def make_batches(
     seed: int,
     rank: int = 0,
     world: int = 1,
+    **augmentation: int | bool,
 ) -> Batches:
     """Return what serves the batches of a data set; see :class:`lrpet.data.batches.Batches`."""
     kind = StreamBatches if isinstance(data, StreamData) else Batches
-    return kind(data, batch_size, device, seed, rank, world)
+    return kind(data, batch_size, device, seed, rank, world, **augmentation)

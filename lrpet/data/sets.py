@@ -1,4 +1,4 @@
-"""The data sets as images in memory: digits, CIFAR-10, and any tree of folders."""
+"""The data sets as images in memory: digits, CIFAR-10 and CIFAR-100, and any tree of folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ from lrpet.data.tree import held_out
 from lrpet.paths import data_folder, project_file
 
 __all__ = ["ImageData", "load_data"]
-CIFAR10_FILES = ("train", "cifar-10-batches-py", "cifar-10-python.tar.gz")  # any of them: a copy of it
+CIFAR = {  # name → class in torchvision, its files, classes, mean and deviation of the pixels
+    "cifar10": (
+        *("CIFAR10", ("cifar-10-batches-py", "cifar-10-python.tar.gz"), 10),
+        *((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    ),
+    "cifar100": (
+        *("CIFAR100", ("cifar-100-python", "cifar-100-python.tar.gz"), 100),
+        *((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ),
+}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, scaled to [0, 1]
 
 
@@ -59,7 +68,7 @@ def load_data(config: RunConfig, root: str | Path | None = None) -> ImageData:
 
     Args:
         config: its ``dataset``, ``image_size``, ``crops`` and ``validation_fraction`` are read.
-        root: folder of the images (``--data``); None takes ``LRPET_DATA``, and for CIFAR-10 without either
+        root: folder of the images (``--data``); None takes ``LRPET_DATA``, and for CIFAR without either
             torchvision downloads to ``data/`` of the project, to an empty ``root`` too. digits needs none.
 
     Returns:
@@ -69,8 +78,9 @@ def load_data(config: RunConfig, root: str | Path | None = None) -> ImageData:
     Raises:
         DataError: missing, incomplete or damaged data, or crops that need the whole images.
 
-    Source: Krizhevsky 2009 for CIFAR-10; UCI "Optical Recognition of Handwritten Digits" through
-    scikit-learn for digits; mean, deviation and augmentation as in arXiv 2204.05566, experimental settings.
+    Source: Krizhevsky 2009 for CIFAR; UCI "Optical Recognition of Handwritten Digits" through
+    scikit-learn for digits; mean, deviation and augmentation as in arXiv 2204.05566, experimental settings,
+    and for CIFAR-100 as in its authors' code.
 
     >>> load_data(RunConfig()).train_images.shape
     torch.Size([1297, 8, 8, 3])
@@ -78,8 +88,8 @@ def load_data(config: RunConfig, root: str | Path | None = None) -> ImageData:
     root = data_folder(root)
     if config.dataset == "digits":
         data = _digits()
-    elif config.dataset == "cifar10":
-        data = _cifar10(root)
+    elif config.dataset in CIFAR:
+        data = _cifar(config.dataset, root)
     else:
         if config.crops is not None:
             raise DataError(
@@ -128,47 +138,53 @@ def _digits() -> ImageData:
     )
 
 
-def _cifar10(root: Path | None) -> ImageData:
-    place = root or project_file("data/cifar10", "set LRPET_DATA or give data=")
+def _cifar(dataset: str, root: Path | None) -> ImageData:
+    name, files, count, mean, std = CIFAR[dataset]
+    title = name.replace("CIFAR", "CIFAR-")
+    place = project_file(f"data/{dataset}", "set LRPET_DATA or give data=")
     if root is not None:
-        place = _cifar10_folder(root)
-    if (place / "train").is_dir():
+        place = _cifar_folder(root, title, files)
+    if (place / "train").is_dir() and not any((place / file).exists() for file in files):
         train_x, train_y, test_x, test_y, classes = read_tree(place, None, 32, 32)
-        if (len(train_y), len(test_y), len(classes)) != (50_000, 10_000, 10):
+        if (len(train_y), len(test_y), len(classes)) != (50_000, 10_000, count):
             raise DataError(
                 f"{place} holds {len(train_y)} training and {len(test_y)} test images "
-                f"of {len(classes)} classes; CIFAR-10 has 50000, 10000 and 10. "
+                f"of {len(classes)} classes; {title} has 50000, 10000 and {count}. "
                 "Unpack it again, or use dataset='imagefolder' for another set"
             )
     else:
-        from torchvision.datasets import CIFAR10
+        import torchvision.datasets
 
         try:
-            sets = [CIFAR10(place, train=train, download=True) for train in (True, False)]
+            load = getattr(torchvision.datasets, name)
+            sets = [load(place, train=train, download=True) for train in (True, False)]
         except Exception as error:  # torchvision lets errors of urllib, tarfile and its own checks through
             raise DataError(
-                f"CIFAR-10 is not in {place} and could not be downloaded ({type(error).__name__}: {error}). "
+                f"{title} is not in {place} and could not be downloaded ({type(error).__name__}: {error}). "
                 "Try again with a network, or give a folder with train/ and test/ by --data or LRPET_DATA"
             ) from error
         train_x, test_x = (torch.from_numpy(s.data) for s in sets)
         train_y, test_y = (torch.tensor(s.targets) for s in sets)
         classes = tuple(sets[0].classes)
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     return ImageData(train_x, train_y, test_x, test_y, classes, mean, std, 32, pad=4, flip=True)
 
 
-def _cifar10_folder(root: Path) -> Path:
-    """Return where CIFAR-10 is in a folder: there or one level deeper; an empty folder, to download it to."""
+def _cifar_folder(root: Path, title: str, files: tuple[str, ...]) -> Path:
+    """Return where a CIFAR is in a folder: there or one level deeper; an empty folder, to download it to.
+
+    Its own files come before a tree of images, which may be of the other CIFAR: one folder can hold both.
+    """
     if not root.is_dir():
-        raise DataError(f"{root} is no folder; give that of CIFAR-10, or an empty one to download it to")
+        raise DataError(f"{root} is no folder; give that of {title}, or an empty one to download it to")
     names = sorted(name for name in os.listdir(root) if not name.startswith("."))
-    for place in (root, *(root / name for name in names)):
-        if any((place / name).exists() for name in CIFAR10_FILES):
-            return place
+    for wanted in (files, ("train",)):
+        for place in (root, *(root / name for name in names)):
+            if any((place / name).exists() for name in wanted):
+                return place
     if names:
         raise DataError(
-            f"{root} holds neither train/ nor {' nor '.join(CIFAR10_FILES[1:])}, but {', '.join(names[:5])}; "
-            "give the folder of CIFAR-10, or an empty one to download it to"
+            f"{root} holds neither train/ nor {' nor '.join(files)}, but {', '.join(names[:5])}; "
+            f"give the folder of {title}, or an empty one to download it to"
         )
     return root
 

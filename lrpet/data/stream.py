@@ -143,7 +143,7 @@ class StreamBatches(Batches):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (x (B, 3, H, W) float32, y (B,)) of one epoch, from step ``start`` on."""
-        order, numbers, flip = self._draw(epoch)
+        order, numbers, flip, policy = self._draw(epoch)
         both = torch.tensor([2.0**24, 1.0], dtype=torch.float64)
         seeds = (numbers[:, 1:3].double() * 2**24 @ both).long()  # (n,), all 48 bits drawn
         parts = [self._part(step) for step in range(start, self.steps)]
@@ -154,6 +154,7 @@ class StreamBatches(Batches):
         maps = crop_maps(numbers, flip).to(self.device)
         flip, order = flip.to(self.device), order.to(self.device)
         for part, pixels in zip(parts, self._decoded(jobs), strict=True):
+            pixels = self._vary(pixels, policy[part])
             if self.data.crops == "whole":
                 x = self._normalize(torch.where(flip[part, None, None, None], pixels.flip(2), pixels))
             else:

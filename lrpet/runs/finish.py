@@ -32,7 +32,8 @@ class Trained:
         folder: of the run.
         state: the last of the training.
         batches: the data that it saw.
-        compact: the network that is deployed, and ``compact_top1_pct`` its accuracy.
+        compact: the network that is deployed.
+        scores: its ``compact_top1_pct``, and the authors' score where the run asks for it.
         origin: commit, versions, device and data, see :func:`lrpet.runs.environment.environment`.
     """
 
@@ -40,7 +41,7 @@ class Trained:
     state: State
     batches: Batches
     compact: nn.Module
-    compact_top1_pct: float
+    scores: dict
     origin: dict
 
 
@@ -89,7 +90,7 @@ def _summary(trained: Trained, deployed: Cost, counted: Cost, dead_layers: int) 
         **{name: last[name] for name in ("scored_on", "top1_pct", "top5_pct") if name in last},
         "best_top1_pct": best["top1_pct"],
         "best_epoch": best["epoch"],
-        "compact_top1_pct": trained.compact_top1_pct,
+        **trained.scores,
         "compact_max_relative_error": _difference(state.method.model, trained.compact, trained.batches),
         "train_loss": last["train_loss"],
         "params": deployed.params,

@@ -28,6 +28,7 @@ from lrpet.runs.store import Run, is_complete, load_run, read_json
 from lrpet.training.checkpoint import has_checkpoint
 from lrpet.training.evaluate import evaluate
 from lrpet.training.loop import Session, train
+from lrpet.training.recipes import augmentation
 
 __all__ = ["run"]
 IDENTITY = ("data_train_sha256", "data_test_sha256", "data_classes_sha256")  # of the images that a run saw
@@ -172,7 +173,8 @@ def _train(job: _Job) -> Run:
     images = _load(job)
     origin = processes.share(lambda: _begin(job, images))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
-    batches = make_batches(images, config.batch_size, device, config.seed, processes.rank, processes.world)
+    where = device, config.seed, processes.rank, processes.world
+    batches = make_batches(images, config.batch_size, *where, **augmentation(config))
     method = _new_method(job, len(images.classes))
     verb, times = "resuming" if resumed else "training", f"{processes.world} × " * (processes.world > 1)
     length = f"{config.epochs} epochs of {batches.steps} steps"
@@ -187,9 +189,10 @@ def _train(job: _Job) -> Run:
             f"which takes a batch in pieces, or a smaller batch_size; {str(error).splitlines()[0]}"
         ) from error
     compact = method.compact()
-    top1_pct = evaluate(compact, batches, processes)["top1_pct"]
+    scores = {"compact_top1_pct": evaluate(compact, batches, processes)["top1_pct"]}
+    scores |= state.best.summary(config, method, state.history, batches, processes)
     if processes.first:
-        finish_run(Trained(job.folder, state, batches, compact, top1_pct, origin))
+        finish_run(Trained(job.folder, state, batches, compact, scores, origin))
     return processes.share(lambda: load_run(job.folder))
 
 

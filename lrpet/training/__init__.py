@@ -7,7 +7,15 @@ from lrpet.training.evaluate import evaluate
 from lrpet.training.interrupt import PatientInterrupt
 from lrpet.training.loop import Paused, Session, train
 from lrpet.training.progress import Progress, bar_is_possible
-from lrpet.training.recipes import learning_rate, make_mixer, make_optimizer, set_learning_rate, training_loss
+from lrpet.training.recipes import (
+    augmentation,
+    learning_rate,
+    make_mixer,
+    make_optimizer,
+    seed_step,
+    set_learning_rate,
+    training_loss,
+)
 from lrpet.training.recording import (
     Recorder,
     load_gradients,
@@ -29,6 +37,7 @@ __all__ = [
     "Session",
     "State",
     "Step",
+    "augmentation",
     "bar_is_possible",
     "evaluate",
     "has_bfloat16_products",
@@ -41,6 +50,7 @@ __all__ = [
     "make_optimizer",
     "recorded_epochs",
     "save_checkpoint",
+    "seed_step",
     "set_learning_rate",
     "singular_values",
     "train",

@@ -20,7 +20,7 @@ from lrpet.training.evaluate import evaluate
 from lrpet.training.interrupt import PatientInterrupt
 from lrpet.training.pieces import check_pieces
 from lrpet.training.progress import Progress
-from lrpet.training.recipes import learning_rate, make_mixer, set_learning_rate
+from lrpet.training.recipes import learning_rate, make_mixer, seed_step, set_learning_rate
 from lrpet.training.state import State
 from lrpet.training.step import Step
 
@@ -84,7 +84,8 @@ def train(
     Source: arXiv 2204.05566, method and experimental settings.
     """
     device, steps, last_step = batches.device, batches.steps, config.epochs * batches.steps
-    mix, synchronize = make_mixer(config, len(batches.data.classes)), device.type == "cuda"
+    mix = make_mixer(config, len(batches.data.classes), batches.data.mean)
+    synchronize = device.type == "cuda"
     check_pieces(method.model, batches, processes.world, session.device_batch)
     state = State(config, method, batches, processes)
     state.load(session.checkpoint)
@@ -101,12 +102,14 @@ def train(
                 state.new_optimizer()
                 trainer = _make_step(config, state, session, processes)
             model = method.model
-            set_learning_rate(state.optimizer, learning_rate(config, epoch), device)
             with clock("train"):
                 # no step is left where only the evaluation of the epoch is missing
                 for x, y in batches.epoch(epoch, state.step - epoch * steps):
                     in_epoch = state.step % steps
                     last_of_epoch = in_epoch + 1 == steps
+                    rate = learning_rate(config, epoch, (in_epoch + 0.5) / steps)
+                    set_learning_rate(state.optimizer, rate, device)
+                    seed_step(config, state.step, processes.rank)
                     x, target = mix(x, y)
                     trainer.backward(x, target, y, batches.size(in_epoch))
                     sums = processes.sum(totals).tolist() if last_of_epoch else trainer.look()
@@ -124,6 +127,9 @@ def train(
                     if last_of_epoch:
                         with clock("recording"):
                             recorder.record_spectra(model, epoch, "before")
+                    if last_of_epoch and state.best.counts(epoch):
+                        with clock("evaluation"):
+                            state.best.consider(epoch, method, batches, processes)
                     if synchronize and (due or last_of_epoch):
                         torch.cuda.synchronize(device)  # else steps under way would count as projection
                     with clock("projection") if due else nullcontext():
@@ -219,6 +225,7 @@ def _row(config: RunConfig, state: State, scores: dict, sums: list[float]) -> di
         "train_top1_pct": 100 * correct / seen,
         "scored_on": "held out" if config.validation_fraction else "test",
         **scores,
+        **({"unprojected_top1_pct": state.best.state["top1_pct"][-1]} if state.best.counts(epoch) else {}),
         "projected": state.projected,
         "train_seconds": round(state.clock.seconds["train"], 3),
         "projection_seconds": round(state.clock.seconds["projection"], 3),

@@ -38,7 +38,7 @@ def check_pieces(model: nn.Module, batches: Batches, world: int = 1, device_batc
     Raises:
         ValueError: names the batch size, the layer and what to do.
     """
-    images, batch_size = len(batches.labels), batches.batch_size
+    images, batch_size = batches.served, batches.batch_size
     if _fewest(images, batch_size, world, device_batch) > 1:
         return
     layer = _sees_one_value(model, batches, world)

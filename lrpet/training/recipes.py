@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +13,68 @@ from torch import Tensor, nn
 from lrpet.config import RunConfig
 from lrpet.lowrank.batchnorm import normalized_weights
 
-__all__ = ["learning_rate", "make_mixer", "make_optimizer", "set_learning_rate", "training_loss"]
-WARMUP_SHARE = 0.05  # of the epochs, for AdamW
-# usual for small vision transformers: arXiv 2012.12877, table 9
-LABEL_SMOOTHING, MIXUP, CUTMIX, ERASING = 0.1, 0.8, 1.0, 0.25
+__all__ = [
+    "augmentation",
+    "learning_rate",
+    "make_mixer",
+    "make_optimizer",
+    "seed_step",
+    "set_learning_rate",
+    "training_loss",
+]
+# Recipe adamw: the vision transformer of arXiv 2204.05566 as its authors' code trains it.
+PASSES = 3  # over the images in an epoch: repeated augmentation
+WARMUP_SHARE = 0.1  # of the epochs: 10 of 100
+LABEL_SMOOTHING = 0.1
+MIXED = 0.5  # share of the batches that are mixed, half of them by each way
+MIXUP, CUTMIX = 1.0, 1.0  # α of each
+ERASED = 0.25  # share of the images
+ERASING = {"scale": (0.02, 0.4), "ratio": (0.3, 1 / 0.3)}  # share of the image's area; height to width
 
 
-def learning_rate(config: RunConfig, epoch: int) -> float:
-    """Return the learning rate of an epoch (from 0).
+def augmentation(config: RunConfig) -> dict[str, int | bool]:
+    """Return how :func:`lrpet.data.load.make_batches` serves the images of a recipe.
 
-    ``sgd``: a tenth after each milestone. ``adamw``: a linear warm-up over 5 % of the epochs, then half a
-    cosine to 0. With a ``finetune_learning_rate`` the same schedule runs twice, shortened to fit: over
-    ``pretrain_epochs``, then from that rate over the epochs that are left.
+    >>> augmentation(RunConfig(recipe="adamw"))
+    {'passes': 3, 'autoaugment': True}
+    """
+    return {} if config.recipe == "sgd" else {"passes": PASSES, "autoaugment": True}
 
-    Source: arXiv 2204.05566, experimental settings; arXiv 2012.12877 for AdamW.
+
+def seed_step(config: RunConfig, step: int, rank: int = 0) -> None:
+    """Seed what is drawn in a training step, on every device, by (seed, step, rank) alone.
+
+    So a run resumes at any step bit for bit, and needs no state of a generator for it.
+
+    Args:
+        config: of the run.
+        step: from 0, over all epochs.
+        rank: of the process, which draws for its own part of a batch.
+
+    >>> config, draws = RunConfig(), []
+    >>> for step in (7, 8, 7):
+    ...     seed_step(config, step)
+    ...     draws.append(torch.rand(()).item())
+    >>> draws[0] == draws[2] != draws[1]
+    True
+    """
+    digest = hashlib.sha256(f"{config.seed} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7]))
+
+
+def learning_rate(config: RunConfig, epoch: int, within: float = 0.5) -> float:
+    """Return the learning rate of a step.
+
+    ``sgd``: a tenth after each milestone. ``adamw``: a linear warm-up over a tenth of the epochs, then half a
+    cosine to 0, both step by step. With a ``finetune_learning_rate`` the same schedule runs twice, shortened
+    to fit: over ``pretrain_epochs``, then from that rate over the epochs that are left.
+
+    Args:
+        config: of the run.
+        epoch: from 0.
+        within: where in the epoch the middle of the step lies, between 0 and 1; ``sgd`` does not ask.
+
+    Source: arXiv 2204.05566, experimental settings; its authors' code for AdamW.
 
     >>> [learning_rate(RunConfig(epochs=4, milestones=[2, 3]), epoch) for epoch in range(4)]
     [0.1, 0.1, 0.01, 0.001]
@@ -41,10 +90,10 @@ def learning_rate(config: RunConfig, epoch: int) -> float:
         return peak / 10 ** sum(
             epoch * config.epochs >= milestone * epochs for milestone in config.milestones
         )
-    warmup = max(1, round(WARMUP_SHARE * epochs))
-    if epoch < warmup:
-        return peak * (epoch + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (epoch - warmup) / max(1, epochs - warmup))) / 2
+    now, warmup = epoch + within, WARMUP_SHARE * epochs
+    if now < warmup:
+        return peak * now / warmup
+    return peak * (1 + math.cos(math.pi * (now - warmup) / (epochs - warmup))) / 2
 
 
 def make_optimizer(
@@ -54,9 +103,9 @@ def make_optimizer(
     undecayed: Collection[Tensor] = (),
     alone: Collection[Tensor] = (),
 ) -> torch.optim.Optimizer:
-    """Return SGD with momentum, or AdamW that spares vectors (biases, norms) the weight decay.
+    """Return SGD with momentum, or AdamW, each with weight decay on all parameters.
 
-    Parameters in ``undecayed`` are spared it too; their method has a decay of its own. Weights that a
+    Parameters in ``undecayed`` are spared it; their method has a decay of its own. Weights that a
     BatchNorm follows take ``normalized_weight_decay`` where it is given: their norm changes nothing but the
     size of a step relative to it. Parameters in ``alone`` are each a group of their own.
 
@@ -64,9 +113,7 @@ def make_optimizer(
     'SGD'
     """
     fused = device.type == "cuda"
-    spared = {id(p) for p in undecayed} | (
-        {id(p) for p in model.parameters() if p.ndim <= 1} if config.recipe == "adamw" else set()
-    )
+    spared = {id(p) for p in undecayed}
     decays = dict.fromkeys(model.parameters(), config.weight_decay)
     if config.normalized_weight_decay is not None:
         decays |= dict.fromkeys(normalized_weights(model), config.normalized_weight_decay)
@@ -103,11 +150,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float, device: to
             group["lr"] = torch.tensor(rate, device=device)
 
 
-def make_mixer(config: RunConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return what mixes a batch (B, 3, H, W), (B,): nothing for SGD; mixup or cutmix, and erasing, for AdamW.
+def make_mixer(
+    config: RunConfig, num_classes: int, fill: Sequence[float] = (0.0,)
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return what mixes a batch (B, 3, H, W), (B,): nothing for SGD; AdamW erases, then mixup or cutmix.
 
-    The mixed labels are shares, (B, num_classes). One draw serves a whole batch, as torchvision's transforms
-    do it.
+    A quarter of the images have a rectangle erased, each one of its own. Half of the batches are mixed, with
+    one draw for all of a batch. Labels become shares, (B, num_classes), mixed or not.
+
+    Args:
+        config: of the run.
+        num_classes: of the data.
+        fill: what a rectangle is erased with, a number for each channel or one for all.
 
     >>> x, y = make_mixer(RunConfig(), 10)(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]))
     >>> y
@@ -120,10 +174,17 @@ def make_mixer(config: RunConfig, num_classes: int) -> Callable[[Tensor, Tensor]
     mix = v2.RandomChoice(
         [v2.MixUp(alpha=MIXUP, num_classes=num_classes), v2.CutMix(alpha=CUTMIX, num_classes=num_classes)]
     )
-    erase = v2.RandomErasing(p=ERASING)
+    erase, colour = v2.RandomErasing(p=1.0, **ERASING), torch.tensor(fill)[:, None, None]
 
     def mixer(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return mix(erase(x), y)
+        left = torch.ones(len(x), 1, *x.shape[2:])  # on the CPU: rectangles one by one, one transfer for all
+        for i in (torch.rand(len(x)) < ERASED).nonzero().flatten().tolist():
+            left[i] = erase(left[i])
+        x = torch.where(left.to(x.device) > 0, x, colour.to(x.device))
+        x = x.contiguous(memory_format=torch.channels_last)
+        if len(x) and torch.rand(()) < MIXED:
+            return mix(x, y)
+        return x, F.one_hot(y, num_classes).to(x.dtype)
 
     return mixer
 

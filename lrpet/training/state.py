@@ -10,6 +10,7 @@ from lrpet.config import RunConfig
 from lrpet.data.batches import Batches
 from lrpet.methods.base import Dense
 from lrpet.processes import ALONE, Processes
+from lrpet.training.best import BestEpoch
 from lrpet.training.checkpoint import load_checkpoint, save_checkpoint
 from lrpet.training.clock import Clock
 from lrpet.training.recipes import make_optimizer
@@ -37,6 +38,7 @@ class State:
         totals: (3,), float64, of the epoch: losses, correct answers, images; of several processes, this one's
             part.
         recorder, clock: what was recorded, and the seconds spent.
+        best: the best of the last epochs, where the run asks for it.
     """
 
     def __init__(self, config: RunConfig, method: Dense, batches: Batches, processes: Processes = ALONE):
@@ -46,6 +48,7 @@ class State:
         self.layers: list[dict] = []
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.recorder, self.clock = Recorder(config.epochs, batches.steps), Clock()
+        self.best = BestEpoch(config)
         self.new_optimizer()
 
     def new_optimizer(self) -> None:
@@ -68,7 +71,7 @@ class State:
         self.recorder.state = kept["records"]
         self.clock.seconds.update(kept["seconds"])
         self.totals.copy_(torch.tensor(kept["sums"], dtype=torch.float64) * self.processes.first)
-        torch.set_rng_state(kept["rng"].cpu())
+        self.best.state = kept.get("best", self.best.state)  # checkpoints from before have none
 
     def save(self, path: Path) -> None:
         """Write the checkpoint; all processes call this, the first writes."""
@@ -81,6 +84,6 @@ class State:
                 "records": self.recorder.state,
                 "seconds": dict(self.clock.seconds),
                 "sums": sums,
-                "rng": torch.get_rng_state(),
+                "best": self.best.state,
             }
             save_checkpoint(path, kept)

@@ -10,11 +10,13 @@ import PIL.Image
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 import lrpet.data.sets
 from lrpet import RunConfig
 from lrpet.data.batches import Batches
 from lrpet.data.cache import DataError
+from lrpet.data.policy import BatchPolicy
 from lrpet.data.sets import ImageData, load_data
 
 FOLDER = RunConfig(dataset="imagefolder", image_size=16)  # stored with a shorter side of 18 pixels
@@ -336,6 +338,40 @@ def test_real_cifar10(cifar10, monkeypatch):
     assert (len(held_out.train_images), len(held_out.test_images)) == (45_000, 5_000)
 
 
+# ---------------------------------------------------------------- CIFAR-100
+
+
+class Downloaded:
+    """In the place of torchvision's class: two images."""
+
+    def __init__(self, root, train, download):
+        assert download
+        self.data = np.full((2, 32, 32, 3), 9 if train else 7, np.uint8)
+        self.targets, self.classes = [0, 99], [f"class {i}" for i in range(100)]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_cifar100_is_read_from_its_own_files_also_beside_a_tree_of_cifar10(tmp_path, monkeypatch, beside):
+    import torchvision.datasets
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", Downloaded)
+    (tmp_path / "cifar-100-python").mkdir()
+    if beside:
+        (tmp_path / "train").mkdir()
+    data = load_data(RunConfig(dataset="cifar100"), tmp_path)
+    assert len(data.classes) == 100 and data.train_labels.tolist() == [0, 99]
+    assert (data.train_images == 9).all() and (data.test_images == 7).all()
+    assert (data.mean, data.pad, data.flip) == ((0.5070, 0.4865, 0.4409), 4, True)
+
+
+def test_a_folder_without_cifar100_is_refused(tmp_path):
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(
+        DataError, match=r"neither train/ nor cifar-100-python .*, but cats; give the folder of CIFAR-100"
+    ):
+        load_data(RunConfig(dataset="cifar100"), tmp_path)
+
+
 # ---------------------------------------------------------------- held-out images
 
 
@@ -420,6 +456,54 @@ def assert_same_batches(some, others):
         for one, other in zip(some, others, strict=True)
         for a, b in zip(one, other, strict=True)
     )
+
+
+@pytest.mark.parametrize(("batch_size", "steps", "last"), [(50, 12, 50), (64, 9, 64), (1000, 1, 600)])
+def test_an_epoch_of_three_passes_serves_every_image_once_a_pass_and_drops_a_batch_that_is_not_full(
+    batch_size, steps, last
+):
+    batches = Batches(some_images(**KINDS["cifar"]), batch_size, "cpu", seed=3, passes=3)
+    served = list(batches.epoch(2))
+    assert len(served) == batches.steps == steps and batches.size(steps - 1) == len(served[-1][1]) == last
+    order, images = (torch.cat(part) for part in zip(*[(y, x) for x, y in served], strict=True))
+    for one in order[:200], order[200:400]:
+        assert sorted(one.tolist()) == list(range(200))
+    assert len(set(order[400:].tolist())) == len(order) - 400
+    assert not torch.equal(order[:200], order[200:400])
+    again = images[200:400][order[200:400].argsort()]
+    alike = (images[:200][order[:200].argsort()] == again).flatten(1).all(1)
+    assert alike.sum() < 20  # each pass crops anew; 162 crops are possible
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", [0, 1, 5, 12])
+def test_varied_passes_can_be_entered_at_any_step_and_by_any_number_of_processes(kind, step):
+    data, recipe = some_images(**KINDS[kind]), {"passes": 2, "autoaugment": True}
+    whole = list(Batches(data, 30, "cpu", seed=3, **recipe).epoch(4))
+    assert len(whole) == 13
+    torch.manual_seed(99)  # the global state plays no part
+    assert_same_batches(Batches(data, 30, "cpu", seed=3, **recipe).epoch(4, step), whole[step:])
+    for rank in range(3):
+        part = Batches(data, 30, "cpu", seed=3, rank=rank, world=3, **recipe).epoch(4, step)
+        assert_same_batches(part, [(x[rank::3], y[rank::3]) for x, y in whole[step:]])
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in whole)
+    plain = Batches(data, 30, "cpu", seed=3, passes=2).epoch(4)
+    changed = [(x != z).flatten(1).any(1) for (x, _), (z, _) in zip(whole, plain, strict=True)]
+    assert 0.5 < torch.cat(changed).float().mean() < 1
+
+
+@pytest.mark.parametrize("drawn", [0.001, 0.55])  # below 0.5 mirrored; done where the policy's share is above
+def test_the_policy_does_to_each_image_of_a_batch_what_torchvision_does_to_it_alone(monkeypatch, drawn):
+    images = some_images(n=25, edge=32, **KINDS["cifar"]).train_images
+    pairs = torch.arange(25)
+    draws = torch.cat([(pairs[:, None] + 0.5) / 25, torch.full((25, 4), drawn)], dim=1)
+    varied = BatchPolicy().vary(images, draws)
+    alone = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=128)
+    monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(drawn))
+    for pair, image, ours in zip(pairs, images, varied, strict=True):
+        monkeypatch.setattr(torch, "randint", lambda *_, pair=pair: pair)
+        assert torch.equal(alone(image.permute(2, 0, 1)).permute(1, 2, 0), ours), int(pair)
+    assert (varied != images).flatten(1).any(1).sum() >= (24 if drawn < 0.5 else 10)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -48,7 +48,7 @@ def net():
 # ---------------------------------------------------------------- the table: input, words of the refusal
 
 FIELDS = {  # of RunConfig → what is allowed or advised, then values that are not
-    "dataset": [("str", None, 3, ["x"]), ("digits, cifar10, imagefolder", "mnist", "CIFAR10")],
+    "dataset": [("str", None, 3, ["x"]), ("digits, cifar10, cifar100, imagefolder", "mnist", "CIFAR10")],
     "image_size": [
         ("int", "8", 8.0),
         ("between 4 and 1024", 0, 3, 2000),
@@ -58,6 +58,11 @@ FIELDS = {  # of RunConfig → what is allowed or advised, then values that are 
     "method": [("str", None, 3, ["x"]), ("dense, lrp, lrpet", "LRPET", "svd")],
     "profile": [("str", None, 3, ["x"]), ("smoke, short", "big")],
     "recipe": [("str", None, 16, {"a": 1}), ("sgd, adamw", "adam")],
+    "best_of_last": [
+        ("int", "20", 20.0, True),
+        ("between 1 and 100000", 0, -1),
+        ("between 1 and 20, the epochs", 21),
+    ],
     "precision": [("str", None, 32, {"a": 1}), ("fp32, tf32, bf16", "fp16")],
     "prune_ratio": [
         ("float", "0.57", [0.5], True),
@@ -115,6 +120,12 @@ CONFIG = [
     ({"epochs": 5}, "milestones", "between 1 and 4; shorten them together with epochs", "(10, 15)"),
     ({"ranks": [3], "prune_ratio": 0.5}, "prune_ratio", "ranks", "drop one of the two", "0.5"),
     ({"ranks": [3], "layers": "*"}, "layers", "ranks", "'*'"),
+    (
+        {"dataset": "imagefolder", "best_of_last": 5},
+        "best_of_last",
+        "left out with dataset='imagefolder'",
+        "5",
+    ),
     ({"dataset": "cifar10", "image_size": 224}, "image_size", "32 for cifar10", "224"),
     ({"model": "vgg16"}, "image_size", "32 or more for vgg16; take another model or dataset", "got 8"),
     ({"model": "vit"}, "image_size", "32 or more for vit; take another model or dataset", "got 8"),

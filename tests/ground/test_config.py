@@ -13,7 +13,9 @@ from lrpet.registry import MODELS
 LRPET = {"method": "lrpet", "prune_ratio": 0.57, "seed": 1}
 
 
-@pytest.mark.parametrize(("dataset", "size"), [("digits", 8), ("cifar10", 32), ("imagefolder", 224)])
+@pytest.mark.parametrize(
+    ("dataset", "size"), [("digits", 8), ("cifar10", 32), ("cifar100", 32), ("imagefolder", 224)]
+)
 def test_image_size_follows_the_data_set(dataset, size):
     assert RunConfig(dataset=dataset).image_size == size
     assert RunConfig(dataset=dataset).run_id == RunConfig(dataset=dataset, image_size=size).run_id
@@ -95,6 +97,7 @@ OTHER = {
     "validation_fraction": {"validation_fraction": 0.1},
     "crops": {"dataset": "imagefolder", "crops": "whole"},
     "recipe": {"recipe": "adamw"},
+    "best_of_last": {"best_of_last": 5},
     "seed": {"seed": 2},
     "sync_batchnorm": {"sync_batchnorm": True},
     "precision": {"precision": "bf16"},

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import os
 
 import pytest
@@ -7,10 +8,11 @@ import torch.nn.functional as F
 from helpers import TINY
 from torch import nn
 
-from lrpet import LowRankProjector, RunConfig, build_model, ranks_from_ratio
+from lrpet import LowRankProjector, RunConfig, build_model, ranks_from_ratio, run
 from lrpet.data.batches import Batches
 from lrpet.data.sets import load_data
 from lrpet.methods import make_method
+from lrpet.processes import Processes
 from lrpet.training.checkpoint import load_checkpoint, save_checkpoint
 from lrpet.training.clock import Clock
 from lrpet.training.evaluate import evaluate
@@ -221,6 +223,79 @@ def test_the_clock_counts_nested_seconds_once_and_none_of_what_failed(monkeypatc
     with contextlib.suppress(KeyboardInterrupt), clock("evaluation"):
         raise KeyboardInterrupt
     assert dict(clock.seconds) == {"projection": 2.0, "train": 8.0}
+
+
+# ---------------------------------------------------------------- the authors' score
+
+
+def top1(model):
+    return evaluate(model, batches(RunConfig()))["top1_pct"]
+
+
+def watch(method):
+    """Let a method note, before each epoch's projection, its accuracy and weights."""
+    noted, project = [], method.after_step
+
+    def after_step(step, steps, last):
+        if step % steps == 0:
+            weights = {name: tensor.clone() for name, tensor in method.model.state_dict().items()}
+            noted.append((top1(method.model), weights))
+        return project(step, steps, last)
+
+    method.after_step = after_step
+    return noted
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_the_best_of_the_last_epochs_is_scored_and_kept_as_it_is_before_its_projection(tmp_path, stop):
+    config = RunConfig(**TINY | {"epochs": 5, "milestones": (3,), "best_of_last": 3})
+    plain, noted, state = start(dataclasses.replace(config, best_of_last=None)), [], None
+    expected = watch(plain)
+    train(plain.config, plain, batches(config), Session(tmp_path / "plain.pt", progress="off"))
+    while state is None:  # stopped after every step, the best so far comes from the checkpoint
+        method = start(config)
+        noted = watch(method)
+        with contextlib.suppress(Paused):
+            session = Session(tmp_path / "c.pt", deadline=0.0 if stop else None, progress="off")
+            state = train(config, method, batches(config), session)
+    assert noted[-1][0] == expected[-1][0]  # scoring changes nothing
+    assert torch.equal(method.model.conv.weight, plain.model.conv.weight)
+    best = state.best.state
+    assert best["top1_pct"] == [score for score, _ in expected[2:]]
+    assert [row.get("unprojected_top1_pct") for row in state.history] == [None, None, *best["top1_pct"]]
+    place = 2 + best["top1_pct"].index(max(best["top1_pct"]))
+    assert best["epoch"] == place + 1
+    assert all(torch.equal(tensor, best["weights"][name]) for name, tensor in expected[place][1].items())
+    rank = method.ranks["conv"]
+    assert torch.linalg.matrix_rank(best["weights"]["conv.weight"].flatten(1)) > rank  # not projected
+    cut = start(config).model
+    cut.load_state_dict(expected[place][1])
+    for name, R in method.ranks.items():
+        weight = cut.get_submodule(name).weight
+        U, s, Vh = torch.linalg.svd(weight.detach().flatten(1).double(), full_matrices=False)
+        weight.data = ((U[:, :R] * s[:R]) @ Vh[:R]).view_as(weight).float()
+    told = state.best.summary(config, method, state.history, batches(config), Processes())
+    assert told == {
+        "best_of_last_epoch": place + 1,
+        "best_of_last_uncut_top1_pct": max(best["top1_pct"]),
+        "best_of_last_top1_pct": pytest.approx(top1(cut.eval()), abs=0.3),
+    }
+    assert told["best_of_last_top1_pct"] != max(best["top1_pct"])
+
+
+def test_of_a_method_that_does_not_project_the_score_is_the_best_of_the_last_rows(tmp_path):
+    config = RunConfig(**TINY | {"epochs": 4, "method": "dense", "best_of_last": 2})
+    done = run(config, results=tmp_path, device="cpu", progress="off")
+    last = done.history.tail(2)
+    assert done.summary["best_of_last_top1_pct"] == last.top1_pct.max()
+    assert done.summary["best_of_last_epoch"] == last.epoch[last.top1_pct.idxmax()]
+    assert "unprojected_top1_pct" not in done.history
+
+
+def test_without_the_rule_nothing_more_is_scored_or_told(tmp_path):
+    done = run(RunConfig(**TINY), results=tmp_path, device="cpu", progress="off")
+    assert not any("best_of_last" in name for name in done.summary)
+    assert "unprojected_top1_pct" not in done.history
 
 
 # ---------------------------------------------------------------- checkpoints

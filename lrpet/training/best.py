@@ -1,0 +1,76 @@
+"""The network that the LRPET authors score: the best of the last epochs, each taken before its projection."""
+
+from __future__ import annotations
+
+from lrpet.config import RunConfig
+from lrpet.data.batches import Batches
+from lrpet.lowrank.factorize import factorize
+from lrpet.lowrank.layers import copy_of
+from lrpet.methods.base import Method
+from lrpet.processes import ALONE, Processes
+from lrpet.training.evaluate import evaluate
+
+__all__ = ["BestEpoch"]
+
+
+class BestEpoch:
+    """Keeps the weights of the best of a run's last epochs, where ``best_of_last`` asks for it.
+
+    An epoch is scored before the projection that ends it, which takes an evaluation more in those epochs
+    alone. A method that does not project is scored after each epoch anyway, and nothing is kept of it.
+
+    Args:
+        config: of the run.
+
+    Attributes:
+        state: of plain values and tensors, for a checkpoint: ``top1_pct`` of each epoch so scored, in order;
+            of the best of them ``epoch`` (from 1), ``ranks`` and ``weights``.
+
+    Source: the code of arXiv 2204.05566.
+
+    >>> best = BestEpoch(RunConfig(best_of_last=3))  # of 20 epochs
+    >>> [best.counts(epoch) for epoch in (16, 17, 19)]
+    [False, True, True]
+    """
+
+    def __init__(self, config: RunConfig):
+        projects = config.projection_interval is not None
+        self.first = config.epochs - (config.best_of_last or 0) if projects else config.epochs
+        self.state: dict = {"top1_pct": []}
+
+    def counts(self, epoch: int) -> bool:
+        """Tell whether an epoch (from 0) is one of those."""
+        return epoch >= self.first
+
+    def consider(self, epoch: int, method: Method, batches: Batches, processes: Processes = ALONE) -> None:
+        """Score the network that an epoch (from 0) ends with, and keep its weights if it is the best yet."""
+        # running statistics of the first: each process has those of its own part of the last batch
+        processes.copy_from(0, list(method.model.buffers()))
+        top1_pct = evaluate(method.model, batches, processes)["top1_pct"]
+        if top1_pct > max(self.state["top1_pct"], default=-1.0):  # the first of several
+            weights = {name: tensor.clone() for name, tensor in method.model.state_dict().items()}
+            self.state |= {"epoch": epoch + 1, "ranks": dict(method.ranks), "weights": weights}
+        self.state["top1_pct"].append(top1_pct)
+
+    def summary(
+        self, config: RunConfig, method: Method, history: list[dict], batches: Batches, processes: Processes
+    ) -> dict:
+        """Return the score of a finished run by this rule; empty where it was not asked for.
+
+        Returns:
+            ``best_of_last_epoch`` (from 1), ``best_of_last_uncut_top1_pct`` as it was scored, and
+            ``best_of_last_top1_pct`` of that network cut by an SVD, without energy transfer and BN
+            rectification; of a method that does not project the two are one.
+        """
+        if config.best_of_last is None:
+            return {}
+        if not self.state["top1_pct"]:
+            row = max(history[-config.best_of_last :], key=lambda row: row["top1_pct"])
+            epoch, uncut, cut = row["epoch"], row["top1_pct"], row["top1_pct"]
+        else:
+            network = copy_of(method.model)
+            network.load_state_dict(self.state["weights"])
+            epoch, uncut = self.state["epoch"], max(self.state["top1_pct"])
+            cut = evaluate(factorize(network, self.state["ranks"]), batches, processes)["top1_pct"]
+        names = ("best_of_last_epoch", "best_of_last_uncut_top1_pct", "best_of_last_top1_pct")
+        return dict(zip(names, (epoch, uncut, cut), strict=True))
