@@ -18,7 +18,7 @@ from lrpet.training.recording import load_gradients
 __all__ = ["ablation_table", "claims_table", "differences", "summary_of_ablations"]
 HIGHER = Words("higher", "lower")
 HOLDS = Words("holds", "does not hold")
-TEST_IMAGES = {"cifar10": 10_000}
+TEST_IMAGES = {"cifar10": 10_000, "cifar100": 10_000}
 AS_IT_IS = ("LRPET as it is", "LRP as it is")
 DECIDED = ("difference", "ci95", "p", "p_holm", "n", "detectable", "verdict", "remark")
 

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
+from lrpet.experiments import Experiment, load_profile
 from lrpet.lowrank.cost import cost
 from lrpet.lowrank.ranks import compressible_layers, ranks_from_ratio
 from lrpet.models import MODELS, build_model
 from lrpet.paths import PROJECT
-from lrpet.tables.rows import published
+from lrpet.tables.rows import NUM_CLASSES, of_imagenet, published
 
 __all__ = ["cost_table"]
 NOT_HERE = "not here"  # a network or method of others
@@ -36,7 +37,9 @@ COST_COLUMNS += ("macs_reduction_pct", "paper_macs_reduction_pct", "paper_source
 def cost_table() -> pd.DataFrame:
     """Return multiply-adds and parameters, ours and published, of every published network that we have.
 
-    Nothing is trained: ranks come from the published ratio or list, costs from layer shapes.
+    Nothing is trained: ranks come from the published ratio or list, costs from layer shapes. The authors'
+    further ratios and rank lists, of which ``experiments.yaml`` has experiments but nothing was published
+    that we have, come last.
 
     >>> cost_table().query("network == 'resnet56' and prune_ratio == '0.57'").macs_m.item()
     '56.06'
@@ -68,7 +71,23 @@ def _cost_rows() -> list[dict]:
                     reported,
                 )
             )
-    return rows
+    known = {(row["network"], row["dataset"], row["macs_m"]) for row in rows}
+    further = [
+        _further_row(e)
+        for name in ("paper", "imagenet")
+        for e in load_profile(name).experiments
+        if e.feeds == "ratios"
+    ]
+    return rows + [row for row in further if (row["network"], row["dataset"], row["macs_m"]) not in known]
+
+
+def _further_row(experiment: Experiment) -> dict:
+    config = experiment.config
+    dataset = "imagenet" if of_imagenet(config) else config.dataset
+    ratio = np.nan if config.prune_ratio is None else config.prune_ratio
+    method = f"LRPET, ranks of {experiment.name.rpartition('-s')[0]}" if config.ranks else "LRPET"
+    nothing = SimpleNamespace(macs_m=np.nan, params_m=np.nan, macs_reduction_pct=np.nan, source="")
+    return _cost_row(config.model, dataset, method, ratio, config.ranks, nothing)
 
 
 def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, reported) -> dict:
@@ -80,7 +99,7 @@ def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, repo
     row["paper_source"] = reported.source
     if network not in MODELS or method.split(",")[0] not in ("LRPET", "baseline"):
         return row
-    model = build_model(network, {"imagenet": 1000, "cifar100": 100}.get(dataset, 10))
+    model = build_model(network, NUM_CLASSES.get(dataset, 10))
     fixed = json.loads((PROJECT / "paper" / "fixed_ranks.json").read_text()).get(network)
     known = True
     if ranks is None and method != "baseline":

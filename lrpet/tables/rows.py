@@ -19,6 +19,7 @@ from lrpet.tables.statistics import NOT_RUN, half_width
 
 __all__ = ["profile_runs", "published"]
 COMPETITORS, ABLATIONS = "competitors", "ablations"  # what experiments of other tables feed
+NUM_CLASSES = {"cifar100": 100, "imagenet": 1000}  # of published data sets with other than ten classes
 MACS_TOLERANCE = 0.02  # two networks whose multiply-adds differ by less are compared as equal
 
 
@@ -40,21 +41,23 @@ def profile_runs(profile: str, results: Path | None = None) -> pd.DataFrame:
 
     Returns:
         ``experiment``, ``feeds``, ``network``, ``label``, ``run_id`` and, where the run is finished, every
-        column of :func:`lrpet.load_runs`; missing values elsewhere.
+        column of :func:`lrpet.load_runs`; missing values elsewhere. ``network`` names the data too where
+        they are not those of the profile's first experiment.
     """
-    store = load_runs((results or results_root()) / profile)
+    store, experiments = load_runs((results or results_root()) / profile), load_profile(profile).experiments
+    usual = experiments[0].config.dataset
     wanted = pd.DataFrame(
         [
             {
                 "experiment": e.name.rsplit("-s", 1)[0],
                 "feeds": e.feeds,
-                "network": e.config.model,
+                "network": e.config.model + f", {e.config.dataset}" * (e.config.dataset != usual),
                 "label": label_of(e.config),
                 "run_id": e.config.run_id,
                 "ratio": e.config.prune_ratio,
                 "config": e.config,
             }
-            for e in load_profile(profile).experiments
+            for e in experiments
         ]
     )
     columns = (
@@ -104,7 +107,7 @@ def lrpet_targets(runs: pd.DataFrame) -> dict[str, int]:
     """Return the multiply-adds of each network's LRPET at the main ratio, which competitors aim at."""
     mains = runs[runs.feeds.isin(MAIN) & (runs.label == "LRPET")].drop_duplicates("network")
     return {
-        row.network: target_macs(build_model(row.network, _num_classes(row.config)), row.config)
+        row.network: target_macs(build_model(row.config.model, _num_classes(row.config)), row.config)
         for row in mains.itertuples()
     }
 
@@ -122,15 +125,16 @@ def of_imagenet(config: RunConfig) -> bool:
 
 
 def _num_classes(config: RunConfig) -> int:
-    return 1000 if of_imagenet(config) else 10
+    return 1000 if of_imagenet(config) else NUM_CLASSES.get(config.dataset, 10)
 
 
 def as_published(done: pd.DataFrame) -> bool:
     """Tell whether finished runs followed the paper's schedule, on data of as many classes."""
     done = done.dropna(subset="top1_pct")
-    imagenet = of_imagenet(done.iloc[0].config)
-    return (done.epochs == (120 if imagenet else 400)).all() and (
-        not imagenet or (done.num_classes == 1000).all()
+    config = done.iloc[0].config
+    epochs = 120 if of_imagenet(config) else 100 if config.model == "vit" else 400
+    return (done.epochs == epochs).all() and (
+        not of_imagenet(config) or (done.num_classes == NUM_CLASSES["imagenet"]).all()
     )
 
 

@@ -311,8 +311,9 @@ def forget_seconds(rows):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_do_a_run_together_and_the_first_alone_writes_it(tmp_path, world):
-    told = together(tmp_path, world, start_run, tmp_path / "results", TINY, {"device_batch": 40})
-    folder = RunConfig(**TINY).folder(tmp_path / "results" / "0")
+    fields = TINY | {"best_of_last": 1}
+    told = together(tmp_path, world, start_run, tmp_path / "results", fields, {"device_batch": 40})
+    folder = RunConfig(**fields).folder(tmp_path / "results" / "0")
     assert [place.name for place in (tmp_path / "results").iterdir()] == ["0"]
     assert [place for place, *_ in told] == [folder] * world
     assert [forget_seconds(rows) for _, rows, _ in told] == [forget_seconds(told[0][1])] * world
@@ -323,7 +324,9 @@ def test_processes_do_a_run_together_and_the_first_alone_writes_it(tmp_path, wor
     alone = evaluate(load_network(finished), Batches(data, 1, "cpu", 0))
     assert alone["top1_pct"] == finished.summary["compact_top1_pct"]  # all images, once
     assert finished.summary["top1_pct"] > 20  # chance is 10
-    again = together(tmp_path, world, start_run, tmp_path / "results", TINY, {})
+    unprojected = finished.history.unprojected_top1_pct.iloc[-1]
+    assert finished.summary["best_of_last_uncut_top1_pct"] == unprojected != finished.summary["top1_pct"]
+    again = together(tmp_path, world, start_run, tmp_path / "results", fields, {})
     assert again == [(folder, [], [])] * world  # loaded, also where the folder is not to be seen
 
 

@@ -29,6 +29,31 @@ def test_mean_and_spread_over_seeds_and_difference_to_the_paper(tmp_path):
     assert row.difference_pct == "+0.03"
 
 
+def test_the_authors_way_to_score_has_a_column_of_its_own_where_the_profile_asks_for_it(tmp_path):
+    for seed, value in ((1, 93.1), (2, 93.2)):
+        put(tmp_path, experiment("paper", f"resnet56-lrpet-s{seed}"), 92.0, best_of_last_top1_pct=value)
+    put(tmp_path, experiment("paper", "vit-cifar100-lrpet-s1"), 71.0, macs=125_280_000)
+    table = tables.accuracy_table(tables.profile_runs("paper", tmp_path), tables.published())
+    row = table.iloc[2]
+    assert row.best_of_last_then_svd_top1_pct == "93.15 [92.51, 93.79] (n=2)"
+    assert (row.difference_pct, row.best_of_last_difference_pct) == ("-1.27", "-0.12")  # to 93.27
+    old = table[table.network == "vit, cifar100"].iloc[0]
+    assert (old.difference_pct, old.paper_top1_pct) == ("-1.08", "72.08")  # to CIFAR-100's own number
+    assert (old.best_of_last_then_svd_top1_pct, old.best_of_last_difference_pct) == ("not run", "")
+    short = tables.accuracy_table(tables.profile_runs("short", tmp_path), tables.published())
+    assert not any("best_of_last" in name for name in short)
+
+
+@pytest.mark.parametrize("profile", ["paper", "imagenet"])
+def test_the_cost_table_covers_every_lrpet_network_of_the_published_profiles(profile):
+    covered = {(row.network, row.dataset, row.macs_m) for row in tables.cost_table().itertuples()}
+    runs = tables.profile_runs(profile)
+    for row in runs[(runs.label == "LRPET") & (runs.feeds != "ablations")].itertuples():
+        dataset = "imagenet" if profile == "imagenet" else row.config.dataset
+        counted = tables.rows.counted_cost(pd.Series(row._asdict()))
+        assert (row.config.model, dataset, f"{counted[0] / 1e6:.2f}") in covered, row.experiment
+
+
 def test_one_seed_has_no_interval_and_short_runs_no_difference_to_the_paper(tmp_path):
     put(tmp_path, experiment("short", "resnet20-lrpet-s1"), 88.0)
     row = tables.accuracy_table(tables.profile_runs("short", tmp_path), tables.published()).iloc[2]
@@ -107,8 +132,18 @@ def test_multiply_adds_agree_with_the_published_ones(row):
 
 def test_reductions_of_the_searched_ranks_agree_to_the_digit_given():
     table = tables.cost_table()
-    for row in table[table.method.str.contains("ranks")].itertuples():
+    searched = table[table.method.str.contains("ranks") & (table.paper_macs_reduction_pct != "")]
+    assert len(searched) == 3
+    for row in searched.itertuples():
         assert float(row.macs_reduction_pct) == float(row.paper_macs_reduction_pct)
+
+
+def test_further_rank_lists_and_ratios_of_which_nothing_was_published_save_what_their_names_say():
+    further = tables.cost_table().query("paper_source == ''").set_index("method")
+    assert len(further) == 9
+    for name in ("61.0", "66.2", "79.2"):
+        assert further.macs_reduction_pct[f"LRPET, ranks of vgg16-lrpet-{name}"] == name
+    assert further[further.network == "resnet50"].macs_reduction_pct.tolist() == ["75.8"]
 
 
 def test_parameters_agree_when_batchnorm_is_left_out():
@@ -135,7 +170,7 @@ def test_total_epochs_and_multiply_adds_stand_beside_every_competitor(tmp_path):
 def test_every_experiment_of_a_profile_has_a_name_of_its_own_in_the_tables():
     for profile in ("smoke", "short", "paper"):
         names = [
-            (e.config.model, label_of(e.config), e.config.prune_ratio, e.config.ranks)
+            (e.config.dataset, e.config.model, label_of(e.config), e.config.prune_ratio, e.config.ranks)
             for e in load_profile(profile).experiments
         ]
         names = [
