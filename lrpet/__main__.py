@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     verb("list", _list, "list the runs of a profile and their state", "smoke")
     verb("check", _list, "the same; exit status 1 unless all are complete", "smoke")
     verb("headline", _headline, "print the numbers of a profile that matter most", "smoke")
-    verb("tables", _tables, "write the tables of results/, README.md and REPRODUCING.md from the store")
+    verb("tables", _tables, "write the tables of results/ and those of the pages from the store")
     sub = verb(
         "export", _export, "write the compact network of a finished run for other programs, and check it"
     )
@@ -192,7 +192,9 @@ def _tables(_args) -> int:
 
     write_pages()
     pages = (
-        ", README.md and REPRODUCING.md" if has_own_results() else "; pages are written from results/ only"
+        ", docs/evidence.md, REPRODUCING.md"
+        if has_own_results()
+        else "; pages are written from results/ only"
     )
     print(f"tables written to {results_root()}/*/tables{pages}")
     return 0

@@ -1,4 +1,4 @@
-"""Tables into pages: results/*/tables, README.md and REPRODUCING.md."""
+"""Tables into pages: results/*/tables, docs/evidence.md and REPRODUCING.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 
 from lrpet.experiments import MAIN
 from lrpet.files import write_file
-from lrpet.paths import PROJECT, has_own_results, project_file, results_root
+from lrpet.paths import has_own_results, project_file, results_root
 from lrpet.tables.accuracy import accuracy_table, imagenet_table, related_table
 from lrpet.tables.choice import repeats_table, selection_table
 from lrpet.tables.claims import ablation_table, claims_table, differences
@@ -84,11 +84,11 @@ def _markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(index=False, disable_numparse=True) + "\n"
 
 
-PAGES = (PROJECT / "README.md", PROJECT / "REPRODUCING.md")  # whose tables come from the store
+PAGES = ("docs/evidence.md", "REPRODUCING.md")  # whose tables come from the store
 
 
 def write_pages(pages: Sequence[Path] | None = None) -> list[str]:
-    """Put the tables of the store where README.md and REPRODUCING.md have a marker; return the new texts.
+    """Put the tables of the store where the pages have a marker; return the new texts.
 
     A marker is ``<!-- table: short accuracy -->``, closed by ``<!-- end -->``; with columns,
     ``<!-- table: short accuracy: method top1_pct -->``, it shows these alone.
@@ -98,7 +98,7 @@ def write_pages(pages: Sequence[Path] | None = None) -> list[str]:
             project's own (``LRPET_RESULTS``).
     """
     asked = pages is not None
-    pages = pages or [project_file(page.name) for page in PAGES]
+    pages = pages or [project_file(page) for page in PAGES]
     tables: dict[str, dict[str, pd.DataFrame]] = {}
 
     def fill(match: re.Match) -> str:

@@ -28,7 +28,7 @@ from lrpet.figures import saved_figures
 asked = {
     "experiments.yaml": lambda: load_profile("smoke"),
     "paper/reported.csv": tables.published,
-    "README.md": tables.write_pages,
+    "docs/evidence.md": tables.write_pages,
     "figures/README.md": lambda: saved_figures("smoke"),
     "data/cifar10": lambda: load_data(RunConfig(dataset="cifar10")),
     "results": lambda: run(RunConfig(), progress="off"),

@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -339,16 +340,16 @@ def test_readme_may_ask_for_some_columns(tmp_path):
 
 def test_committed_tables_are_up_to_date(tmp_path, monkeypatch):
     monkeypatch.delenv("LRPET_RESULTS")
-    copies = [tmp_path / page.name for page in pages.PAGES]
+    copies = [tmp_path / Path(page).name for page in pages.PAGES]
     for copy, page in zip(copies, pages.PAGES, strict=True):
-        copy.write_text(page.read_text())
+        copy.write_text((PROJECT / page).read_text())
     before = {p: p.read_bytes() for p in (PROJECT / "results").glob("*/tables/*")}
     fresh = tables.write_pages(copies)
     changed = [str(path) for path, content in before.items() if path.read_bytes() != content]
     for path, content in before.items():
         path.write_bytes(content)
     advice = "stale tables: run python -m lrpet tables"
-    assert fresh == [page.read_text() for page in pages.PAGES], advice
+    assert fresh == [(PROJECT / page).read_text() for page in pages.PAGES], advice
     assert not changed, advice
 
 
@@ -464,7 +465,7 @@ def test_a_summary_of_something_else_is_left_out_and_named(tmp_path, config):
 def test_pages_are_written_from_the_projects_own_store_alone(tmp_path, monkeypatch, capsys):
     page = tmp_path / "README.md"
     page.write_text("<!-- table: smoke accuracy: method top1_pct -->\n<!-- end -->\n")
-    monkeypatch.setattr(pages, "PAGES", (page,))
+    monkeypatch.setattr(pages, "PAGES", (page.name,))
     monkeypatch.setattr(pages, "project_file", lambda name: tmp_path / name)
     before = page.read_text()
     assert main(["tables"]) == 0
