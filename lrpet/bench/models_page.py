@@ -20,8 +20,9 @@ LEGEND = """\
 - *dense*, *told*, *run*: millions of multiply-adds for the inputs tried, of the dense network, of the compact
   one as `lrpet.cost` tells before it is made, and counted in a run of it. Where a module around a layer reads
   its `weight`, as T5, ViT and CLIP do to see its dtype, the factors are multiplied first, and both count it.
-- *error*: of outputs, factorized against projected, by the largest. *folded*: with BatchNorm folded too.
-  *loaded*: saved and loaded, against factorized. *ONNX*: in float32, onnxruntime against PyTorch.
+- *error*: of outputs, factorized against projected, by the largest. *folded*: with BatchNorm folded too,
+  except where one holds an activation. *loaded*: saved and loaded, against factorized. *ONNX*: in float32,
+  onnxruntime against PyTorch.
 """.splitlines()
 
 

@@ -39,7 +39,7 @@ def test_the_committed_table_has_no_fault_and_is_the_page():
     rows = json.loads((PROJECT / "results" / "bench" / "models-cpu.json").read_text())["rows"]
     page = (PROJECT / "docs" / "models.md").read_text(encoding="utf-8")
     assert len(rows) >= 40 and {row["library"] for row in rows} == set(LIBRARIES)
-    assert [row["network"] for row in rows if faults(row)] == []
+    assert [row["network"] for row in rows if faults(row) or row["moved"] < 1e-3] == []
     assert all(_line(row) in page for row in rows)
     assert [row["network"] for row in rows] == [network.name for network in networks()]
 
