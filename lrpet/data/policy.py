@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 __all__ = ["BatchPolicy"]
 BINS = 10  # magnitudes that the policy counts in
-GREY = 128  # of what comes in from outside of the image, as in the LRPET authors' code
+GREY = 128  # of what comes in from outside of the image
 
 
 class BatchPolicy(v2.AutoAugment):

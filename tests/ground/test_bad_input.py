@@ -285,7 +285,7 @@ RUN = [  # fields of the configuration, arguments of run()
     ((TREE, {"data": __file__}), "test_bad_input.py is no folder"),
     (
         ({"dataset": "cifar10"}, {"data": os.path.dirname(__file__)}),
-        "neither train/ nor cifar-10-batches-py/",
+        "neither train/ nor cifar-10-batches-py",
     ),
     *(
         (({}, {name: value}), f"{name} must be", f"got {value!r}")

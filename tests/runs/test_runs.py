@@ -428,9 +428,9 @@ def test_a_device_without_memory_is_told_with_the_way_out(tmp_path, monkeypatch)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("method", ["lrpet", "trp"])
-def test_a_run_paused_and_resumed_on_a_gpu_equals_an_uninterrupted_one(tmp_path, method):
-    config = RunConfig(**TINY, method=method)
+@pytest.mark.parametrize(("method", "recipe"), [("lrpet", "sgd"), ("trp", "sgd"), ("lrpet", "adamw")])
+def test_a_run_paused_and_resumed_on_a_gpu_equals_an_uninterrupted_one(tmp_path, method, recipe):
+    config = RunConfig(**TINY, method=method, recipe=recipe)
     options = {"device": "cuda", "progress": "off", "deterministic": True}
     expected = outcome(run(config, results=tmp_path / "undisturbed", **options).folder)
     for _ in range(7):

@@ -15,7 +15,7 @@ from lrpet.training.pieces import check_pieces, count_pieces
 def served(images, batch_size, size=8):
     """Stand for batches."""
     return SimpleNamespace(
-        labels=torch.zeros(images),
+        served=images,
         batch_size=batch_size,
         data=SimpleNamespace(image_size=size),
         device=torch.device("cpu"),

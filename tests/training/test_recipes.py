@@ -12,6 +12,7 @@ from lrpet.data.load import make_batches
 from lrpet.data.sets import ImageData
 from lrpet.lowrank.batchnorm import find_batchnorms
 from lrpet.methods import make_method
+from lrpet.runs.device import deterministic_algorithms
 from lrpet.training.loop import Paused, Session, train
 from lrpet.training.recipes import (
     augmentation,
@@ -22,6 +23,7 @@ from lrpet.training.recipes import (
     training_loss,
 )
 
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 ADAMW = RunConfig(recipe="adamw", learning_rate=0.001, weight_decay=0.05, epochs=40)
 
 
@@ -147,27 +149,28 @@ VIT = RunConfig(
 )
 
 
-def train_vit(folder, stop_after_each_step):
+def train_vit(folder, stopping, device="cpu"):
     """Train; return weights, rows, the best of the last epochs, and how often it was stopped."""
-    deadline = 0.0 if stop_after_each_step else None
+    deadline = 0.0 if stopping else None
     session = Session(folder / "checkpoint.pt", deadline=deadline, progress="off")
     for sitting in range(20):
         torch.manual_seed(VIT.seed)
-        method = make_method(build_model("vit", 2), VIT)
-        images = make_batches(images_of_two_classes(), 8, "cpu", VIT.seed, **augmentation(VIT))
+        method = make_method(build_model("vit", 2).to(device), VIT)
+        images = make_batches(images_of_two_classes(), 8, device, VIT.seed, **augmentation(VIT))
         torch.manual_seed(1000 + sitting)  # what another sitting left behind
-        with contextlib.suppress(Paused):
+        with contextlib.suppress(Paused), deterministic_algorithms(wanted=True):
             state = train(VIT, method, images, session)
             rows = [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in state.history]
             return method.model.state_dict(), rows, state.best.state, sitting
     raise AssertionError("never finished")
 
 
-def test_the_recipe_of_the_vision_transformer_resumes_bit_for_bit_at_any_step(tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_recipe_of_the_vision_transformer_resumes_bit_for_bit_at_any_step(tmp_path, device):
     one, many = tmp_path / "one", tmp_path / "many"
     one.mkdir(), many.mkdir()
-    weights, rows, best, _ = train_vit(one, stop_after_each_step=False)
-    again, rows_again, best_again, sittings = train_vit(many, stop_after_each_step=True)
+    weights, rows, best, _ = train_vit(one, stopping=False, device=device)
+    again, rows_again, best_again, sittings = train_vit(many, stopping=True, device=device)
     assert sittings == 7  # twelve images, three passes, batches of eight: four steps an epoch
     assert rows == rows_again
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
@@ -178,7 +181,7 @@ def test_the_recipe_of_the_vision_transformer_resumes_bit_for_bit_at_any_step(tm
 def test_training_sets_the_rate_of_each_step(tmp_path, monkeypatch):
     rates = []
     monkeypatch.setattr("lrpet.training.loop.set_learning_rate", lambda _, rate, __: rates.append(rate))
-    train_vit(tmp_path, stop_after_each_step=False)
+    train_vit(tmp_path, stopping=False)
     assert rates == [learning_rate(VIT, epoch, (i + 0.5) / 4) for epoch in range(2) for i in range(4)]
     assert len(set(rates)) == 8
 
