@@ -325,7 +325,7 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
     'top-1 accuracy, %'
     """
     accuracies = {name: seeds.dropna().astype(float) for name, seeds in runs.groupby("experiment").top1_pct}
-    finished = table[[not accuracies[name].empty for name in table.experiment]].question.value_counts()
+    finished = table.loc[[not accuracies[name].empty for name in table.experiment]].question.value_counts()
     questions = [q for q in dict.fromkeys(table.question) if finished.get(q, 0) > 1]
     if not questions:
         figure = ProjectFigure(0.6)
