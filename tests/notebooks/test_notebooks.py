@@ -15,7 +15,8 @@ from lrpet.config import RunConfig
 from lrpet.paths import PROJECT, results_root
 
 PATHS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-EXECUTED = ("00_method", "08_tables")  # committed with outputs; the others are stripped of them
+# committed with outputs; the others are stripped of them
+EXECUTED = ("00_method", "03_ablations", "04_singular_values", "05_gradient_norms", "08_tables")
 notebooks = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
