@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -233,3 +234,18 @@ def lab_of(rgb):
     xyz = np.array(to_xyz) @ rgb / [0.9505, 1.0, 1.089]
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def in_two_processes(target, store):
+    """Call ``target(rank, store, pipe)`` in two processes that start anew; return what each sends."""
+    context, heard, started = multiprocessing.get_context("spawn"), [], []
+    for rank in range(2):
+        here, there = context.Pipe()
+        started.append(context.Process(target=target, args=(rank, store, there)))
+        started[-1].start()
+        heard.append(here)
+    results = [pipe.recv() if pipe.poll(120) else None for pipe in heard]
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0, 0]
+    return results

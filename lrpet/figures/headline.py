@@ -7,14 +7,13 @@ import pandas as pd
 from lrpet.experiments import MAIN
 from lrpet.figures.style import GRID, INK, METHOD_STYLES, ProjectFigure, in_style, say_in_panel
 from lrpet.tables.claims import differences
-from lrpet.tables.rows import ABLATIONS
+from lrpet.tables.rows import ABLATIONS, MACS_TOLERANCE
 from lrpet.tables.statistics import half_width
 
 __all__ = ["plot_headline"]
 QUIET = "#777777"
 ROW_INCHES = 0.34
 SHOWN = (*MAIN, "competitors", "control", ABLATIONS)
-EQUAL = 0.02  # multiply-adds that differ by less count as equal
 DATA = {"cifar10": "CIFAR-10", "digits": "digits"}
 
 
@@ -64,7 +63,7 @@ def plot_headline(runs: pd.DataFrame) -> ProjectFigure:
 
 def _rows(done: pd.DataFrame, base: pd.Series) -> list[tuple[str, pd.Series]]:
     """Return the accuracies of each experiment to be shown: the dense one, then the others, best first."""
-    equal = (done.macs / base.macs - 1).abs() <= EQUAL
+    equal = (done.macs / base.macs - 1).abs() <= MACS_TOLERANCE
     alike = equal & (done.ratio.isna() | (done.ratio == base.ratio))
     # of the ablations only the competitor that the paper names, not every setting
     alike &= (done.feeds != ABLATIONS) | done.label.str.contains("trained network")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 __all__ = ["LayerTable"]
 
 
-class LayerTable:
+class LayerTable(ABC):
     """What has one row per layer: it prints as a table, in a notebook as HTML, and becomes a DataFrame.
 
     A subclass has ``layers``, a sequence of dataclasses, and says by ``cells`` and ``footer`` what is shown.
@@ -18,13 +19,13 @@ class LayerTable:
 
     layers: Sequence[Any]
 
+    @abstractmethod
     def cells(self) -> list[tuple[str, ...]]:
         """Return the header, then what is shown of each layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def footer(self) -> str:
         """Return the line below the table."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         table = self.cells()

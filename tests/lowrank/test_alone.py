@@ -1,11 +1,11 @@
 """The library by itself: it imports nothing above it, and a process group of its user is not its business."""
 
 import ast
-import multiprocessing
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from helpers import in_two_processes
 from torch import nn
 
 import lrpet
@@ -51,16 +51,7 @@ def train_another_network(rank, store, pipe):
 
 
 def test_networks_of_two_processes_stay_different(tmp_path):
-    context, heard, started = multiprocessing.get_context("spawn"), [], []
-    for rank in range(2):
-        here, there = context.Pipe()
-        started.append(context.Process(target=train_another_network, args=(rank, tmp_path / "store", there)))
-        started[-1].start()
-        heard.append(here)
-    results = [pipe.recv() if pipe.poll(120) else None for pipe in heard]
-    for process in started:
-        process.join(60)
-    assert [process.exitcode for process in started] == [0, 0]
+    results = in_two_processes(train_another_network, tmp_path / "store")
     weights = []
     for before, after in results:
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))

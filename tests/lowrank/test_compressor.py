@@ -1,12 +1,11 @@
 """The method in one object: its schedule, its warnings, that it resumes bit for bit, several processes."""
 
 import io
-import multiprocessing
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import refused
+from helpers import in_two_processes, refused
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -230,14 +229,5 @@ def train_together(rank, store, pipe):
 
 
 def test_all_processes_have_the_weights_that_the_first_projected(tmp_path):
-    context, heard, started = multiprocessing.get_context("spawn"), [], []
-    for rank in range(2):
-        here, there = context.Pipe()
-        started.append(context.Process(target=train_together, args=(rank, tmp_path / "store", there)))
-        started[-1].start()
-        heard.append(here)
-    results = [pipe.recv() if pipe.poll(120) else None for pipe in heard]
-    for process in started:
-        process.join(60)
-    assert [process.exitcode for process in started] == [0, 0]
+    results = in_two_processes(train_together, tmp_path / "store")
     assert results[0] == results[1] is not None
