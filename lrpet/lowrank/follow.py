@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrpet.lowrank.projection import Basis, thin_dtype
+from lrpet.lowrank.projection import Basis, thin_dtype, unrounded
 
 __all__ = ["follow_basis"]
 RESIDUAL_TOLERANCE = 1e-5  # the removed part is at most this share larger than the smallest possible
@@ -40,20 +40,21 @@ def follow_basis(gram: Tensor, start: Tensor, rounds: int = 4) -> tuple[Basis, T
 
     >>> from lrpet.lowrank import gram_matrices
     >>> A = torch.diag(torch.tensor([4.0, 3.0, 0.1]))
-    >>> basis, certain = follow_basis(gram_matrices([A]), torch.eye(3)[None, :, :2] + 0.01)
+    >>> basis, certain = follow_basis(gram_matrices(A[None]), torch.eye(3)[None, :, :2] + 0.01)
     >>> bool(certain), round(float(basis.kept), 6)
     (True, 25.0)
     """
     G, thin = gram, thin_dtype(start)
-    with torch.autocast(gram.device.type, enabled=False):  # which would round the float32 product to bfloat16
-        Y = G @ (G.to(thin) @ start.to(thin)).to(
-            G.dtype
-        )  # the second product makes small what the first one rounds
-    Q = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(Y.mT @ Y).L.mT, Y, upper=True, left=False)
+    with unrounded(gram):
+        Y = (G.to(thin) @ start.to(thin)).to(G.dtype)
+    Y = G @ Y  # makes small what the first product rounds
+    L = torch.linalg.cholesky_ex(Y.mT @ Y).L
+    Q = Y @ torch.linalg.solve_triangular(L, torch.eye(L.shape[-1]).to(L), upper=False).mT
     Y = G @ Q
     T = Q.mT @ Y
     energy, kept = (matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1) for matrix in (G, T))  # (B,)
-    size, inside, W = (matrix.square().sum(dim=(-2, -1)) for matrix in (G, T, Y - Q @ T))
+    norms = (torch.linalg.vector_norm(matrix, dim=(-2, -1)) for matrix in (G, T, Y - Q @ T))
+    size, inside, W = (norm.square() for norm in norms)
     c = (size - inside - 2 * W).clamp(min=0).sqrt()
     floor = 1e-5 * energy  # keeps what float32 rounds off G away from the decision
     shifted = T.clone()

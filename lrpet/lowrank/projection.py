@@ -10,7 +10,7 @@ squares the condition number, then costs no accuracy that float32 weights could 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "project_on_basis_",
     "truncated_svd",
 ]
+BLOCK = 128  # rows of a Gram matrix that are multiplied at once on a CPU
 
 
 class Basis(NamedTuple):
@@ -186,13 +187,11 @@ def project_and_measure(
 
 
 @torch.no_grad()
-def gram_matrices(
-    matrices: Sequence[Tensor], row_scale: Tensor | None = None, *, rounded: bool = False
-) -> Tensor:
+def gram_matrices(matrices: Tensor, row_scale: Tensor | None = None, *, rounded: bool = False) -> Tensor:
     """Return the smaller Gram matrix of each A = diag(a)·M: AAᵀ for N ≤ D, AᵀA for N > D.
 
     Args:
-        matrices: B matrices, (N, D); those with N ≤ D need not have one D.
+        matrices: (B, N, D).
         row_scale: ``a``, (B, N), or None.
         rounded: multiply in float32 where the weights are no finer and not on a GPU, which may be set to use
             TF32.
@@ -200,20 +199,31 @@ def gram_matrices(
     Returns:
         (B, K, K), float64.
 
-    >>> gram_matrices([torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 1.0, 1.0]])]).flatten()
-    tensor([25.,  3.], dtype=torch.float64)
+    >>> gram_matrices(torch.tensor([[[3.0, 4.0]], [[1.0, 1.0]]])).flatten()
+    tensor([25.,  2.], dtype=torch.float64)
     """
-    N, D = matrices[0].shape
-    dtype = thin_dtype(matrices[0]) if rounded else torch.float64
-    # autocast would round the float32 product to bfloat16
-    with torch.autocast(matrices[0].device.type, enabled=False):
-        cast = (M.to(dtype) for M in matrices)
+    N, D = matrices.shape[1:]
+    with unrounded(matrices):
+        A = matrices.to(thin_dtype(matrices) if rounded else torch.float64)
         if N <= D:
-            grams = torch.stack([M @ M.mT for M in cast]).to(torch.float64)
-            return grams if row_scale is None else row_scale.unsqueeze(-1) * grams * row_scale.unsqueeze(-2)
+            G = _times_own_transpose(A).to(torch.float64)
+            return G if row_scale is None else row_scale.unsqueeze(-1) * G * row_scale.unsqueeze(-2)
         if row_scale is not None:
-            cast = (a * M for a, M in zip(row_scale.to(dtype).unsqueeze(-1), cast, strict=True))
-        return torch.stack([A.mT @ A for A in cast]).to(torch.float64)
+            A = row_scale.to(A.dtype).unsqueeze(-1) * A
+        return _times_own_transpose(A.mT).to(torch.float64)
+
+
+def _times_own_transpose(A: Tensor) -> Tensor:
+    """Return A·Aᵀ, (B, K, K); of a large one on a CPU only the lower triangle is multiplied, in blocks."""
+    K = A.shape[1]
+    if A.is_cuda or K <= BLOCK:
+        return A @ A.mT
+    G = A.new_empty(len(A), K, K)
+    for i in range(0, K, BLOCK):
+        j = min(i + BLOCK, K)
+        G[:, i:j, :j] = A[:, i:j] @ A[:, :j].mT
+        G[:, :i, i:j] = G[:, i:j, :i].mT
+    return G
 
 
 @torch.no_grad()
@@ -226,7 +236,7 @@ def leading_basis(gram: Tensor, rank: int) -> Basis:
 
     Source: Golub and Van Loan, Matrix Computations, section 8.6.
 
-    >>> leading_basis(gram_matrices([torch.diag(torch.tensor([4.0, 3.0]))]), 1).kept
+    >>> leading_basis(gram_matrices(torch.diag(torch.tensor([4.0, 3.0]))[None]), 1).kept
     tensor([16.], dtype=torch.float64)
     """
     values, vectors = eigh(gram)
@@ -237,59 +247,89 @@ def leading_basis(gram: Tensor, rank: int) -> Basis:
 @renamed(residual="keep_share")
 @torch.no_grad()
 def project_on_basis_(
-    matrices: Sequence[Tensor],
+    matrices: Tensor,
     basis: Basis,
     *,
     energy_transfer: bool = True,
     row_scale: Tensor | None = None,
     keep_share: float = 0.0,
     row_eps: float = 1e-5,
+    undo_exactly: Tensor | None = None,
 ) -> None:
     """Do what :func:`project` does, in place, once the leading directions are known.
 
     Args:
-        matrices: B matrices, (N, D), any dtype; those with N ≤ D need not have one D.
+        matrices: (B, N, D), any dtype.
         basis: of their diag(a)·M, from :func:`leading_basis` or :func:`follow_basis`.
         energy_transfer, keep_share, row_eps: as in :func:`project`.
         row_scale: ``a``, (B, N), or None.
+        undo_exactly: (B, N) bool, the rows for which 1/a undoes a, also where a is 0; None for no row.
 
     Source: arXiv 2204.05566.
 
     >>> M = torch.diag(torch.tensor([4.0, 3.0]))
-    >>> project_on_basis_([M], leading_basis(gram_matrices([M]), 1), energy_transfer=False)
+    >>> project_on_basis_(M[None], leading_basis(gram_matrices(M[None]), 1), energy_transfer=False)
     >>> M
     tensor([[4., 0.],
             [0., 0.]])
     """
     Q, kept, E = basis
-    N, D = matrices[0].shape
+    N, D = matrices.shape[1:]
     factor = torch.ones_like(E)
     if energy_transfer:
         factor = ((E - keep_share**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
     # What remains is M times two thin factors. They are exact to float64, so float32 suffices from here on.
     # f on the kept directions is f − q on them and q on all.
-    left, right = Q * (factor - keep_share)[:, None, None], Q  # (B, K, R)
-    thin, rows = thin_dtype(matrices[0]), [None] * len(matrices)
+    thin = thin_dtype(matrices)
+    left, right, row = Q * (factor - keep_share)[:, None, None], Q, None  # (B, K, R)
     if row_scale is not None:
         a = row_scale.to(torch.float64).unsqueeze(-1)  # (B, N, 1)
         square = a.square() + row_eps
         undo = torch.where(square > 0, a / torch.where(square > 0, square, 1.0), 0.0)
-        rows = (undo * a).to(thin)  # (B, N, 1)
+        row = (undo * a).to(thin)  # (B, N, 1)
         if N <= D:
             left, right = undo * left, a * right
-    # autocast would round the float32 products to bfloat16
-    with torch.autocast(matrices[0].device.type, enabled=False):
-        for matrix, row, U, V in zip(matrices, rows, left.to(thin), right.mT.to(thin), strict=True):
-            M = matrix.to(thin)
+        if undo_exactly is not None:
+            row.masked_fill_(undo_exactly.unsqueeze(-1), 1.0)
             if N <= D:
-                V = V @ M  # (R, D)
-            else:
-                U = M @ U if row is None else row * (M @ U)  # (N, R)
-            if keep_share and row is not None:
-                M.mul_(row)
-            M.addmm_(U, V, beta=keep_share)
-            if M is not matrix:
-                matrix.copy_(M)
+                _undo_exactly_(left, undo_exactly, factor - keep_share, matrices, right)
+    U, V = left.to(thin), right.to(thin).mT
+    with unrounded(matrices):
+        M = matrices.to(thin)
+        if N <= D:
+            V = V @ M  # (B, R, D)
+        else:
+            U = M @ U if row is None else row * (M @ U)  # (B, N, R)
+        if keep_share and row is not None:
+            M.mul_(row)
+        M.baddbmm_(U, V, beta=keep_share)
+        if M is not matrices:
+            matrices.copy_(M)
+
+
+def _undo_exactly_(left: Tensor, which: Tensor, factor: Tensor, matrices: Tensor, right: Tensor) -> None:
+    """Set the chosen rows of left so that left·V is ``factor`` times their part in the space of the kept.
+
+    That space is spanned by the rows of V = rightᵀ·M, (R, D), and least squares find C with C·V next to M's
+    rows. No row is divided by its scale.
+    """
+    some = which.any(dim=1).nonzero().flatten()
+    which, M = which[some], matrices[some].to(torch.float64)
+    order = which.int().topk(int(which.sum(dim=1).max())).indices.unsqueeze(-1)  # (b, k, 1)
+    V = right[some].mT @ M
+    G = V @ V.mT
+    diagonal = G.diagonal(dim1=-2, dim2=-1)  # its shift: for less than R values that are not 0
+    diagonal.add_(1e-15 * diagonal.sum(dim=-1, keepdim=True) + torch.finfo(G.dtype).tiny)
+    C = torch.linalg.solve(G, V @ M.take_along_dim(order, 1).mT).mT * factor[some, None, None]  # (b, k, R)
+    old = left[some]
+    C = torch.where(which.unsqueeze(-1).take_along_dim(order, 1), C, old.take_along_dim(order, 1))
+    left[some] = old.scatter(1, order.expand_as(C), C)
+
+
+def unrounded(matrices: Tensor) -> AbstractContextManager:
+    """Switch autocast off, where it is on: it would round products of float32 to bfloat16."""
+    kind = matrices.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def thin_dtype(matrix: Tensor) -> torch.dtype:

@@ -30,6 +30,7 @@ from lrpet.lowrank.ranks import LayerReport, Report, resolve_ranks
 __all__ = ["DEAD_IN_TRAINING", "LowRankProjector"]
 logger = logging.getLogger("lrpet")
 DEAD_IN_TRAINING = 1e-4  # largest singular value under which a layer is left alone (authors' code)
+BATCH = 2**18  # entries; weights of one shape are copied together, up to so many, and multiplied at once
 EXACT_EVERY = 10  # with fast=True, every so many projections are exact and compared with the fast one
 
 
@@ -123,19 +124,20 @@ class LowRankProjector:
         weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
         self._layers, self._weights, self._batchnorms = layers, weights, batchnorms
         self._states = [_state(layer) for layer in layers.values()]
-        self._groups = defaultdict(list)  # Gram matrices of one size, rank and place are decomposed at once
+        self._groups = defaultdict(list)  # layers of one shape, rank and place are decomposed at once
         self._twins, first = {}, {}  # name → name of the layer whose weight it shares
         for name, layer in layers.items():
             _check(self, name, layer)
             if (twin := first.setdefault(id(weights[name]), name)) != name:
                 self._twins[name] = twin
                 self._batchnorms.pop(name, None), self._batchnorms.pop(twin, None)
+        self._rows = {name: _rows(layer, weights[name]) for name, layer in layers.items()}
         for name, layer in layers.items():
             (N, D), weight = matrix_of(layer).shape, weights[name]
             if self.ranks[name] < min(N, D) and weight.requires_grad and name not in self._twins:
                 where = (weight.device, weight.dtype)
-                group = (N, min(N, D), self.ranks[name], *where, name in self._batchnorms)
-                self._groups[group].append(name)
+                alike = (N, D, self.ranks[name], *where, name in self._batchnorms)
+                self._groups[alike].append(name)
         links = []
         for path in (*layers, *self._pairs.values()):
             module = self.model
@@ -179,47 +181,40 @@ class LowRankProjector:
             for group, names in self._groups.items()
             if names[0] in self._batchnorms
         }
-        small = self._refuse_lost_values(scales)
+        small, eps = self._refuse_lost_values(scales), self.settings["row_eps"]
         check = exact or self._steps % EXACT_EVERY == 0
         self._steps += 1
         own = {}  # name → share of energy kept, whether followed, largest singular value where dead
         for group, names in self._groups.items():
-            rows = [self._rows(name) for name in names]
-            matrices, a = [row.flatten(1) for row in rows], scales.get(group)
-            basis, followed = self._find_basis(group, matrices, a, check)
+            rows, a = [self._rows[name] for name in names], scales.get(group)
+            basis, followed = self._find_basis(group, rows, a, check)
             kept = torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).tolist()
-            largest = _dead_matrices(matrices, a, basis.energy)
-            own |= {name: (kept[i], followed[i], largest.get(i)) for i, name in enumerate(names)}
-            if largest:
-                alive = [i for i in range(len(names)) if i not in largest]
-                names, matrices, rows = ([values[i] for i in alive] for values in (names, matrices, rows))
+            dead = _dead_matrices(rows, a, basis.energy)
+            own |= {name: (kept[i], followed[i], dead.get(i)) for i, name in enumerate(names)}
+            if dead:
+                alive = [i for i in range(len(names)) if i not in dead]
                 a, basis = None if a is None else a[alive], Basis(*(values[alive] for values in basis))
-            undone = [
-                (matrices[i], *_undo_exactly(matrices[i], a[i], [v[i] for v in basis], self.settings))
-                for i, name in enumerate(names)
-                if small.get(name)
-            ]
-            if matrices:
-                project_on_basis_(matrices, basis, row_scale=a, **self.settings)
-            for matrix, which, exactly in undone:
-                matrix[which] = exactly
-            for row, matrix in zip(rows, matrices, strict=True):
-                if matrix.data_ptr() != row.data_ptr():
-                    row.copy_(matrix.view(row.shape))
+                names, rows = [names[i] for i in alive], [rows[i] for i in alive]
+            for part in _parts(rows):
+                own_a = None if a is None else a[part]
+                few = own_a.square() <= eps if any(map(small.get, names[part])) else None
+                self._project(rows[part], own_a, Basis(*(values[part] for values in basis)), few)
         return Report([_report(self, name, own, small) for name in self.ranks] + self._dense)
 
-    def _rows(self, name: str) -> Tensor:
-        """Return a view of a weight, outputs first, the rest as it lies in memory: no result changes."""
-        rows = rows_first(self._layers[name], self._weights[name].detach())
-        in_memory = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
-        return rows.permute(0, 2, 3, 1) if in_memory else rows
+    def _project(
+        self, rows: list[Tensor], a: Tensor | None, basis: Basis, undo_exactly: Tensor | None
+    ) -> None:
+        matrices = _as_batch(rows)
+        project_on_basis_(matrices, basis, row_scale=a, undo_exactly=undo_exactly, **self.settings)
+        if matrices.data_ptr() != rows[0].data_ptr():
+            torch._foreach_copy_(rows, [M.view(row.shape) for M, row in zip(matrices, rows, strict=True)])
 
     def _find_basis(
-        self, group: tuple, matrices: list[Tensor], row_scale: Tensor | None, check: bool
+        self, group: tuple, rows: list[Tensor], row_scale: Tensor | None, check: bool
     ) -> tuple[Basis, list[bool]]:
         """Return the directions that the layers of a group keep, and which were followed from the last."""
         rank, start = group[2], self._bases.get(group) if self.fast else None
-        grams = partial(gram_matrices, matrices, row_scale)  # (B, K, K)
+        grams = partial(_grams, rows, row_scale)  # (B, K, K)
         if start is None:
             basis = leading_basis(grams(), rank)
             followed = [False] * len(basis.kept)
@@ -241,7 +236,9 @@ class LowRankProjector:
                 basis, certain = exact, torch.zeros_like(certain)
             followed = certain.tolist()
             if not check and not all(followed):
-                for values, exact in zip(basis, leading_basis(grams()[~certain], rank), strict=True):
+                left = [row for row, done in zip(rows, followed, strict=True) if not done]
+                G = _grams(left, None if row_scale is None else row_scale[~certain])
+                for values, exact in zip(basis, leading_basis(G, rank), strict=True):
                     values[~certain] = exact
         if self.fast:
             self._bases[group] = basis.vectors.to(torch.float32)
@@ -252,26 +249,23 @@ class LowRankProjector:
 
         All numbers are fetched at once, in one wait for a GPU.
         """
-        names = list(self.ranks)
-        weights = [self._weights[name].detach() for name in names]
-        wide = torch.float32
+        weights, wide = list(self._rows.values()), torch.float32
         for weight in weights:
             wide = torch.promote_types(wide, weight.dtype)
-        norms = torch.stack([n.to(weights[0].device) for n in torch._foreach_norm(weights, 2, wide)]).double()
-        rows, few = {}, {}
-        for group, a in scales.items():
-            counts = (a.square() <= self.settings["row_eps"]).sum(dim=1)
-            for name, row, count in zip(self._groups[group], a.sum(dim=1), counts, strict=True):
-                rows[name], few[name] = row.to(norms), count.to(norms)
-        none = norms.new_zeros(())
-        sums = norms + torch.stack([rows.get(name, none) for name in names])
-        counts = torch.stack([few.get(name, none) for name in names])
-        numbers = torch.stack([norms, sums, counts]).tolist()
-        for name, norm, both in zip(names, *numbers[:2], strict=True):
-            if not math.isfinite(both):
+        norms = torch._foreach_norm(weights, 2, wide)
+        scaled = [name for group in scales for name in self._groups[group]]
+        numbers = [torch.stack([n.to(norms[0].device) for n in norms]).double()]
+        numbers += [a.sum(dim=1).to(numbers[0]) for a in scales.values()]
+        eps = self.settings["row_eps"]
+        numbers += [(a.square() <= eps).sum(dim=1).to(numbers[0]) for a in scales.values()]
+        numbers = torch.cat(numbers).tolist()
+        few = dict(zip(scaled, numbers[len(weights) + len(scaled) :], strict=True))
+        sums = dict(zip(scaled, numbers[len(weights) :], strict=False))
+        for name, norm in zip(self._rows, numbers, strict=False):
+            if not math.isfinite(norm + sums.get(name, 0.0)):
                 what = "the BatchNorm after layer" if math.isfinite(norm) else "the weight of layer"
                 raise ValueError(f"NaN, infinity or overflow in {what} {name!r}; nothing was projected")
-        return {name: int(count) for name, count in zip(names, numbers[2], strict=True) if count}
+        return {name: int(count) for name, count in few.items() if count}
 
 
 def _warn_where_none_is_paired(projector: LowRankProjector, example_inputs: Any) -> None:
@@ -318,35 +312,46 @@ def _report(
 
 def _state(layer: nn.Module) -> tuple:
     w = layer._parameters.get("weight")
-    return () if w is None else (id(w), w.shape, w.device, w.dtype, w.requires_grad)
+    if w is None:
+        return ()
+    pointer = w.data_ptr() if type(w) is nn.Parameter else None  # a shard of FSDP has none
+    return (id(w), pointer, w.shape, w.stride(), w.device, w.dtype, w.requires_grad)
 
 
-def _undo_exactly(M: Tensor, a: Tensor, basis: Sequence[Tensor], settings: Mapping) -> tuple[Tensor, Tensor]:
-    """Return which rows of M (N, D) have a² ≤ row_eps, and what they become if 1/a undoes a, also at 0.
-
-    With V the kept right singular vectors of diag(a)·M, row n is q·M_n + (f − q)·M_n·V·Vᵀ: a is not in it.
-    """
-    which = a.square() <= settings["row_eps"]
-    V, kept, E = basis  # V: (K, R)
-    if M.shape[0] <= M.shape[1]:
-        V = M.double().mT @ (a.unsqueeze(1) * V)  # (D, R): s_i·v_i
-        length = torch.linalg.vector_norm(V, dim=0)
-        V = V / torch.where(length > 0, length, 1.0)
-    q, f = settings["keep_share"], 1.0
-    if settings["energy_transfer"]:
-        f = ((E - q**2 * (E - kept)) / torch.where(kept > 0, kept, 1.0)).sqrt()
-    rows = M[which].double()
-    return which, (q * rows + (f - q) * (rows @ V) @ V.mT).to(M.dtype)
+def _rows(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Return a view of a weight, outputs first, the rest as it lies in memory: no result changes."""
+    rows = rows_first(layer, weight.detach())
+    in_memory = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
+    return rows.permute(0, 2, 3, 1) if in_memory else rows
 
 
-def _dead_matrices(matrices: list[Tensor], row_scale: Tensor | None, energy: Tensor) -> dict[int, float]:
+def _as_batch(rows: list[Tensor]) -> Tensor:
+    """Return weights as matrices, (B, N, D): several copied together, a single one as it lies in memory."""
+    matrices = [row.flatten(1) for row in rows]
+    return torch.stack(matrices) if len(rows) > 1 else matrices[0].unsqueeze(0)
+
+
+def _parts(rows: list[Tensor]) -> list[slice]:
+    """Return which weights of one shape are multiplied at once: small ones many, large ones one by one."""
+    at_once = max(1, BATCH // rows[0].numel()) if rows else 1
+    return [slice(i, i + at_once) for i in range(0, len(rows), at_once)]
+
+
+def _grams(rows: list[Tensor], row_scale: Tensor | None, *, rounded: bool = False) -> Tensor:
+    scales = [None if row_scale is None else row_scale[part] for part in _parts(rows)]
+    pairs = zip(_parts(rows), scales, strict=True)
+    return torch.cat([gram_matrices(_as_batch(rows[part]), a, rounded=rounded) for part, a in pairs])
+
+
+def _dead_matrices(rows: list[Tensor], row_scale: Tensor | None, energy: Tensor) -> dict[int, float]:
     """Return which of the matrices diag(a)·M are dead, with their largest singular value.
 
     s_1 ≥ ‖diag(a)·M‖_F / sqrt(K), so the energies, which are there already, decide for all healthy layers.
     """
-    dead = {}
-    for i in (energy < DEAD_IN_TRAINING**2 * min(matrices[0].shape)).nonzero().flatten().tolist():
-        A = matrices[i].double() if row_scale is None else row_scale[i].unsqueeze(1) * matrices[i].double()
+    dead, K = {}, min(rows[0].flatten(1).shape)
+    for i in (energy < DEAD_IN_TRAINING**2 * K).nonzero().flatten().tolist():
+        A = rows[i].flatten(1).double()
+        A = A if row_scale is None else row_scale[i].unsqueeze(1) * A
         largest = float(torch.linalg.matrix_norm(A, 2))
         if largest < DEAD_IN_TRAINING:
             dead[i] = largest

@@ -45,7 +45,7 @@ def network():
 
 def on_basis(**settings):
     M = torch.eye(3)
-    project_on_basis_([M], leading_basis(torch.eye(3, dtype=torch.float64)[None], 1), **settings)
+    project_on_basis_(M[None], leading_basis(torch.eye(3, dtype=torch.float64)[None], 1), **settings)
     return M
 
 

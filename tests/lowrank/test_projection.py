@@ -356,7 +356,7 @@ def held_and_removed(A, Q, rank):
 
 
 def on_basis(M, basis):
-    project_on_basis_([M], basis)
+    project_on_basis_(M[None], basis)
     return M
 
 
@@ -383,7 +383,7 @@ def test_a_followed_basis_is_optimal_wherever_it_says_so(shape, start, spectrum)
     M, vectors = with_spectrum(shape, s)
     near = vectors[:, :10] + {"near": 0.01, "far": 0.1}.get(start, 0) * torch.randn(24, 10)
     begin = {"wrong": vectors[:, 10:20], "zero": torch.zeros(24, 10)}.get(start, near)
-    basis, certain = follow_basis(gram_matrices([M.float()], rounded=True), begin.double()[None])
+    basis, certain = follow_basis(gram_matrices(M.float()[None], rounded=True), begin.double()[None])
     well_posed = spectrum in ("after a projection and a few steps", "removed nearly nothing", "rank R")
     if (
         start in ("near", "far") or not well_posed
@@ -392,7 +392,7 @@ def test_a_followed_basis_is_optimal_wherever_it_says_so(shape, start, spectrum)
     if certain:
         removed, smallest = held_and_removed(M.float(), basis.vectors[0], 10)
         assert removed <= smallest * (1 + 1e-5) + 1e-6 * torch.linalg.vector_norm(M)
-        exact = leading_basis(gram_matrices([M.float()]), 10)
+        exact = leading_basis(gram_matrices(M.float()[None]), 10)
         assert torch.allclose(basis.kept, exact.kept, rtol=1e-6)
         assert torch.allclose(basis.energy, exact.energy, rtol=1e-6)
         assert relative_error(on_basis(M.float(), basis), project(M.float(), 10)) < 1e-5
@@ -416,7 +416,7 @@ def test_certainty_is_never_misplaced(data, K, seed, decay, noise, gap):
     start = vectors[
         :, torch.randperm(K)[:rank] if data.draw(st.booleans()) else slice(rank)
     ] + noise * torch.randn(K, rank)
-    basis, certain = follow_basis(gram_matrices([M.float()], rounded=True), start[None])
+    basis, certain = follow_basis(gram_matrices(M.float()[None], rounded=True), start[None])
     if certain:
         removed, smallest = held_and_removed(M.float(), basis.vectors[0], rank)
         assert removed <= smallest * (1 + 1e-5) + 1e-6 * torch.linalg.vector_norm(M)
@@ -437,7 +437,7 @@ def test_each_matrix_of_a_batch_is_judged_alone():
 def test_autocast_around_it_does_not_change_a_followed_basis():
     M, vectors = with_spectrum((24, 60), SPECTRA["after a projection and a few steps"].double())
     gram, start = (
-        gram_matrices([M.float()], rounded=True),
+        gram_matrices(M.float()[None], rounded=True),
         (vectors[:, :10] + 0.1 * torch.randn(24, 10)).float()[None],
     )
     alone = follow_basis(gram, start)[0].vectors

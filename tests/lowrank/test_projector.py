@@ -426,7 +426,7 @@ def test_the_honest_fast_path_is_not_given_up(caplog):
 
 
 def test_a_step_takes_little_memory_beside_the_model():
-    model = randomize_batchnorms(build_model("resnet20"))
+    model = randomize_batchnorms(build_model("resnet56"))
     bytes_of_model = sum(p.numel() * p.element_size() for p in model.parameters())
     for fast in (False, True):
         projector = LowRankProjector(model, ranks_from_ratio(model, 0.57), fast=fast)
@@ -435,3 +435,25 @@ def test_a_step_takes_little_memory_beside_the_model():
         held = sum(basis.numel() * basis.element_size() for basis in projector._bases.values())
         assert (held > 0) == fast
         assert held + peak_bytes(projector.step, torch.device("cpu")) < 2.2 * bytes_of_model
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (48, 8)], ids=["wide", "tall"])
+@pytest.mark.parametrize("keep_share", [0.0, 0.3])
+def test_a_followed_projection_undoes_small_scales_as_the_exact_one_does(shape, keep_share):
+    """The basis that is followed spans the leading directions, and no column of it is one."""
+    torch.manual_seed(0)
+    N, C = shape
+    model = nn.Sequential(nn.Conv2d(C, N, 1, bias=False), nn.BatchNorm2d(N))
+    spectrum = torch.tensor([4.0, 3.0, 2.0, 1.5, 0.02, 0.01, 0.01, 0.01])
+    with torch.no_grad():
+        U, V = (torch.linalg.qr(torch.randn(n, 8))[0] for n in (N, C))
+        model[0].weight.copy_((U * spectrum @ V.T).view(N, C, 1, 1))
+        model[1].weight[:3] = torch.tensor([0.0, 1e-3, -2e-3])
+    fast = LowRankProjector(model, {"0": 4}, keep_share=keep_share, fast=True)
+    fast.step()
+    with torch.no_grad():
+        model[0].weight.add_(1e-3 * torch.randn(N, C, 1, 1))
+    copy = lrpet.lowrank.layers.copy_of(model)
+    assert "3 rows" in LowRankProjector(copy, {"0": 4}, keep_share=keep_share).step()[0].reason
+    assert fast.step()[0].reason.startswith("followed")
+    torch.testing.assert_close(model[0].weight, copy[0].weight, rtol=1e-4, atol=2e-5)
