@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -87,20 +86,32 @@ def counted_cost(row: pd.Series) -> tuple[int | None, int | None, int]:
     return _expected(row.config)
 
 
-@cache
 def _expected(config: RunConfig) -> tuple[int | None, int | None, int]:
+    method = config.method if config.method in ("dense", "narrow", "filter_pruning") else "low-rank"
+    key = (config.model, _num_classes(config), config.image_size, method)
+    key += (config.prune_ratio, config.ranks, config.layers)
+    if key not in _counted:  # runs that differ in nothing but seed or schedule are counted once
+        _counted[key] = _count(config)
+    return _counted[key]
+
+
+_counted: dict[tuple, tuple[int | None, int | None, int]] = {}
+
+
+def _count(config: RunConfig) -> tuple[int | None, int | None, int]:
     shape, classes = (3, config.image_size, config.image_size), _num_classes(config)
     model = build_model(config.model, classes)
-    counted = cost(
-        build_network(config, classes), shape, ranks_of(model, config) if config.method != "narrow" else None
-    )
     dense = cost(model, shape).macs
     known = (
         config.method in ("dense", "narrow")
         or config.ranks is not None
         or (config.prune_ratio is not None and config.method != "filter_pruning")
     )
-    return (counted.macs, counted.params, dense) if known else (None, None, dense)
+    if not known:
+        return None, None, dense
+    ranks = None if config.method == "narrow" else ranks_of(model, config)
+    counted = cost(build_network(config, classes), shape, ranks)
+    return counted.macs, counted.params, dense
 
 
 def lrpet_targets(runs: pd.DataFrame) -> dict[str, int]:
