@@ -170,8 +170,9 @@ def _list(args) -> int:
         folder = experiment.config.folder()
         if is_complete(folder):
             summary = load_run(folder).summary
-            accuracy = f"{summary['top1_pct']:.2f} % {summary['scored_on']}"
-            state = f"complete  {accuracy}, {summary['macs'] / 1e6:.2f} M MACs"
+            metric = experiment.config.metric
+            score = f"{metric.text(summary[metric.column])} {summary['scored_on']}"
+            state = f"complete  {score}, {summary['macs'] / 1e6:.2f} M MACs"
         else:
             missing += 1
             state = "started" if has_checkpoint(folder / "checkpoint.pt") else "not run"
@@ -223,9 +224,9 @@ def _train(args) -> int:
     config = RunConfig.from_dict(read_fields(args.fields))
     done = _do(config, args, args.time_budget)
     if Processes.now().first:
-        s = done.summary
-        accuracy = f"{s['top1_pct']:.2f} % {s['scored_on']} accuracy at {s['macs'] / 1e6:.2f} M MACs"
-        print(f"{accuracy}; all files: {done.folder}")
+        s, metric = done.summary, config.metric
+        score = f"{metric.text(s[metric.column])} {s['scored_on']} {metric.title}"
+        print(f"{score} at {s['macs'] / 1e6:.2f} M MACs; all files: {done.folder}")
     return 0
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrpet.paths import results_root
-from lrpet.registry import METHODS, MODELS, SMALLEST
+from lrpet.registry import METHODS, MODELS, SMALLEST, TASKS, Metric
 
 __all__ = ["DATASETS", "METHODS", "PROFILES", "RunConfig", "describe_fields", "read_fields"]
 DATASETS = {"digits": 8, "cifar10": 32, "cifar100": 32, "imagefolder": 224}  # name → image size in pixels
@@ -158,6 +158,12 @@ class RunConfig:
         high=100_000,
         absent=None,
     )
+    task: str = _field(
+        "classification",
+        "what the network does, by which it is trained and scored",
+        choices=TASKS,
+        absent="classification",
+    )
     seed: int = _field(1, "of all random numbers", low=0, high=2**31 - 1)
     sync_batchnorm: bool = _field(
         False, "BatchNorm statistics over the batches of all processes, not of each one's part", absent=False
@@ -173,6 +179,7 @@ class RunConfig:
             value, choices = getattr(self, field.name), field.metadata.get("choices")
             if choices and value is not None and value not in choices:
                 self._refuse(field.name, f"one of {', '.join(choices)}")
+        _check_task(self)
         self._normalize()
         for field in fields:
             value, allowed = getattr(self, field.name), _bounds(field)
@@ -253,9 +260,24 @@ class RunConfig:
             name.append(f"{self.prune_ratio:g}")
         return "-".join([*name, f"s{self.seed}", digest])
 
+    @property
+    def metric(self) -> Metric:
+        """The number that the run is scored by."""
+        return TASKS[self.task].metric
+
     def folder(self, results: Path | None = None) -> Path:
         """Return where the run lives: ``<results>/<profile>/runs/<run_id>``."""
         return (results or results_root()) / self.profile / "runs" / self.run_id
+
+
+def _check_task(config: RunConfig) -> None:
+    row = TASKS[config.task]
+    if not row.datasets:
+        ready = ", ".join(name for name, other in TASKS.items() if other.datasets)
+        config._refuse("task", f"one with a data set, {ready}; there is none of this task yet")
+    for name, fitting in (("dataset", row.datasets), ("model", row.models)):
+        if getattr(config, name) not in fitting:
+            config._refuse(name, f"one of {', '.join(fitting)} with task={config.task!r}")
 
 
 def _check_image_size(config: RunConfig) -> None:

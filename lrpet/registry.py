@@ -1,10 +1,11 @@
-"""The methods and the networks as plain data: a new method is one row here and one file in ``methods/``."""
+"""Methods, tasks and networks as plain data: a new method is one row here and one file in ``methods/``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["METHODS", "MODELS", "SMALLEST", "MethodRow"]
+__all__ = ["METHODS", "MODELS", "SMALLEST", "TASKS", "MethodRow", "Metric", "TaskRow", "metric_of"]
 
 
 class MethodRow(NamedTuple):
@@ -78,9 +79,90 @@ METHODS = {
     "narrow": MethodRow("lrpet.methods.base:Method", "narrow network", "#6A2A00", "d", (0, (8, 2)), SIZE),
 }
 
-MODELS = (
+IMAGE_MODELS = (
     *("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
     *("vgg16", "googlenet", "plain20", "ghost_resnet56", "vit"),
     *("resnet18", "resnet34", "resnet50"),
-)  # the networks that build_model knows
+)
+
+
+class Metric(NamedTuple):
+    """The number that a run of a task is scored by."""
+
+    column: str  # in histories, summaries and tables; ``best_``, ``compact_`` … stand before it
+    title: str  # on axes and in sentences
+    unit: str  # "%", or empty where the title says it
+    higher_is_better: bool
+
+    @property
+    def sign(self) -> int:
+        """1 where a higher value is better, −1 where a lower one is: the best row has the largest product."""
+        return 1 if self.higher_is_better else -1
+
+    def text(self, value: float) -> str:
+        """Write a value with its unit.
+
+        >>> TASKS["classification"].metric.text(92.5)
+        '92.50 %'
+        """
+        return f"{value:.2f} {self.unit or self.title}"
+
+    @property
+    def label(self) -> str:
+        """What an axis says: the title and the unit."""
+        return ", ".join(filter(None, [self.title, self.unit]))
+
+
+class TaskRow(NamedTuple):
+    """What the rest of the package knows of a task."""
+
+    metric: Metric
+    code: (
+        str  # module:class of its losses and its evaluation, as :class:`lrpet.training.tasks.Classification`
+    )
+    datasets: tuple[str, ...]  # none: not to be run yet
+    models: tuple[str, ...]
+
+
+TASKS = {
+    "classification": TaskRow(
+        Metric("top1_pct", "top-1 accuracy", "%", higher_is_better=True),
+        "lrpet.training.tasks:Classification",
+        ("digits", "cifar10", "cifar100", "imagefolder"),
+        IMAGE_MODELS,
+    ),
+    "language": TaskRow(
+        Metric("bits_per_byte", "bits per byte", "", higher_is_better=False),
+        *("lrpet.training.language:Language", (), ()),
+    ),
+    "detection": TaskRow(
+        Metric("map_pct", "mAP", "%", higher_is_better=True), "lrpet.training.detection:Detection", (), ()
+    ),
+    "segmentation": TaskRow(
+        Metric("miou_pct", "mIoU", "%", higher_is_better=True),
+        *("lrpet.training.segmentation:Segmentation", (), ()),
+    ),
+}
+MODELS = tuple(model for row in TASKS.values() for model in row.models)
+
+
+def metric_of(table: Mapping) -> Metric:
+    """Return the metric of a table of runs or epochs: of its ``task``, else the one it has a column of.
+
+    Raises:
+        ValueError: the runs are of several tasks.
+
+    >>> metric_of({"epoch": [1], "bits_per_byte": [2.5]}).higher_is_better
+    False
+    """
+    if "task" in table:
+        named = dict.fromkeys(task for task in table["task"] if isinstance(task, str))
+    else:
+        named = [task for task, row in TASKS.items() if row.metric.column in table]
+    if len(named) > 1:
+        got = ", ".join(sorted(named))
+        raise ValueError(f"runs must be of one task, else their numbers do not compare; got {got}")
+    return TASKS[next(iter(named), "classification")].metric
+
+
 SMALLEST = {"vgg16": 32, "vit": 32}  # pixels that a network needs

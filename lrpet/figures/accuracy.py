@@ -23,7 +23,7 @@ from lrpet.figures.style import (
     method_style,
     say_in_panel,
 )
-from lrpet.registry import METHODS
+from lrpet.registry import METHODS, Metric, metric_of
 from lrpet.tables.claims import AS_IT_IS
 from lrpet.tables.statistics import half_width
 
@@ -45,7 +45,8 @@ def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | Non
             what is left of the dense network's as counted here; a baseline costs the dense network.
 
     Returns:
-        One panel: top-1 accuracy in % against MACs in millions, on a log scale if they span a factor of ten.
+        One panel: top-1 accuracy in %, or the metric of another task, against MACs in millions, on a log
+        scale if they span a factor of ten.
 
     Raises:
         ValueError: the runs are of several data sets or profiles.
@@ -75,7 +76,7 @@ def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | Non
     aside = "; points of equal cost stand side by side" * any(dodges)
     ax.set(
         xlabel=f"MACs of one image, millions{aside}",
-        ylabel=f"top-1 accuracy, {' and '.join(where) or 'test'} images, %",
+        ylabel=_score_label(metric_of(runs), where),
     )
     hollow = "; hollow: published" if any(series.hollow for series in everything) else ""
     seeds = sorted({n for series in everything for n in series.seeds})
@@ -144,6 +145,11 @@ def plot_rank_search(candidates: pd.DataFrame, uniform: pd.DataFrame) -> Project
     ax.set(xlabel="MACs of one image, millions", ylabel="top-1 accuracy, held-out images, %")
     add_legend(figure, ax)
     return figure
+
+
+def _score_label(metric: Metric, where: list[str]) -> str:
+    """Say what a score was measured on, between its name and its unit."""
+    return ", ".join(filter(None, [metric.title, f"{' and '.join(where) or 'test'} images", metric.unit]))
 
 
 class _Series(NamedTuple):
@@ -224,7 +230,7 @@ def _series_of_runs(runs: pd.DataFrame) -> list[_Series]:
     key = runs[fields].map(
         lambda value: json.dumps(value) if isinstance(value, (list, tuple, dict)) else str(value)
     )
-    key["macs"], key["top1"], key["seed"] = runs["macs"] / 1e6, runs["top1_pct"], runs["seed"]
+    key["macs"], key["top1"], key["seed"] = runs["macs"] / 1e6, runs[metric_of(runs).column], runs["seed"]
     everything = []
     for method in [*METHOD_STYLES, *sorted(set(key["method"]) - set(METHOD_STYLES))]:
         mine = key[key["method"] == method]
@@ -324,7 +330,10 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
     >>> plot_ablations(pd.DataFrame(rows, columns=columns), runs).axes[0].get_xlabel()
     'top-1 accuracy, %'
     """
-    accuracies = {name: seeds.dropna().astype(float) for name, seeds in runs.groupby("experiment").top1_pct}
+    accuracies = {
+        name: seeds.dropna().astype(float)
+        for name, seeds in runs.groupby("experiment")[metric_of(runs).column]
+    }
     finished = table.loc[[not accuracies[name].empty for name in table.experiment]].question.value_counts()
     questions = [q for q in dict.fromkeys(table.question) if finished.get(q, 0) > 1]
     if not questions:
@@ -345,7 +354,7 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
         )
         ax.grid(True, axis="x")
         ax.grid(False, axis="y")
-    panels[-1].set_xlabel("top-1 accuracy, %")
+    panels[-1].set_xlabel(metric_of(runs).label)
     return figure
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 
 from lrpet.experiments import MAIN
 from lrpet.figures.style import GRID, INK, METHOD_STYLES, ProjectFigure, in_style, say_in_panel
+from lrpet.registry import metric_of
 from lrpet.tables.claims import differences
 from lrpet.tables.rows import ABLATIONS, MACS_TOLERANCE
 from lrpet.tables.statistics import half_width
@@ -29,12 +30,13 @@ def plot_headline(runs: pd.DataFrame) -> ProjectFigure:
         runs: of :func:`lrpet.tables.rows.profile_runs`, for one profile.
 
     Returns:
-        One panel: top-1 accuracy of the last epoch in percent.
+        One panel: top-1 accuracy of the last epoch in percent, or the metric of another task.
 
     Source: interval by Student's t; dots and intervals instead of bars as in Cleveland, "The Elements of
     Graphing Data".
     """
-    done = runs[runs.top1_pct.notna()]
+    metric = metric_of(runs)
+    done = runs[runs[metric.column].notna()]
     main = done[done.feeds.isin(MAIN)]
     base = main[main.label == METHOD_STYLES["lrpet"].label]
     if base.empty:
@@ -48,7 +50,7 @@ def plot_headline(runs: pd.DataFrame) -> ProjectFigure:
     for place, (label, values) in enumerate(reversed(rows)):
         _draw_row(ax, place, label, values)
     ax.axhline(len(rows) - 1.5, color=INK, linewidth=0.6)  # the dense network is the first row
-    ax.axvline(base.top1_pct.mean(), color=METHOD_STYLES["lrpet"].color, linewidth=0.8, linestyle=":")
+    ax.axvline(base[metric.column].mean(), color=METHOD_STYLES["lrpet"].color, linewidth=0.8, linestyle=":")
     ax.set_yticks(range(len(rows)), [_name(label, base.iloc[0]) for label, _ in reversed(rows)])
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
@@ -56,24 +58,27 @@ def plot_headline(runs: pd.DataFrame) -> ProjectFigure:
     ax.grid(visible=True, axis="x", color=GRID)
     ax.set_ylim(-0.6, len(rows) - 0.4)
     epochs, on = base.config.iloc[0].epochs, DATA.get(base.config.iloc[0].dataset, "images of the tree")
-    ax.set_xlabel(f"top-1 accuracy on {on}, {base.scored_on.iloc[0]} images, after {epochs} epochs, %")
+    unit = f", {metric.unit}" if metric.unit else ""
+    scored = f"{metric.title} on {on}, {base.scored_on.iloc[0]} images"
+    ax.set_xlabel(f"{scored}, after {epochs} epochs{unit}")
     figure.suptitle(_finding(runs, base.iloc[0]), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
     return figure
 
 
 def _rows(done: pd.DataFrame, base: pd.Series) -> list[tuple[str, pd.Series]]:
-    """Return the accuracies of each experiment to be shown: the dense one, then the others, best first."""
+    """Return the scores of each experiment to be shown: the dense one, then the others, best first."""
+    metric = metric_of(done)
     equal = (done.macs / base.macs - 1).abs() <= MACS_TOLERANCE
     alike = equal & (done.ratio.isna() | (done.ratio == base.ratio))
     # of the ablations only the competitor that the paper names, not every setting
     alike &= (done.feeds != ABLATIONS) | done.label.str.contains("trained network")
     groups = [
-        (seeds.label.iloc[0] + _rate(seeds.config.iloc[0]), seeds.top1_pct)
+        (seeds.label.iloc[0] + _rate(seeds.config.iloc[0]), seeds[metric.column])
         for _, seeds in done[alike].groupby("experiment", sort=False)
     ]
-    dense = done[done.label == METHOD_STYLES["dense"].label].top1_pct
+    dense = done[done.label == METHOD_STYLES["dense"].label][metric.column]
     first = [(METHOD_STYLES["dense"].label, dense)] if len(dense) else []
-    return first + sorted(groups, key=lambda row: -row[1].mean())
+    return first + sorted(groups, key=lambda row: -metric.sign * row[1].mean())
 
 
 def _rate(config) -> str:
@@ -105,8 +110,9 @@ def _finding(runs: pd.DataFrame, base: pd.Series) -> str:
     mine = table[(table.network == base.network) & (table.prune_ratio == f"{base.ratio:g}")]
     mine = mine[mine.pair.str.startswith(f"{lrpet} − ")]
     other = mine.pair.str.removeprefix(f"{lrpet} − ")
-    beaten = [name for name in other[mine.verdict == "higher"] if name != "dense"]
-    better = [name for name in other[mine.verdict == "lower"] if name != "dense"]
+    won, lost = ("higher", "lower")[:: metric_of(runs).sign]
+    beaten = [name for name in other[mine.verdict == won] if name != "dense"]
+    better = [name for name in other[mine.verdict == lost] if name != "dense"]
     parts = [f"LRPET beats {_listed(beaten)}"] if beaten else []
     parts += [f"{_listed(better)} beat{'s' * (len(better) == 1)} LRPET"] if better else []
     at = f"At {base.macs / 1e6:.1f} M multiply-adds"

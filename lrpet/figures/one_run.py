@@ -18,6 +18,7 @@ from lrpet.figures.style import (
     say_in_panel,
     whole_number_ticks,
 )
+from lrpet.registry import metric_of
 
 __all__ = ["plot_history", "plot_layers"]
 
@@ -35,7 +36,8 @@ def plot_history(
             own.
 
     Returns:
-        Two panels against the epoch: cross-entropy in nats on a log scale, top-1 accuracy in %. Pale lines
+        Two panels against the epoch: loss on a log scale, of images and text cross-entropy in nats, and the
+        metric of the task, of classification top-1 accuracy in %. Pale lines
         are the training images, with augmentation; full lines the images that ``scored_on`` names. Dotted
         vertical lines are where the learning rate falls.
 
@@ -50,14 +52,17 @@ def plot_history(
     }
     figure = ProjectFigure(3.4)
     panels = figure.subplots(1, 2)
+    metric = metric_of(pd.concat([t for seeds in runs.values() for t in seeds]) if runs else {})
     for (name, seeds), style in zip(runs.items(), _line_styles(runs), strict=True):
         table = pd.concat(seeds, ignore_index=True)
         label = style.label + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")
-        for ax, column in zip(panels, ("loss", "top1_pct"), strict=True):
+        for ax, column in zip(panels, ("loss", metric.column), strict=True):
             for source, look in (
                 (f"train_{column}", {"linewidth": 0.9, "alpha": 0.6}),
                 (column, {"label": label if name else None}),
             ):
+                if source not in table:  # no task but classification needs a score of its training batches
+                    continue
                 values = table.groupby("epoch")[source].agg(["mean", "min", "max"])
                 marker = style.marker if len(values) == 1 else None  # a line of one point would not show
                 ax.plot(
@@ -88,7 +93,7 @@ def plot_history(
         if not runs:
             say_in_panel(ax, "no run has finished")
     panels[0].set_ylabel("loss (cross-entropy), nats")
-    panels[1].set_ylabel("top-1 accuracy, %")
+    panels[1].set_ylabel(metric.label)
     if runs:
         where = sorted(
             {images for seeds in runs.values() for t in seeds for images in t.get("scored_on", ["test"])}

@@ -33,7 +33,7 @@ class Trained:
         state: the last of the training.
         batches: the data that it saw.
         compact: the network that is deployed.
-        scores: its ``compact_top1_pct``, and the authors' score where the run asks for it.
+        scores: its metric, ``compact_…``, and the authors' score where the run asks for it.
         origin: commit, versions, device and data, see :func:`lrpet.runs.environment.environment`.
     """
 
@@ -84,11 +84,12 @@ def _read_back(compact: nn.Module, config: RunConfig, file: Path) -> None:
 def _summary(trained: Trained, deployed: Cost, counted: Cost, dead_layers: int) -> dict:
     """Return the numbers of a run; its costs as deployed, and as they follow from its ranks."""
     state, last = trained.state, trained.state.history[-1]
-    best = max(state.history, key=lambda row: row["top1_pct"])  # the first of several
+    metric = state.config.metric
+    best = max(state.history, key=lambda row: metric.sign * row[metric.column])  # the first of several
     return {
         "run_id": state.config.run_id,
-        **{name: last[name] for name in ("scored_on", "top1_pct", "top5_pct") if name in last},
-        "best_top1_pct": best["top1_pct"],
+        **{name: last[name] for name in ("scored_on", metric.column, "top5_pct") if name in last},
+        f"best_{metric.column}": best[metric.column],
         "best_epoch": best["epoch"],
         **trained.scores,
         "compact_max_relative_error": _difference(state.method.model, trained.compact, trained.batches),

@@ -26,9 +26,9 @@ from lrpet.runs.environment import environment
 from lrpet.runs.finish import Trained, as_json, finish_run, tidy
 from lrpet.runs.store import Run, is_complete, load_run, read_json
 from lrpet.training.checkpoint import has_checkpoint
-from lrpet.training.evaluate import evaluate
 from lrpet.training.loop import Session, train
 from lrpet.training.recipes import augmentation
+from lrpet.training.tasks import task_of
 
 __all__ = ["run"]
 IDENTITY = ("data_train_sha256", "data_test_sha256", "data_classes_sha256")  # of the images that a run saw
@@ -189,7 +189,8 @@ def _train(job: _Job) -> Run:
             f"which takes a batch in pieces, or a smaller batch_size; {str(error).splitlines()[0]}"
         ) from error
     compact = method.compact()
-    scores = {"compact_top1_pct": evaluate(compact, batches, processes)["top1_pct"]}
+    column = config.metric.column
+    scores = {f"compact_{column}": task_of(config).evaluate(compact, batches, processes)[column]}
     scores |= state.best.summary(config, method, state.history, batches, processes)
     if processes.first:
         finish_run(Trained(job.folder, state, batches, compact, scores, origin))

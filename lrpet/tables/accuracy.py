@@ -9,6 +9,7 @@ import pandas as pd
 
 from lrpet.config import RunConfig
 from lrpet.paths import results_root
+from lrpet.registry import metric_of
 from lrpet.tables.rows import (
     ABLATIONS,
     NOT_RUN,
@@ -33,24 +34,26 @@ def accuracy_table(runs: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
         reported: of :func:`published`.
 
     Returns:
-        A row per experiment. ``top1_pct`` is the last epoch's, mean and 95 % interval over seeds.
-        What was not run says so. The difference to the paper is given for the paper's own schedule only.
-        Where a profile sets ``best_of_last`` its score stands beside, as the paper's authors take it: the
-        best of the last epochs, chosen before its projection by the test images, then cut by an SVD.
+        A row per experiment. ``top1_pct``, or the metric of another task, is the last epoch's, mean and 95 %
+        interval over seeds. What was not run says so. The difference to the paper is given for the schedule
+        of the paper only. Where a profile sets ``best_of_last`` its score stands beside, as its authors
+        take it: the best of the last epochs, chosen before its projection by the test images, then cut by an
+        SVD.
     """
     rows = []
     target = lrpet_targets(runs)
-    runs = runs.reindex(columns=[*runs.columns, *({"best_of_last_top1_pct"} - set(runs.columns))])
+    column = metric_of(runs).column
+    runs = runs.reindex(columns=[*runs.columns, *({f"best_of_last_{column}"} - set(runs.columns))])
     asked = any(config.best_of_last is not None for config in runs.config)
     for _, seeds in runs[runs.feeds != ABLATIONS].groupby("experiment", sort=False):
-        first, done = seeds.iloc[0], seeds["top1_pct"].dropna()
+        first, done = seeds.iloc[0], seeds[column].dropna()
         macs, params, dense = counted_cost(
-            seeds.loc[seeds.top1_pct.first_valid_index()] if len(done) else first
+            seeds.loc[seeds[column].first_valid_index()] if len(done) else first
         )
         config = first.config
-        paper = published_row(reported, first.config, macs).top1_pct.dropna()
+        paper = published_row(reported, first.config, macs).reindex(columns=[column])[column].dropna()
         comparable = len(paper) and len(done) and as_published(seeds)
-        cut = seeds.best_of_last_top1_pct
+        cut = seeds[f"best_of_last_{column}"]
         rows.append(
             {
                 "network": first.network,
@@ -66,12 +69,12 @@ def accuracy_table(runs: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
                 "params_m": f"{params / 1e6:.3f}" if macs else NOT_RUN,
                 "macs_reduction_pct": f"{100 * (1 - macs / dense):.1f}" if macs else NOT_RUN,
                 "macs_against_lrpet": off_target(first.feeds, macs, target.get(first.network)),
-                "top1_pct": spread(seeds.top1_pct),
-                "best_epoch_top1_pct": spread(seeds.best_top1_pct),
-                **({"best_of_last_then_svd_top1_pct": spread(cut)} if asked else {}),
+                column: spread(seeds[column]),
+                f"best_epoch_{column}": spread(seeds[f"best_{column}"]),
+                **({f"best_of_last_then_svd_{column}": spread(cut)} if asked else {}),
                 "seeds": f"{len(done)} of {len(seeds)}",
                 "train_minutes": NOT_RUN if done.empty else f"{seeds.train_seconds.mean() / 60:.1f}",
-                "paper_top1_pct": f"{paper.iloc[0]:.2f}" if len(paper) else "",
+                f"paper_{column}": f"{paper.iloc[0]:.2f}" if len(paper) else "",
                 "difference_pct": _difference(done, paper) if comparable else "",
                 **(
                     {"best_of_last_difference_pct": _difference(cut, paper) if comparable else ""}

@@ -73,15 +73,16 @@ def repeats_table(results: Path | None = None) -> pd.DataFrame:
     for file in sorted((root / "repeats").glob("**/summary.json")):
         again = load_run(file.parent)
         first = load_run(again.config.folder(root))
+        column = again.config.metric.column
         rows.append(
             {
                 "run": again.config.run_id,
                 "profile": again.config.profile,
                 "on": first.environment["device"],
-                "top1_pct": f"{first.summary['top1_pct']:.2f}",
+                column: f"{first.summary[column]:.2f}",
                 "again_on": again.environment["device"],
-                "again_top1_pct": f"{again.summary['top1_pct']:.2f}",
-                "difference": f"{again.summary['top1_pct'] - first.summary['top1_pct']:+.2f}",
+                f"again_{column}": f"{again.summary[column]:.2f}",
+                "difference": f"{again.summary[column] - first.summary[column]:+.2f}",
             }
         )
     return pd.DataFrame(rows)

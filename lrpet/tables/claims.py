@@ -10,6 +10,7 @@ import pandas as pd
 
 from lrpet.config import RunConfig
 from lrpet.experiments import MAIN
+from lrpet.registry import metric_of
 from lrpet.tables.names import setting_of
 from lrpet.tables.rows import ABLATIONS, counted_cost, spread
 from lrpet.tables.statistics import Words, decide
@@ -24,9 +25,11 @@ DECIDED = ("difference", "ci95", "p", "p_holm", "n", "detectable", "verdict", "r
 
 
 def _paired(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
-    """Return the differences in last-epoch accuracy of two experiments, per seed that both have finished."""
+    """Return the differences in the last epoch's score of two experiments, per seed that both finished."""
     left, right = (
-        pd.Series(side.top1_pct.values, index=[config.seed for config in side.config], dtype=float)
+        pd.Series(
+            side[metric_of(side).column].values, index=[config.seed for config in side.config], dtype=float
+        )
         for side in (left, right)
     )
     return (left - right).dropna()
@@ -34,9 +37,10 @@ def _paired(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
 
 def _remark(d: pd.Series, runs: pd.DataFrame) -> str:
     """Say so where a mean difference is below the sampling error of one accuracy, √(p(1 − p)/images)."""
-    images, p = TEST_IMAGES.get(runs.iloc[0].config.dataset), runs.top1_pct.mean() / 100
+    images = TEST_IMAGES.get(runs.iloc[0].config.dataset)
     if not images or d.empty:
         return ""
+    p = runs.top1_pct.mean() / 100
     error = 100 * math.sqrt(p * (1 - p) / images)
     if abs(d.mean()) >= error:
         return ""
@@ -102,7 +106,7 @@ def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
         A row per setting, grouped by question: ``setting``, cost, accuracy as mean and 95 % interval (n), and
         the difference to LRPET as it is, decided as in :func:`differences`.
     """
-    names, samples = [], []
+    names, samples, column = [], [], metric_of(runs).column
     for network in dict.fromkeys(runs[runs.feeds == ABLATIONS].network):
         group = runs[runs.network == network]
         for question, free in ABLATED.items():
@@ -119,11 +123,11 @@ def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
                         "setting": setting_of(first.config, free),
                         "prune_ratio": f"{first.ratio:g}",
                         "macs_m": f"{counted_cost(first)[0] / 1e6:.2f}",
-                        "top1_pct": spread(seeds.top1_pct),
+                        column: spread(seeds[column]),
                         "remark": "" if same else _remark(samples[-1], base),
                     }
                 )
-    columns = ["question", "experiment", "setting", "prune_ratio", "macs_m", "top1_pct", *DECIDED]
+    columns = ["question", "experiment", "setting", "prune_ratio", "macs_m", column, *DECIDED]
     table = _decided(names, samples, HIGHER).reindex(columns=columns)
     as_it_is = [d is None for d in samples]
     table.loc[as_it_is, "verdict"] = [AS_IT_IS[q.endswith(", LRP")] for q in table.question[as_it_is]]
@@ -224,10 +228,12 @@ def claims_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _strongest(seeds: pd.DataFrame) -> pd.DataFrame:
-    """Return, of several experiments that a table names alike, the one with the highest mean accuracy."""
-    if seeds.top1_pct.isna().all():
+    """Return, of several experiments that a table names alike, the one with the best mean."""
+    metric = metric_of(seeds)
+    if seeds[metric.column].isna().all():
         return seeds[seeds.experiment == seeds.experiment.iloc[0]] if len(seeds) else seeds
-    return seeds[seeds.experiment == seeds.groupby("experiment").top1_pct.mean().idxmax()]
+    means = metric.sign * seeds.groupby("experiment")[metric.column].mean()
+    return seeds[seeds.experiment == means.idxmax()]
 
 
 def _gradient_ratios(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
@@ -235,7 +241,7 @@ def _gradient_ratios(left: pd.DataFrame, right: pd.DataFrame) -> pd.Series:
 
     def logarithms(side: pd.DataFrame) -> dict[int, float]:
         values = {}
-        for row in side.dropna(subset="top1_pct").itertuples():
+        for row in side.dropna(subset=metric_of(side).column).itertuples():
             if (Path(row.folder) / "gradients.csv").is_file():
                 table = load_gradients(row.folder)
                 first = table[table.layer == table.layer.iloc[0]]

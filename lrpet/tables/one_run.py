@@ -26,13 +26,13 @@ def comparison(run) -> pd.DataFrame:
     ours = {
         "macs_m": summary["macs"] / 1e6,
         "params_m": summary["params"] / 1e6,
-        "top1_pct": summary["top1_pct"],
+        config.metric.column: summary[config.metric.column],
     }
     if config.dataset == "imagefolder" and "top5_pct" in summary:
         ours["top5_pct"] = summary["top5_pct"]
     rows = []
     for name, value in ours.items():
-        paper = match[name].dropna()
+        paper = match.reindex(columns=[name])[name].dropna()
         known = len(paper) > 0
         rows.append(
             {
@@ -56,7 +56,10 @@ def verdict(run) -> str:
         if row.published == "none":
             continue
         schedule = 120 if of_imagenet(config) else 400
-        if row.quantity in ("top1_pct", "top5_pct") and (config.epochs, config.validation_fraction) != (
+        if row.quantity in (config.metric.column, "top5_pct") and (
+            config.epochs,
+            config.validation_fraction,
+        ) != (
             schedule,
             0.0,
         ):

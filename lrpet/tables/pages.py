@@ -11,6 +11,7 @@ import pandas as pd
 from lrpet.experiments import MAIN
 from lrpet.files import write_file
 from lrpet.paths import has_own_results, project_file, results_root
+from lrpet.registry import metric_of
 from lrpet.tables.accuracy import accuracy_table, imagenet_table, related_table
 from lrpet.tables.choice import repeats_table, selection_table
 from lrpet.tables.claims import ablation_table, claims_table, differences
@@ -25,20 +26,25 @@ def headline(profile: str) -> str:
     """Return the numbers of a profile that matter most: accuracy and cost of main rows, claims' verdicts."""
     runs = profile_runs(profile)
     table = accuracy_table(runs[runs.feeds.isin(MAIN)], published())
+    metric = metric_of(runs)
+    unit = f", {metric.unit}" if metric.unit else ""
     lines = [
-        f"  {r.network:10s} {r.method:32s} {r.macs_m:>8s} M MACs  {r.top1_pct}" for r in table.itertuples()
+        f"  {r.network:10s} {r.method:32s} {r.macs_m:>8s} M MACs  {r[metric.column]}"
+        for _, r in table.iterrows()
     ]
     claims = claims_table(runs)
     counts = ", ".join(f"{n} {verdict}" for verdict, n in claims.verdict.value_counts().items())
     return "\n".join(
-        [f"top-1 accuracy of profile {profile}, last epoch, %:", *lines, f"claims of the paper: {counts}"]
+        [f"{metric.title} of profile {profile}, last epoch{unit}:", *lines, f"claims of the paper: {counts}"]
     )
 
 
 def summary_of(tables: dict[str, pd.DataFrame]) -> str:
     """Return in words what the tables of a profile show, computed from them."""
     accuracy, decided = tables["accuracy"], tables["differences"]
-    done = (accuracy.top1_pct != NOT_RUN).sum()
+    metric = metric_of(accuracy)
+    points = "points" if metric.unit == "%" else metric.title
+    done = (accuracy[metric.column] != NOT_RUN).sum()
     lines = [
         f"- {done} of {len(accuracy)} experiments have at least one finished run; the others say “{NOT_RUN}”."
     ]
@@ -46,7 +52,7 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
         if row.n:
             interval = f", 95 % interval {row.ci95}" if row.ci95 else ""
             pair = f"{row.network}, {row.pair}, ratio {row.prune_ratio}"
-            lines.append(f"- {pair}: {row.difference} points (n={row.n}{interval}): {row.verdict}.")
+            lines.append(f"- {pair}: {row.difference} {points} (n={row.n}{interval}): {row.verdict}.")
     cost = tables["cost"]
     known = cost[(cost.paper_macs_m != "") & ~cost.macs_m.isin((NOT_HERE, NO_RANKS))]
     off = [(float(r.macs_m) / float(r.paper_macs_m) - 1) * 100 for r in known.itertuples()]

@@ -12,6 +12,7 @@ from lrpet.lowrank.cost import cost
 from lrpet.methods.base import build_network, ranks_of, target_macs
 from lrpet.models import build_model
 from lrpet.paths import project_file, results_root
+from lrpet.registry import TASKS, metric_of
 from lrpet.runs.store import load_runs
 from lrpet.tables.names import PUBLISHED_NAMES, label_of
 from lrpet.tables.statistics import NOT_RUN, half_width
@@ -19,6 +20,7 @@ from lrpet.tables.statistics import NOT_RUN, half_width
 __all__ = ["profile_runs", "published"]
 COMPETITORS, ABLATIONS = "competitors", "ablations"  # what experiments of other tables feed
 NUM_CLASSES = {"cifar100": 100, "imagenet": 1000}  # of published data sets with other than ten classes
+WANTED = ("experiment", "feeds", "network", "label", "run_id", "ratio", "config", "task")
 MACS_TOLERANCE = 0.02  # two networks whose multiply-adds differ by less are compared as equal
 
 
@@ -31,20 +33,22 @@ def published() -> pd.DataFrame:
     return pd.read_csv(project_file("paper/reported.csv"))
 
 
-def profile_runs(profile: str, results: Path | None = None) -> pd.DataFrame:
-    """Return a row per run that a profile asks for, finished or not, in the order of ``experiments.yaml``.
+def profile_runs(profile: str, results: Path | None = None, task: str = "classification") -> pd.DataFrame:
+    """Return a row per run of a task that a profile asks for, finished or not, as ordered there.
 
     Args:
         profile: one of ``lrpet.config.PROFILES``.
         results: root of the store.
+        task: numbers of several tasks do not compare.
 
     Returns:
         ``experiment``, ``feeds``, ``network``, ``label``, ``run_id`` and, where the run is finished, every
         column of :func:`lrpet.load_runs`; missing values elsewhere. ``network`` names the data too where
         they are not those of the profile's first experiment.
     """
-    store, experiments = load_runs((results or results_root()) / profile), load_profile(profile).experiments
-    usual = experiments[0].config.dataset
+    store = load_runs((results or results_root()) / profile).drop(columns="task", errors="ignore")
+    experiments = [e for e in load_profile(profile).experiments if e.config.task == task]
+    usual = next((e.config.dataset for e in experiments), "")
     wanted = pd.DataFrame(
         [
             {
@@ -55,15 +59,18 @@ def profile_runs(profile: str, results: Path | None = None) -> pd.DataFrame:
                 "run_id": e.config.run_id,
                 "ratio": e.config.prune_ratio,
                 "config": e.config,
+                "task": task,
             }
             for e in experiments
-        ]
+        ],
+        columns=WANTED,
     )
+    column = TASKS[task].metric.column
     columns = (
         store
         if len(store)
         else pd.DataFrame(
-            columns=["run_id", "top1_pct", "best_top1_pct", "macs", "params", "dense_macs", "train_seconds"]
+            columns=["run_id", column, f"best_{column}", "macs", "params", "dense_macs", "train_seconds"]
         )
     )
     return wanted.merge(columns, on="run_id", how="left")
@@ -141,7 +148,7 @@ def _num_classes(config: RunConfig) -> int:
 
 def as_published(done: pd.DataFrame) -> bool:
     """Tell whether finished runs followed the paper's schedule, on data of as many classes."""
-    done = done.dropna(subset="top1_pct")
+    done = done.dropna(subset=metric_of(done).column)
     config = done.iloc[0].config
     epochs = 120 if of_imagenet(config) else 100 if config.model == "vit" else 400
     return (done.epochs == epochs).all() and (

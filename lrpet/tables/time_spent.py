@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from lrpet.registry import metric_of
 from lrpet.tables.rows import NOT_RUN
 
 __all__ = ["projection_share", "provenance", "replication_cost"]
@@ -11,7 +12,7 @@ __all__ = ["projection_share", "provenance", "replication_cost"]
 
 def projection_share(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the seconds of each finished run that went into projections, and their share in percent."""
-    done = runs.dropna(subset=["top1_pct"])
+    done = runs.dropna(subset=[metric_of(runs).column])
     done = done[done.projections > 0].dropna(subset=["projection_seconds"]) if len(done) else done
     if done.empty:
         return pd.DataFrame(columns=["network", "method", "projections", "projection_seconds", "share_pct"])
@@ -38,7 +39,7 @@ def replication_cost(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     parts = ["train_seconds", "projection_seconds", "evaluation_seconds", "recording_seconds"]
     for name, seeds in runs.groupby("experiment", sort=False):
-        done = seeds.dropna(subset=["top1_pct"]).reindex(
+        done = seeds.dropna(subset=[metric_of(seeds).column]).reindex(
             columns=[*seeds.columns, *(p for p in parts if p not in seeds)]
         )
         hours = done[parts].fillna(0).to_numpy(float).sum() / 3600
@@ -61,7 +62,7 @@ def replication_cost(runs: pd.DataFrame) -> pd.DataFrame:
 
 def provenance(runs: pd.DataFrame) -> pd.DataFrame:
     """Return where each finished run came from: name, commit of the code, device, end, the images it saw."""
-    done = runs.dropna(subset=["top1_pct"])
+    done = runs.dropna(subset=[metric_of(runs).column])
     columns = ["run_id", "commit", "device", "finished", "data_train_sha256"]
     return (
         done.reindex(columns=columns)

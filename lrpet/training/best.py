@@ -8,7 +8,7 @@ from lrpet.lowrank.factorize import factorize
 from lrpet.lowrank.layers import copy_of
 from lrpet.methods.base import Method
 from lrpet.processes import ALONE, Processes
-from lrpet.training.evaluate import evaluate
+from lrpet.training.tasks import task_of
 
 __all__ = ["BestEpoch"]
 
@@ -23,8 +23,8 @@ class BestEpoch:
         config: of the run.
 
     Attributes:
-        state: of plain values and tensors, for a checkpoint: ``top1_pct`` of each epoch so scored, in order;
-            of the best of them ``epoch`` (from 1), ``ranks`` and ``weights``.
+        state: of plain values and tensors, for a checkpoint: the metric of each epoch so scored, in order,
+            under its column; of the best of them ``epoch`` (from 1), ``ranks`` and ``weights``.
 
     Source: the code of arXiv 2204.05566.
 
@@ -36,7 +36,18 @@ class BestEpoch:
     def __init__(self, config: RunConfig):
         projects = config.projection_interval is not None
         self.first = config.epochs - (config.best_of_last or 0) if projects else config.epochs
-        self.state: dict = {"top1_pct": []}
+        self.metric, self.task = config.metric, task_of(config)
+        self.state: dict = {self.metric.column: []}
+
+    @property
+    def scores(self) -> list[float]:
+        """The metric of each epoch that was scored before its projection, in order."""
+        return self.state[self.metric.column]
+
+    @property
+    def best_score(self) -> float | None:
+        """The best of them; None before there is one."""
+        return max(self.scores, key=lambda score: self.metric.sign * score, default=None)
 
     def counts(self, epoch: int) -> bool:
         """Tell whether an epoch (from 0) is one of those."""
@@ -46,11 +57,14 @@ class BestEpoch:
         """Score the network that an epoch (from 0) ends with, and keep its weights if it is the best yet."""
         # running statistics of the first: each process has those of its own part of the last batch
         processes.copy_from(0, list(method.model.buffers()))
-        top1_pct = evaluate(method.model, batches, processes)["top1_pct"]
-        if top1_pct > max(self.state["top1_pct"], default=-1.0):  # the first of several
+        score, best = (
+            self.task.evaluate(method.model, batches, processes)[self.metric.column],
+            self.best_score,
+        )
+        if best is None or self.metric.sign * (score - best) > 0:  # the first of several
             weights = {name: tensor.clone() for name, tensor in method.model.state_dict().items()}
             self.state |= {"epoch": epoch + 1, "ranks": dict(method.ranks), "weights": weights}
-        self.state["top1_pct"].append(top1_pct)
+        self.scores.append(score)
 
     def summary(
         self, config: RunConfig, method: Method, history: list[dict], batches: Batches, processes: Processes
@@ -58,19 +72,20 @@ class BestEpoch:
         """Return the score of a finished run by this rule; empty where it was not asked for.
 
         Returns:
-            ``best_of_last_epoch`` (from 1), ``best_of_last_uncut_top1_pct`` as it was scored, and
-            ``best_of_last_top1_pct`` of that network cut by an SVD, without energy transfer and BN
+            ``best_of_last_epoch`` (from 1) and, each with the metric's column, ``best_of_last_uncut_…`` as it
+            was scored, and ``best_of_last_…`` of that network cut by an SVD, without energy transfer and BN
             rectification; of a method that does not project the two are one.
         """
         if config.best_of_last is None:
             return {}
-        if not self.state["top1_pct"]:
-            row = max(history[-config.best_of_last :], key=lambda row: row["top1_pct"])
-            epoch, uncut, cut = row["epoch"], row["top1_pct"], row["top1_pct"]
+        column = self.metric.column
+        if not self.scores:
+            row = max(history[-config.best_of_last :], key=lambda row: self.metric.sign * row[column])
+            epoch, uncut, cut = row["epoch"], row[column], row[column]
         else:
             network = copy_of(method.model)
             network.load_state_dict(self.state["weights"])
-            epoch, uncut = self.state["epoch"], max(self.state["top1_pct"])
-            cut = evaluate(factorize(network, self.state["ranks"]), batches, processes)["top1_pct"]
-        names = ("best_of_last_epoch", "best_of_last_uncut_top1_pct", "best_of_last_top1_pct")
+            epoch, uncut = self.state["epoch"], self.best_score
+            cut = self.task.evaluate(factorize(network, self.state["ranks"]), batches, processes)[column]
+        names = ("best_of_last_epoch", f"best_of_last_uncut_{column}", f"best_of_last_{column}")
         return dict(zip(names, (epoch, uncut, cut), strict=True))

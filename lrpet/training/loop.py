@@ -16,13 +16,13 @@ from lrpet.config import RunConfig
 from lrpet.data.batches import Batches
 from lrpet.methods.base import Dense, is_due
 from lrpet.processes import ALONE, Processes
-from lrpet.training.evaluate import evaluate
 from lrpet.training.interrupt import PatientInterrupt
 from lrpet.training.pieces import check_pieces
 from lrpet.training.progress import Progress
 from lrpet.training.recipes import learning_rate, make_mixer, seed_step, set_learning_rate
 from lrpet.training.state import State
 from lrpet.training.step import Step
+from lrpet.training.tasks import task_of
 
 __all__ = ["Paused", "Session", "train"]
 
@@ -84,6 +84,7 @@ def train(
     Source: arXiv 2204.05566, method and experimental settings.
     """
     device, steps, last_step = batches.device, batches.steps, config.epochs * batches.steps
+    task = task_of(config)
     mix = make_mixer(config, len(batches.data.classes), batches.data.mean)
     synchronize = device.type == "cuda"
     check_pieces(method.model, batches, processes.world, session.device_batch)
@@ -91,7 +92,7 @@ def train(
     state.load(session.checkpoint)
     clock, recorder, totals = state.clock, state.recorder, state.totals
     shown = session.progress if processes.first else "off"
-    bar = Progress(config.run_id, config.epochs, steps, state.step, shown)
+    bar = Progress(config, steps, state.step, shown)
     method.model.train()
     trainer = _make_step(config, state, session, processes)
     with closing(bar), PatientInterrupt(may_insist=processes.world == 1) as interrupt:
@@ -114,10 +115,9 @@ def train(
                     trainer.backward(x, target, y, batches.size(in_epoch))
                     sums = processes.sum(totals).tolist() if last_of_epoch else trainer.look()
                     if sums is not None:  # before the end of an epoch, those of this process
-                        loss_sum, correct, seen = sums
-                        if not math.isfinite(loss_sum):
+                        if not math.isfinite(sums[0]):
                             raise FloatingPointError(_lost(config, model, epoch, in_epoch))
-                        bar.step(epoch, loss_sum / max(seen, 1), 100 * correct / max(seen, 1), state.step + 1)
+                        bar.step(epoch, task.training_scores(*sums), state.step + 1)
                     with clock("recording"):
                         recorder.record_gradients(model, epoch, in_epoch, last_of_epoch)
                     method.regularize()
@@ -159,7 +159,7 @@ def train(
             processes.copy_from(0, list(model.buffers()))
             try:  # evaluation may take long and changes nothing; but several processes must leave it together
                 with clock("evaluation"), interrupt.allowed() if processes.world == 1 else nullcontext():
-                    scores = evaluate(model, batches, processes)
+                    scores = task.evaluate(model, batches, processes)
             except KeyboardInterrupt as request:
                 state.save(session.checkpoint)
                 raise stop.reason(f"at the evaluation of epoch {epoch + 1} of {config.epochs}") from request
@@ -217,15 +217,14 @@ class _Stop:
 
 def _row(config: RunConfig, state: State, scores: dict, sums: list[float]) -> dict:
     """Return the row of the epoch that has just been scored."""
-    epoch, (loss_sum, correct, seen) = len(state.history), sums
+    epoch, column = len(state.history), config.metric.column
     return {
         "epoch": epoch + 1,
         "learning_rate": learning_rate(config, epoch),
-        "train_loss": loss_sum / seen,
-        "train_top1_pct": 100 * correct / seen,
+        **task_of(config).training_scores(*sums),
         "scored_on": "held out" if config.validation_fraction else "test",
         **scores,
-        **({"unprojected_top1_pct": state.best.state["top1_pct"][-1]} if state.best.counts(epoch) else {}),
+        **({f"unprojected_{column}": state.best.scores[-1]} if state.best.counts(epoch) else {}),
         "projected": state.projected,
         "train_seconds": round(state.clock.seconds["train"], 3),
         "projection_seconds": round(state.clock.seconds["projection"], 3),

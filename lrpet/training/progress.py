@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from tqdm.auto import tqdm
 
+from lrpet.config import RunConfig
+
 __all__ = ["Progress", "bar_is_possible"]
 
 
@@ -27,36 +29,37 @@ def bar_is_possible(environ: Mapping[str, str] = os.environ, stream=None) -> boo
 
 
 class Progress:
-    """Shows the steps of a run: loss, accuracy and time left.
+    """Shows the steps of a run: loss, score and time left.
 
     Args:
-        title: what is run.
-        epochs: of the whole run.
+        config: of the run; its name, epochs and metric are shown.
         steps: of an epoch.
         done: steps that an earlier session made.
         mode: "auto", "bar", "lines" or "off".
     """
 
-    def __init__(self, title: str, epochs: int, steps: int, done: int = 0, mode: str = "auto"):
+    def __init__(self, config: RunConfig, steps: int, done: int = 0, mode: str = "auto"):
         if mode not in ("auto", "bar", "lines", "off"):
             raise ValueError(f"progress must be auto, bar, lines or off; got {mode!r}")
-        self.title, self.epochs, self.total, self.mode = title, epochs, epochs * steps, mode
+        self.title, self.epochs, self.metric = config.run_id, config.epochs, config.metric
+        self.total, self.mode = self.epochs * steps, mode
         if mode == "auto":
             self.mode = "bar" if bar_is_possible() else "lines"
         self.started, self.first = time.monotonic(), done
         self.bar = tqdm(
             total=self.total,
             initial=done,
-            desc=title,
+            desc=self.title,
             unit="step",
             disable=self.mode != "bar",
             mininterval=0.5,
         )
 
-    def step(self, epoch: int, loss: float, top1_pct: float, done: int) -> None:
-        """Advance the bar to ``done`` steps; loss and accuracy are means of this epoch's batches so far."""
+    def step(self, epoch: int, scores: Mapping, done: int) -> None:
+        """Advance the bar to ``done`` steps; the scores are those of this epoch's batches so far."""
         self.bar.set_postfix_str(
-            f"epoch {epoch + 1}/{self.epochs}, loss {loss:.3f}, train {top1_pct:.1f} %", refresh=False
+            f"epoch {epoch + 1}/{self.epochs}, loss {scores['train_loss']:.3f}{self._trained(scores)}",
+            refresh=False,
         )
         self.bar.update(done - self.bar.n)
 
@@ -66,10 +69,15 @@ class Progress:
             left = (time.monotonic() - self.started) / max(1, done - self.first) * (self.total - done)
             print(
                 f"{self.title}  epoch {row['epoch']:3d}/{self.epochs}  "
-                f"loss {row['train_loss']:.3f}  train {row['train_top1_pct']:5.1f} %  "
-                f"{row['scored_on']} {row['top1_pct']:5.2f} %  {left / 60:.1f} min left",
+                f"loss {row['train_loss']:.3f}{self._trained(row)}  "
+                f"{row['scored_on']} {self.metric.text(row[self.metric.column])}  {left / 60:.1f} min left",
                 flush=True,
             )
+
+    def _trained(self, scores: Mapping) -> str:
+        """Write the score on the training batches, where the task has one."""
+        name = f"train_{self.metric.column}"
+        return f", train {self.metric.text(scores[name])}" if name in scores else ""
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lrpet.config import RunConfig
 from lrpet.training.bfloat16 import Bfloat16Products, has_bfloat16_products
 from lrpet.training.pieces import count_pieces
-from lrpet.training.recipes import training_loss
+from lrpet.training.tasks import task_of
 
 __all__ = ["Step"]
 # steps done plainly before they are recorded: by then cuDNN has its algorithms and the optimizer its buffers
@@ -63,7 +63,7 @@ class Step:
         device_batch: int | None = None,
     ):
         self.config, self.model, self.optimizer, self.totals = config, model, optimizer, totals
-        self.world, self.device_batch = world, device_batch
+        self.world, self.device_batch, self.task = world, device_batch, task_of(config)
         self._stream = torch.cuda.Stream() if graphs else None
         self._calls, self._graphs = 0, None  # graphs: (backward, update)
         self._trusted = True  # until graphs were compared with plain steps
@@ -125,11 +125,11 @@ class Step:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                 logits = self.model(x)
                 # of no image the sum is 0, and so are its gradients
-                loss = training_loss(self.config, logits, target) if len(y) else logits.sum()
+                loss = self.task.loss(self.config, logits, target) if len(y) else logits.sum()
             weight = self.world * len(y) / images  # so that the mean over processes is that over all images
             (loss if weight == 1 else weight * loss).backward()
         self.totals[0] += loss.detach() * len(y)
-        self.totals[1] += (logits.detach().argmax(1) == y).sum()
+        self.totals[1] += self.task.correct(logits.detach(), y)
         self.totals[2] += len(y)
 
     def _aside(self, work, *arguments) -> None:

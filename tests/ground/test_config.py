@@ -8,7 +8,7 @@ from lrpet import RunConfig
 from lrpet.config import METHODS, describe_fields
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT, data_folder, figures_root, has_own_results, results_root
-from lrpet.registry import MODELS
+from lrpet.registry import MODELS, TASKS, metric_of
 
 LRPET = {"method": "lrpet", "prune_ratio": 0.57, "seed": 1}
 
@@ -106,9 +106,30 @@ OTHER = {
 
 
 def test_every_field_is_part_of_the_name():
-    assert set(OTHER) == {field.name for field in dataclasses.fields(RunConfig)}
+    assert {*OTHER, "task"} == {field.name for field in dataclasses.fields(RunConfig)}
     ids = {RunConfig(**LRPET | change).run_id for change in OTHER.values()} | {RunConfig(**LRPET).run_id}
     assert len(ids) == len(OTHER) + 1
+
+
+@pytest.mark.parametrize("task", [task for task, row in TASKS.items() if not row.datasets])
+def test_a_task_without_a_data_set_is_refused(task):
+    with pytest.raises(ValueError, match=f"task must be one with a data set, classification.*got '{task}'"):
+        RunConfig(task=task)
+
+
+def test_a_table_knows_its_metric_by_its_task_or_its_columns():
+    assert metric_of({}).column == metric_of({"task": [None]}).column == "top1_pct"
+    for task, row in TASKS.items():
+        assert metric_of({"task": [task, None]}) == metric_of({row.metric.column: [1.0]}) == row.metric
+    with pytest.raises(ValueError, match="runs must be of one task.*got classification, language"):
+        metric_of({"task": ["language", "classification"]})
+
+
+def test_bits_per_byte_alone_are_better_when_lower():
+    lower = {task for task, row in TASKS.items() if row.metric.sign < 0}
+    assert lower == {"language"}
+    assert TASKS["language"].metric.text(2.5) == "2.50 bits per byte"
+    assert TASKS["detection"].metric.label == "mAP, %"
 
 
 def test_ranks_as_a_map_do_not_depend_on_its_order():
@@ -130,7 +151,7 @@ def test_dictionaries_go_there_and_back(change):
     config = RunConfig(**LRPET | change)
     values = config.to_dict()
     assert values == json.loads(json.dumps(values))
-    assert set(values) == set(OTHER)
+    assert set(values) == {*OTHER, "task"}
     again = RunConfig.from_dict(values)
     assert again == config
     assert again.run_id == config.run_id

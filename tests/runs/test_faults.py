@@ -522,8 +522,8 @@ def test_ctrl_c_at_any_moment_leaves_a_checkpoint_from_which_the_same_bits_come(
 
     with monkeypatch.context() as patch:
         places = {  # kind: where it is called from
-            "step": (lrpet.training.step, "training_loss"),
-            "evaluation": (lrpet.training.loop, "evaluate"),
+            "step": (lrpet.training.tasks, "training_loss"),
+            "evaluation": (lrpet.training.tasks, "evaluate"),
             "checkpoint": (lrpet.training.state, "save_checkpoint"),
         }
         for kind, (module, name) in places.items():
@@ -548,7 +548,7 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch):
         signal.raise_signal(signal.SIGINT)
         pytest.fail("the second one waited")
 
-    monkeypatch.setattr(lrpet.training.step, "training_loss", twice)
+    monkeypatch.setattr(lrpet.training.tasks, "training_loss", twice)
     with pytest.raises(KeyboardInterrupt):
         run(CONFIG, device="cpu", progress="off")
 
@@ -558,7 +558,7 @@ def test_a_process_that_was_told_to_ignore_ctrl_c_ignores_it(monkeypatch):
     try:
         original = lrpet.training.recipes.training_loss
         monkeypatch.setattr(
-            lrpet.training.step,
+            lrpet.training.tasks,
             "training_loss",
             lambda *given: signal.raise_signal(signal.SIGINT) or original(*given),
         )

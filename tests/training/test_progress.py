@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from lrpet.config import RunConfig
 from lrpet.training.progress import Progress, bar_is_possible
 
 ROW = {"epoch": 1, "train_loss": 0.5, "train_top1_pct": 80.0, "scored_on": "test", "top1_pct": 75.25}
@@ -44,10 +45,10 @@ def test_standard_error_is_the_stream_that_counts(monkeypatch):
 
 
 def show(mode, epochs=3, steps=4):
-    progress = Progress("some-run", epochs, steps, mode=mode)
+    progress = Progress(RunConfig(epochs=epochs, milestones=()), steps, mode=mode)
     for done in range(1, epochs * steps + 1):
         epoch = (done - 1) // steps
-        progress.step(epoch, 0.5, 80.0, done)
+        progress.step(epoch, ROW, done)
         if done % steps == 0:
             progress.epoch(ROW | {"epoch": epoch + 1}, done)
     progress.close()
@@ -59,12 +60,13 @@ def test_lines_are_one_an_epoch(monkeypatch, capsys, mode):
     show(mode)
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert [f"some-run  epoch   {epoch}/3" in line for epoch, line in zip((1, 2, 3), lines, strict=True)] == [
-        True
-    ] * 3
+    assert [
+        f"-s1-{RunConfig(epochs=3, milestones=()).run_id[-6:]}  epoch   {epoch}/3" in line
+        for epoch, line in zip((1, 2, 3), lines, strict=True)
+    ] == [True] * 3
     assert all(
         "loss 0.500" in line
-        and "train  80.0 %" in line
+        and "train 80.00 %" in line
         and "test 75.25 %" in line
         and line.endswith("min left")
         for line in lines
@@ -79,9 +81,9 @@ def test_a_bar_shows_title_epoch_loss_and_accuracy(monkeypatch, capsys, mode):
     show(mode)
     out, err = capsys.readouterr()
     assert out == ""
-    assert "some-run: 100%" in err
+    assert "digits-resnet8-lrpet-0.57-s1-" in err
     assert "12/12" in err
-    assert "epoch 3/3, loss 0.500, train 80.0 %" in err
+    assert "epoch 3/3, loss 0.500, train 80.00 %" in err
 
 
 def test_off_shows_nothing(capsys):
@@ -91,4 +93,4 @@ def test_off_shows_nothing(capsys):
 
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="progress must be auto, bar, lines or off; got 'line'"):
-        Progress("some-run", 3, 4, mode="line")
+        Progress(RunConfig(), 4, mode="line")

@@ -1,0 +1,51 @@
+"""What a task is trained and scored by; its metric, data sets and networks are a row of the registry."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import Tensor, nn
+
+from lrpet.config import RunConfig
+from lrpet.data.batches import Batches
+from lrpet.processes import ALONE, Processes
+from lrpet.registry import TASKS
+from lrpet.training.evaluate import evaluate
+from lrpet.training.recipes import training_loss
+
+__all__ = ["Classification", "task_of"]
+
+
+class Classification:
+    """One label for each image. Another task has the same four functions; see :func:`task_of`.
+
+    >>> Classification().training_scores(loss_sum=2.0, correct=3.0, seen=4.0)
+    {'train_loss': 0.5, 'train_top1_pct': 75.0}
+    """
+
+    def loss(self, config: RunConfig, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean loss of what the network gives for a batch, a scalar."""
+        return training_loss(config, output, target)
+
+    def correct(self, output: Tensor, y: Tensor) -> Tensor:
+        """Return how many of a batch are right, a scalar; what no task counts so is 0."""
+        return (output.argmax(1) == y).sum()
+
+    def training_scores(self, loss_sum: float, correct: float, seen: float) -> dict[str, float]:
+        """Return ``train_loss`` and, if known, ``train_`` with the metric, from the sums of an epoch."""
+        seen = max(seen, 1)
+        return {"train_loss": loss_sum / seen, "train_top1_pct": 100 * correct / seen}
+
+    def evaluate(self, model: nn.Module, batches: Batches, processes: Processes = ALONE) -> dict[str, float]:
+        """Return ``loss`` and the metric, by its column, on the held-out part."""
+        return evaluate(model, batches, processes)
+
+
+def task_of(config: RunConfig) -> Classification:
+    """Return what a run is trained and scored by; its module is loaded only now.
+
+    >>> type(task_of(RunConfig())).__name__
+    'Classification'
+    """
+    module, _, name = TASKS[config.task].code.partition(":")
+    return getattr(importlib.import_module(module), name)()
