@@ -82,6 +82,7 @@ def project(
     *,
     energy_transfer: bool = True,
     row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
     keep_share: float = 0.0,
     row_eps: float = 1e-5,
 ) -> Tensor:
@@ -99,6 +100,8 @@ def project(
         rank: R, 1 ≤ R ≤ min(N, D).
         energy_transfer: False is the paper's ablation "LRP".
         row_scale: ``a``, (..., N), from the BatchNorm after the layer; None for no rectification.
+        column_scale: g, (..., D), the gain of a LayerNorm or RMSNorm *before* a Linear layer, in the place of
+            ``row_scale``: A = M·diag(g), undone as ``a`` is. Ours, not the paper's.
         keep_share: q in [0, 1], the share of each removed singular value that stays.
         row_eps: the constant of the authors' way to undo ``a``; 0 is the exact inverse (a row with a = 0
             then becomes 0, the limit for row_eps → 0).
@@ -122,6 +125,7 @@ def project(
         rank,
         energy_transfer=energy_transfer,
         row_scale=row_scale,
+        column_scale=column_scale,
         keep_share=keep_share,
         row_eps=row_eps,
     )[0]
@@ -135,16 +139,17 @@ def project_and_measure(
     *,
     energy_transfer: bool = True,
     row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
     keep_share: float = 0.0,
     row_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """Do what :func:`project` does and also return which share of the energy the R kept values had.
 
     Args:
-        matrix, rank, energy_transfer, row_scale, keep_share, row_eps: as in :func:`project`.
+        matrix, rank, energy_transfer, row_scale, column_scale, keep_share, row_eps: as in :func:`project`.
 
     Returns:
-        The projected matrices (..., N, D) and Σ_{i≤R} s_i² / E of A = diag(a)·M, (...,), float64, in
+        The projected matrices (..., N, D) and Σ_{i≤R} s_i² / E of A, (...,), float64, in
         [0, 1]; 1 for a zero matrix.
 
     Raises:
@@ -166,15 +171,15 @@ def project_and_measure(
             "matrix holds NaN or infinite values, or overflows when squared; the weights were lost before "
             "this projection"
         )
-    if row_scale is not None and not (isinstance(row_scale, Tensor) and row_scale.is_floating_point()):
-        raise TypeError(f"row_scale must be a floating-point tensor or None; got {type(row_scale).__name__}")
-    if row_scale is not None and row_scale.shape != matrix.shape[:-1]:
-        raise ValueError(
-            f"row_scale must have one value per row, {tuple(matrix.shape[:-1])}; got {tuple(row_scale.shape)}"
-        )
-    if row_scale is not None and not torch.isfinite(row_scale).all():
-        raise ValueError("row_scale holds NaN or infinite values; look at the BatchNorm it was taken from")
-
+    if column_scale is not None:
+        if row_scale is not None:
+            raise ValueError("give row_scale or column_scale: a weight is scaled on one side only")
+        settings = {"energy_transfer": energy_transfer, "keep_share": keep_share, "row_eps": row_eps}
+        _check_scale("column_scale", column_scale, matrix.mT, "column", "norm")
+        turned, kept = project_and_measure(matrix.mT, rank, row_scale=column_scale, **settings)
+        return turned.mT.contiguous(), kept
+    if row_scale is not None:
+        _check_scale("row_scale", row_scale, matrix, "row", "BatchNorm")
     if rank == min(matrix.shape[-2:]):
         return matrix.clone(), torch.ones(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
     result = matrix.clone(memory_format=torch.contiguous_format)
@@ -335,6 +340,18 @@ def unrounded(matrices: Tensor) -> AbstractContextManager:
 def thin_dtype(matrix: Tensor) -> torch.dtype:
     """Return float32 where it suffices; float64 for float64 and on a GPU, where TF32 may be switched on."""
     return torch.promote_types(matrix.dtype, torch.float64 if matrix.is_cuda else torch.float32)
+
+
+def _check_scale(name: str, scale: Tensor, matrix: Tensor, axis: str, norm: str) -> None:
+    """Refuse a scale that does not give each row of a matrix, or column of a transposed one, a number."""
+    if not (isinstance(scale, Tensor) and scale.is_floating_point()):
+        raise TypeError(f"{name} must be a floating-point tensor or None; got {type(scale).__name__}")
+    if scale.shape != matrix.shape[:-1]:
+        raise ValueError(
+            f"{name} must have one value per {axis}, {tuple(matrix.shape[:-1])}; got {tuple(scale.shape)}"
+        )
+    if not torch.isfinite(scale).all():
+        raise ValueError(f"{name} holds NaN or infinite values; look at the {norm} it was taken from")
 
 
 def _check(matrix: Tensor, rank: int) -> int:

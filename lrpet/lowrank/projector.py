@@ -18,6 +18,7 @@ from lrpet.lowrank.arguments import check, renamed
 from lrpet.lowrank.batchnorm import batchnorm_scale, find_batchnorms, is_batchnorm, resolve_batchnorms
 from lrpet.lowrank.follow import RESIDUAL_TOLERANCE, follow_basis
 from lrpet.lowrank.layers import layer_type, left_out, matrix_of, rows_first, unwrap, unwritable
+from lrpet.lowrank.norms import find_norms_before, norm_scale
 from lrpet.lowrank.projection import (
     Basis,
     gram_matrices,
@@ -52,6 +53,8 @@ class LowRankProjector:
             exactly; reports count them.
         batchnorms: layer name → BatchNorm name or None, for models that torch.fx cannot trace.
         example_inputs: a tensor, tuple or dict to run the model on once, to read BatchNorms off that run.
+        column_scale: project a Linear layer that no BatchNorm follows as the gain of the LayerNorm or RMSNorm
+            right before it scales its inputs; needs ``example_inputs``. Ours, not the paper's.
         fast: start from the directions of the previous projection, see
             :func:`lrpet.lowrank.follow.follow_basis`; a layer whose result is not certain to be within 1e-5
             of the exact one takes the exact path. Pays where few steps lie between two projections. Off by
@@ -86,6 +89,7 @@ class LowRankProjector:
         row_eps: float = 1e-5,
         batchnorms: Mapping[str, str | None] | None = None,
         example_inputs: Any = None,
+        column_scale: bool = False,
         fast: bool = False,
     ):
         self.model = unwrap(model)
@@ -99,6 +103,9 @@ class LowRankProjector:
             self._pairs = {name: bn for name, bn in pairs.items() if bn is not None}
             if batchnorms is None:
                 _warn_where_none_is_paired(self, example_inputs)
+        before = _norms_before(self, example_inputs) if column_scale else {}
+        self._columns = frozenset(before.keys() - self._pairs.keys())  # whose inputs a norm scales
+        self._pairs = before | self._pairs
         self.fast, self._bases, self._steps = fast, {}, 0
         self._links: list[tuple[dict, str, nn.Module]] | None = None  # to each layer and BatchNorm
         self._look_up()
@@ -132,18 +139,15 @@ class LowRankProjector:
                 self._twins[name] = twin
                 self._batchnorms.pop(name, None), self._batchnorms.pop(twin, None)
         self._rows = {name: _rows(layer, weights[name]) for name, layer in layers.items()}
+        self._rows |= {name: self._rows[name].mT for name in self._columns}  # whose columns are scaled
         for name, layer in layers.items():
-            (N, D), weight = matrix_of(layer).shape, weights[name]
+            (N, D), weight = matrix_of(layer).shape[:: -1 if name in self._columns else 1], weights[name]
             if self.ranks[name] < min(N, D) and weight.requires_grad and name not in self._twins:
                 where = (weight.device, weight.dtype)
-                alike = (N, D, self.ranks[name], *where, name in self._batchnorms)
+                scaled = name in self._batchnorms
+                alike = (N, D, self.ranks[name], *where, scaled, scaled and name in self._columns)
                 self._groups[alike].append(name)
-        links = []
-        for path in (*layers, *self._pairs.values()):
-            module = self.model
-            for key in path.split(".") if path else ():
-                links.append((module._modules, key, module := module._modules[key]))
-        self._links = links
+        self._links = _links(self.model, (*layers, *self._pairs.values()))
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
         """Project the same layers to other ranks from the next step on.
@@ -177,7 +181,7 @@ class LowRankProjector:
         """
         self._look_up()
         scales = {
-            group: batchnorm_scale(*map(self._batchnorms.get, names))
+            group: (norm_scale if group[-1] else batchnorm_scale)(*map(self._batchnorms.get, names))
             for group, names in self._groups.items()
             if names[0] in self._batchnorms
         }
@@ -263,9 +267,20 @@ class LowRankProjector:
         sums = dict(zip(scaled, numbers[len(weights) :], strict=False))
         for name, norm in zip(self._rows, numbers, strict=False):
             if not math.isfinite(norm + sums.get(name, 0.0)):
-                what = "the BatchNorm after layer" if math.isfinite(norm) else "the weight of layer"
+                norm_there = "norm before" if name in self._columns else "BatchNorm after"
+                what = f"the {norm_there} layer" if math.isfinite(norm) else "the weight of layer"
                 raise ValueError(f"NaN, infinity or overflow in {what} {name!r}; nothing was projected")
         return {name: int(count) for name, count in few.items() if count}
+
+
+def _links(model: nn.Module, paths: Sequence[str]) -> list[tuple[dict, str, nn.Module]]:
+    """Return each step on the way to some modules: the children there, the name of one, and what it is."""
+    links = []
+    for path in paths:
+        module = model
+        for key in path.split(".") if path else ():
+            links.append((module._modules, key, module := module._modules[key]))
+    return links
 
 
 def _warn_where_none_is_paired(projector: LowRankProjector, example_inputs: Any) -> None:
@@ -279,11 +294,24 @@ def _warn_where_none_is_paired(projector: LowRankProjector, example_inputs: Any)
         )
 
 
+def _norms_before(projector: LowRankProjector, example_inputs: Any) -> dict[str, str]:
+    if example_inputs is None:
+        raise ValueError("column_scale needs example_inputs, to see which norm makes the inputs of a layer")
+    before = find_norms_before(projector.model, projector.ranks, example_inputs)
+    if not before:
+        raise ValueError(
+            "column_scale finds no LayerNorm or RMSNorm right before a Linear layer that is projected; leave "
+            "it out, or choose other layers"
+        )
+    return before
+
+
 def _check(projector: LowRankProjector, name: str, layer: nn.Module) -> None:
     reason = left_out(layer) or (unwritable(layer) if layer_type(layer) else "it is no layer to project")
     if reason:
         raise ValueError(f"layer {name!r} ({type(layer).__name__}) cannot be projected: {reason}")
-    if name in projector._batchnorms and not is_batchnorm(projector._batchnorms[name]):
+    scales_rows = name in projector._batchnorms and name not in projector._columns
+    if scales_rows and not is_batchnorm(projector._batchnorms[name]):
         raise ValueError(f"{projector._pairs[name]!r} after layer {name!r} is no BatchNorm any more")
     N, D = matrix_of(layer).shape
     if projector.ranks[name] > min(N, D):
@@ -304,7 +332,8 @@ def _report(
     reasons = ["followed"] if followed else []
     if small.get(name):
         limit = projector.settings["row_eps"] ** 0.5
-        reasons.append(f"{small[name]} rows that BatchNorm scales by {limit:.1e} or less, undone exactly")
+        scaled = "inputs that the norm" if name in projector._columns else "rows that BatchNorm"
+        reasons.append(f"{small[name]} {scaled} scales by {limit:.1e} or less, undone exactly")
     if name in projector._twins:
         reasons.append(f"shares its weight with {twin!r}, projected once and without rectification")
     return LayerReport(name, rank, energy_kept, "projected", "; ".join(reasons))
