@@ -225,7 +225,7 @@ def _train(args) -> int:
     done = _do(config, args, args.time_budget)
     if Processes.now().first:
         s, metric = done.summary, config.metric
-        score = f"{metric.text(s[metric.column])} {s['scored_on']} {metric.title}"
+        score = f"{metric.title} {metric.text(s[metric.column])} ({s['scored_on']})"
         print(f"{score} at {s['macs'] / 1e6:.2f} M MACs; all files: {done.folder}")
     return 0
 

@@ -13,11 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrpet.paths import results_root
-from lrpet.registry import METHODS, MODELS, SMALLEST, TASKS, Metric
+from lrpet.registry import BLOCKS, GRADIENT_PROJECTIONS, METHODS, MODELS, SMALLEST, TASKS, Metric
 
 __all__ = ["DATASETS", "METHODS", "PROFILES", "RunConfig", "describe_fields", "read_fields"]
-DATASETS = {"digits": 8, "cifar10": 32, "cifar100": 32, "imagefolder": 224}  # name → image size in pixels
-PROFILES = ("smoke", "short", "scaled", "selection", "paper", "imagenette", "imagenet")
+DATASETS = {  # name → image size in pixels; None: text
+    "digits": 8,
+    "cifar10": 32,
+    "cifar100": 32,
+    "imagefolder": 224,
+    "topics": None,
+    "text": None,
+}
+CONTEXT = 128  # bytes that the language model reads at most
+PROFILES = (
+    *("smoke", "short", "scaled", "selection", "paper", "imagenette", "imagenet"),
+    *("language", "language-choice"),
+)
 SIZE = ("prune_ratio", "ranks", "layers")  # how compact the result is; ignored by methods that do not read it
 METHOD_DEFAULTS = {  # field that only some methods read → method → its default
     field: {name: row.reads[field] for name, row in METHODS.items() if field in row.reads}
@@ -40,28 +51,12 @@ def _field(default, help: str, **limits):
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides the outcome of a run, with the defaults of the smoke profile.
+class _Network:
+    """What is run on what, and how the network becomes compact."""
 
-    Fields that a method does not read are stored as null, so that two configurations that mean the
-    same run have the same name; a setting of another method that is not at its default is refused.
-    Device, number of threads and place of the data are no part of it: they are recorded with the run.
-    A field that came later carries, as ``absent``, the value that describes the runs before it, and
-    stays out of the hash while it holds it: old runs keep their names.
-
-    Raises:
-        ValueError: a field of the wrong type or out of range, or fields that contradict each other; the
-            text names the field, what was received, what is allowed and what to do.
-
-    Source of the defaults that are the paper's: arXiv 2204.05566, experimental settings.
-
-    >>> RunConfig(method="lrpet", prune_ratio=0.57, seed=1).run_id
-    'digits-resnet8-lrpet-0.57-s1-0aa7fc'
-    """
-
-    dataset: str = _field("digits", "the images", choices=DATASETS)
+    dataset: str = _field("digits", "the images, or the text", choices=DATASETS)
     image_size: int | None = _field(
-        None, "pixels; null: the data set's own, 8, 32, 32, 224", low=4, high=1024
+        None, "pixels; null: the data set's own, 8, 32, 32, 224, and none of text", low=4, high=1024
     )
     model: str = _field("resnet8", "the network, a name of build_model", choices=MODELS)
     method: str = _field("lrpet", "how the network becomes compact", choices=METHODS)
@@ -80,6 +75,11 @@ class RunConfig:
     )
     row_eps: float | None = _field(
         None, "constant in undoing the BatchNorm scale; the authors' code: 0.00001", low=0.0, high=1.0
+    )
+    column_scale: bool | None = _field(
+        None,
+        "project the weight as the LayerNorm or RMSNorm before it scales its inputs; ours, not the paper's",
+        absent=None,
     )
     projection_interval: int | None = _field(
         None, "between projections, in projection_unit", low=1, high=1_000_000
@@ -118,6 +118,12 @@ class RunConfig:
     sparsity: float | None = _field(
         None, "weight of the singular values' penalty", low=0.0, high=1000.0, absent=None
     )
+
+
+@dataclass(frozen=True)
+class _Training(_Network):
+    """How it is trained."""
+
     epochs: int = _field(20, "in total, dense ones first included", low=1, high=100_000)
     batch_size: int = _field(64, "images per step, of all processes together", low=1, high=1_000_000)
     learning_rate: float = _field(0.1, "at the start", low=0.0, high=100.0)
@@ -146,9 +152,45 @@ class RunConfig:
     )
     recipe: str = _field(
         "sgd",
-        "adamw: as the paper's vision transformer was trained, with epochs of three passes",
-        choices=("sgd", "adamw"),
+        "adamw: as the paper's vision transformer was trained, with epochs of three passes; cosine: its"
+        " warm-up and cosine, an optimizer of your choice, images as for sgd",
+        choices=("sgd", "adamw", "cosine"),
         absent="sgd",
+    )
+    optimizer: str | None = _field(
+        None, "of recipe cosine; null: adamw", choices=("adamw", "adafactor", "sgd"), absent=None
+    )
+    context: int | None = _field(
+        None, "text: bytes that are read to say the next one; null: 128", low=2, high=CONTEXT, absent=None
+    )
+    steps_per_epoch: int | None = _field(
+        None, "text: steps called an epoch; null: one pass in length", low=1, high=1_000_000, absent=None
+    )
+    gradient_projection: str | None = _field(
+        None,
+        "of the block matrices, so that AdamW's state is small",
+        choices=GRADIENT_PROJECTIONS,
+        absent=None,
+    )
+    gradient_rank: int | None = _field(None, "r, of the gradients' subspace", low=1, high=65_536, absent=None)
+    gradient_interval: int | None = _field(
+        None, "T, steps between two bases", low=1, high=1_000_000, absent=None
+    )
+    gradient_scale: float | None = _field(
+        None, "α, factor on the learning rate of the projected weights", low=0.0, high=1000.0, absent=None
+    )
+    grain: float | None = _field(
+        None, "c, VLoRP's pieces of a row; below 1: rows joined", low=1e-5, high=65_536, absent=None
+    )
+    switch_threshold: float | None = _field(None, "γ of Lotus's test", low=0.0, high=2.0, absent=None)
+    check_interval: int | None = _field(
+        None, "steps between two of Lotus's tests", low=1, high=1_000_000, absent=None
+    )
+    carry: str | None = _field(
+        None, "the moments at a new basis", choices=("keep", "rotate", "reset"), absent=None
+    )
+    refresh_after_projection: bool | None = _field(
+        None, "new bases at the step after a projection of the weights", absent=None
     )
     best_of_last: int | None = _field(
         None,
@@ -171,6 +213,27 @@ class RunConfig:
     precision: str = _field("fp32", "tf32 on CUDA only; bf16 is autocast", choices=("fp32", "tf32", "bf16"))
     profile: str = _field("smoke", "whose table the run is for", choices=PROFILES)
 
+
+@dataclass(frozen=True)
+class RunConfig(_Training):
+    """Everything that decides the outcome of a run, with the defaults of the smoke profile.
+
+    Fields that a method does not read are stored as null, so that two configurations that mean the
+    same run have the same name; a setting of another method that is not at its default is refused.
+    Device, number of threads and place of the data are no part of it: they are recorded with the run.
+    A field that came later carries, as ``absent``, the value that describes the runs before it, and
+    stays out of the hash while it holds it: old runs keep their names.
+
+    Raises:
+        ValueError: a field of the wrong type or out of range, or fields that contradict each other; the
+            text names the field, what was received, what is allowed and what to do.
+
+    Source of the defaults that are the paper's: arXiv 2204.05566, experimental settings.
+
+    >>> RunConfig(method="lrpet", prune_ratio=0.57, seed=1).run_id
+    'digits-resnet8-lrpet-0.57-s1-0aa7fc'
+    """
+
     def __post_init__(self):
         fields = dataclasses.fields(self)
         for field in fields:
@@ -185,8 +248,9 @@ class RunConfig:
             value, allowed = getattr(self, field.name), _bounds(field)
             if allowed and value is not None and not _within(field, value):
                 self._refuse(field.name, allowed)
-        _check_image_size(self)
+        _check_data(self)
         _check_schedule(self)
+        _check_gradient_projection(self)
         given = self.ranks.values() if isinstance(self.ranks, dict) else self.ranks
         if given is not None and min(given, default=0) < 1:
             self._refuse("ranks", "one or more ranks of at least 1")
@@ -204,6 +268,13 @@ class RunConfig:
             self._put("crops", None)
         if self.image_size is None:
             self._put("image_size", DATASETS[self.dataset])
+        if self.task == "language" and self.context is None:
+            self._put("context", CONTEXT)
+        if self.recipe == "cosine" and self.optimizer is None:
+            self._put("optimizer", "adamw")
+        for name in ("column_scale", "refresh_after_projection"):
+            self._put(name, getattr(self, name) or None)  # false is what runs were before
+        _fill_in_gradient_projection(self)
         _drop_what_is_not_read(self)
         if self.ranks is not None:
             if self.prune_ratio is not None:
@@ -280,6 +351,20 @@ def _check_task(config: RunConfig) -> None:
             config._refuse(name, f"one of {', '.join(fitting)} with task={config.task!r}")
 
 
+def _check_data(config: RunConfig) -> None:
+    if config.task == "language":
+        for name in ("image_size", "crops"):
+            if getattr(config, name) is not None:
+                config._refuse(name, "left out with task='language'")
+        if config.recipe == "adamw":
+            config._refuse("recipe", "cosine or sgd with task='language'; adamw mixes images")
+        return
+    for name in ("context", "steps_per_epoch"):
+        if getattr(config, name) is not None:
+            config._refuse(name, "left out except with task='language'")
+    _check_image_size(config)
+
+
 def _check_image_size(config: RunConfig) -> None:
     if config.dataset != "imagefolder":
         if config.image_size != DATASETS[config.dataset]:
@@ -291,6 +376,37 @@ def _check_image_size(config: RunConfig) -> None:
     if config.image_size < SMALLEST.get(config.model, 0):
         needed = f"{SMALLEST[config.model]} or more for {config.model}"
         config._refuse("image_size", f"{needed}; take another model or dataset")
+
+
+def _fill_in_gradient_projection(config: RunConfig) -> None:
+    strategy = config.gradient_projection
+    reads = GRADIENT_PROJECTIONS[strategy].reads if strategy else {}
+    for row in GRADIENT_PROJECTIONS.values():
+        for name in row.reads:
+            value = getattr(config, name)
+            if name not in reads and value is not None:
+                config._refuse(
+                    name, f"left out with gradient_projection={strategy!r}, which does not read it"
+                )
+            if name in reads and value is None:
+                if reads[name] is None:
+                    config._refuse(name, f"given with gradient_projection={strategy!r}")
+                config._put(name, reads[name])
+
+
+def _check_gradient_projection(config: RunConfig) -> None:
+    if config.optimizer is not None and config.recipe != "cosine":
+        config._refuse("optimizer", "left out except with recipe='cosine'")
+    if config.gradient_projection is None:
+        if config.refresh_after_projection:
+            config._refuse("refresh_after_projection", "left out without gradient_projection")
+        return
+    if config.recipe == "sgd" or config.optimizer not in (None, "adamw"):
+        config._refuse("gradient_projection", "left out except with AdamW: recipe='cosine' or 'adamw'")
+    if config.model not in BLOCKS:
+        config._refuse("gradient_projection", f"left out except with model {', '.join(BLOCKS)}")
+    if config.method not in ("dense", "lrp", "lrpet"):
+        config._refuse("gradient_projection", "left out except with method dense, lrp or lrpet")
 
 
 def _check_schedule(config: RunConfig) -> None:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["METHODS", "MODELS", "SMALLEST", "TASKS", "MethodRow", "Metric", "TaskRow", "metric_of"]
+__all__ = [
+    "BLOCKS",
+    "GRADIENT_PROJECTIONS",
+    "METHODS",
+    "MODELS",
+    "SMALLEST",
+    "TASKS",
+    "GradientRow",
+    "MethodRow",
+    "Metric",
+    "TaskRow",
+    "metric_of",
+]
 
 
 class MethodRow(NamedTuple):
@@ -27,6 +39,7 @@ PROJECTION = {
     "bn_rectification": True,
     "residual": 0.0,
     "row_eps": 1e-5,
+    "column_scale": None,
     "projection_interval": 1,
     "projection_unit": "epoch",
 }
@@ -81,7 +94,7 @@ METHODS = {
 
 IMAGE_MODELS = (
     *("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
-    *("vgg16", "googlenet", "plain20", "ghost_resnet56", "vit"),
+    *("vgg16", "googlenet", "plain20", "ghost_resnet56", "vit", "vit_small"),
     *("resnet18", "resnet34", "resnet50"),
 )
 
@@ -93,6 +106,7 @@ class Metric(NamedTuple):
     title: str  # on axes and in sentences
     unit: str  # "%", or empty where the title says it
     higher_is_better: bool
+    digits: int = 2  # after the point
 
     @property
     def sign(self) -> int:
@@ -105,7 +119,7 @@ class Metric(NamedTuple):
         >>> TASKS["classification"].metric.text(92.5)
         '92.50 %'
         """
-        return f"{value:.2f} {self.unit or self.title}"
+        return f"{value:.{self.digits}f} {self.unit}".rstrip()
 
     @property
     def label(self) -> str:
@@ -132,8 +146,8 @@ TASKS = {
         IMAGE_MODELS,
     ),
     "language": TaskRow(
-        Metric("bits_per_byte", "bits per byte", "", higher_is_better=False),
-        *("lrpet.training.language:Language", (), ()),
+        Metric("bits_per_byte", "bits per byte", "", higher_is_better=False, digits=3),
+        *("lrpet.training.language:Language", ("topics", "text"), ("byte_transformer",)),
     ),
     "detection": TaskRow(
         Metric("map_pct", "mAP", "%", higher_is_better=True), "lrpet.training.detection:Detection", (), ()
@@ -165,4 +179,25 @@ def metric_of(table: Mapping) -> Metric:
     return TASKS[next(iter(named), "classification")].metric
 
 
-SMALLEST = {"vgg16": 32, "vit": 32}  # pixels that a network needs
+SMALLEST = {"vgg16": 32, "vit": 32, "vit_small": 32}  # pixels that a network needs
+# network → its block matrices: attention and MLP, never embeddings, norms, head or patches
+BLOCKS = dict.fromkeys(("vit", "vit_small", "byte_transformer"), "blocks.*")
+
+
+class GradientRow(NamedTuple):
+    """What the rest of the package knows of a way to project gradients."""
+
+    label: str  # in tables and figures
+    reads: dict  # fields of RunConfig that it reads → their defaults; None: to be given
+
+
+SUBSPACE = {"gradient_rank": None, "gradient_scale": 0.25, "carry": "keep"}
+GRADIENT_PROJECTIONS = {
+    "galore": GradientRow("GaLore", SUBSPACE | {"gradient_interval": 200}),
+    "galore2": GradientRow("GaLore 2", SUBSPACE | {"gradient_interval": 200}),
+    "lotus": GradientRow("Lotus", SUBSPACE | {"switch_threshold": 0.01, "check_interval": 50}),
+    "vlorp": GradientRow(
+        "VLoRP", {"gradient_rank": None, "gradient_scale": 1.0, "gradient_interval": 100, "grain": None}
+    ),
+    "random": GradientRow("random basis", SUBSPACE | {"gradient_interval": 200}),
+}

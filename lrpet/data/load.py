@@ -1,4 +1,4 @@
-"""Images in memory where they fit, else streamed from the disk."""
+"""Images in memory where they fit, else streamed from the disk; text in memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lrpet.config import RunConfig
 from lrpet.data.batches import Batches
 from lrpet.data.sets import ImageData, load_data, stored_side
 from lrpet.data.stream import StreamBatches, StreamData
+from lrpet.data.text import TextBatches, TextData, load_text
 from lrpet.data.tree import held_out, list_images
 from lrpet.paths import data_folder
 
@@ -37,8 +38,8 @@ def load_images(
     *,
     device: torch.device | str = "cpu",
     streamed: bool | None = None,
-) -> ImageData | StreamData:
-    """Load the data set of a configuration into memory, or only the names of its files, to be streamed.
+) -> ImageData | StreamData | TextData:
+    """Load the data of a configuration into memory, or only the names of its image files, to be streamed.
 
     With ``crops="whole"`` images are streamed. With "square" they are where they do not fit into memory,
     which changes no bit of a training batch.
@@ -55,6 +56,8 @@ def load_images(
     >>> type(load_images(RunConfig())).__name__
     'ImageData'
     """
+    if config.task == "language":
+        return load_text(config, root)
     if config.dataset != "imagefolder":
         return load_data(config, root)
     folder, size = data_folder(root), config.image_size
@@ -75,14 +78,14 @@ def load_images(
 
 
 def make_batches(
-    data: ImageData | StreamData,
+    data: ImageData | StreamData | TextData,
     batch_size: int,
     device: str | torch.device,
     seed: int,
     rank: int = 0,
     world: int = 1,
     **augmentation: int | bool,
-) -> Batches:
+) -> Batches | TextBatches:
     """Return what serves the batches of a data set; see :class:`lrpet.data.batches.Batches`."""
-    kind = StreamBatches if isinstance(data, StreamData) else Batches
+    kind = {StreamData: StreamBatches, TextData: TextBatches}.get(type(data), Batches)
     return kind(data, batch_size, device, seed, rank, world, **augmentation)

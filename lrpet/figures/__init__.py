@@ -6,6 +6,7 @@ ends with.
 """
 
 from lrpet.figures.accuracy import plot_ablations, plot_accuracy_against_macs, plot_rank_search
+from lrpet.figures.gradient_projection import plot_against_memory
 from lrpet.figures.headline import plot_headline
 from lrpet.figures.one_matrix import plot_by_depth, plot_channel_errors, plot_rank_sweep, plot_spectrum
 from lrpet.figures.one_run import plot_history, plot_layers
@@ -36,6 +37,7 @@ __all__ = [
     "method_style",
     "plot_ablations",
     "plot_accuracy_against_macs",
+    "plot_against_memory",
     "plot_by_depth",
     "plot_channel_errors",
     "plot_energy_kept",

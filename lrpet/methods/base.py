@@ -9,11 +9,20 @@ from torch import Tensor, nn
 
 from lrpet.config import RunConfig
 from lrpet.lowrank.budget import closest_share
-from lrpet.lowrank.cost import cost
+from lrpet.lowrank.cost import Cost, cost
 from lrpet.lowrank.ranks import LayerReport, ranks_from_ratio, resolve_ranks
 from lrpet.models import build_model
 
-__all__ = ["Dense", "Method", "build_network", "is_due", "ranks_of", "target_macs"]
+__all__ = [
+    "Dense",
+    "Method",
+    "build_network",
+    "count_cost",
+    "example_input",
+    "is_due",
+    "ranks_of",
+    "target_macs",
+]
 
 
 def ranks_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
@@ -32,13 +41,13 @@ def ranks_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
 
 
 def target_macs(model: nn.Module, config: RunConfig) -> int:
-    """Return the multiply-adds per image that a configuration's ranks lead to; others aim at them.
+    """Return the multiply-adds for one input that a configuration's ranks lead to; others aim at them.
 
     >>> config = RunConfig(dataset="cifar10", model="resnet56", prune_ratio=0.57)
     >>> round(target_macs(build_model(config.model), config) / 1e6, 2)
     56.06
     """
-    return cost(model, image_shape(config), ranks_of(model, config)).macs
+    return count_cost(model, config, ranks_of(model, config)).macs
 
 
 def build_network(config: RunConfig, num_classes: int = 10) -> nn.Module:
@@ -54,11 +63,27 @@ def build_network(config: RunConfig, num_classes: int = 10) -> nn.Module:
     state = torch.get_rng_state()  # the search draws none of the numbers that the network starts from
 
     def macs(width: float) -> int:
-        return cost(build_model(config.model, num_classes, width), image_shape(config)).macs
+        return count_cost(build_model(config.model, num_classes, width), config).macs
 
     width = closest_share(macs, target_macs(build_model(config.model, num_classes), config))
     torch.set_rng_state(state)
     return build_model(config.model, num_classes, width)
+
+
+def example_input(config: RunConfig) -> Tensor:
+    """Return what a network reads at once, zeros: an image (1, C, H, W), or a window of text (1, T), int64.
+
+    >>> example_input(RunConfig()).shape
+    torch.Size([1, 3, 8, 8])
+    """
+    if config.task == "language":
+        return torch.zeros(1, config.context, dtype=torch.int64)
+    return torch.zeros(1, *image_shape(config))
+
+
+def count_cost(model: nn.Module, config: RunConfig, ranks: dict[str, int] | None = None) -> Cost:
+    """Return the multiply-adds and parameters of a network for one image, or one window of text."""
+    return cost(model, ranks=ranks, example_inputs=example_input(config))
 
 
 def image_shape(config: RunConfig) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from lrpet.config import RunConfig
 from lrpet.lowrank.factorize import factorize
 from lrpet.lowrank.projector import LowRankProjector
 from lrpet.lowrank.ranks import LayerReport
-from lrpet.methods.base import Dense, is_due, ranks_of
+from lrpet.methods.base import Dense, example_input, is_due, ranks_of
 from lrpet.methods.matched_steps import match_steps
 from lrpet.processes import Processes
 
@@ -41,6 +41,8 @@ class LowRankProjection(Dense):
             bn_rectification=config.bn_rectification,
             keep_share=config.residual,
             row_eps=config.row_eps,
+            column_scale=bool(config.column_scale),
+            example_inputs=example_input(config) if config.column_scale else None,
         )
         self.config = config
         if config.matched_steps:
@@ -59,8 +61,13 @@ class LowRankProjection(Dense):
         processes.copy_from(0, [self.model.get_submodule(name).weight for name in self.ranks])
         return reports
 
-    def adapt(self, optimizer: torch.optim.SGD, reports: list[LayerReport]) -> None:
-        """With ``matched_steps`` take LRPET's steps; its weights are sqrt(E / Σ_{i≤R} s_i²) as large."""
+    def adapt(self, optimizer: torch.optim.Optimizer, reports: list[LayerReport]) -> None:
+        """Let a gradient projection have new bases, with ``refresh_after_projection``.
+
+        With ``matched_steps`` take LRPET's steps; its weights are sqrt(E / Σ_{i≤R} s_i²) as large.
+        """
+        if self.config.refresh_after_projection:
+            optimizer.refresh_next()
         if self.config.matched_steps:
             projected = [report for report in reports if report.action == "projected"]
             weights = {report.name: self.model.get_submodule(report.name).weight for report in projected}

@@ -7,6 +7,7 @@ from numbers import Integral
 
 from torch import nn
 
+from lrpet.models.byte_transformer import ByteTransformer
 from lrpet.models.ghost_resnet_cifar import GhostResNet
 from lrpet.models.googlenet_cifar import CifarGoogLeNet
 from lrpet.models.plain_cifar import CifarPlain
@@ -23,9 +24,12 @@ BUILDERS = {f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 20, 3
     "plain20": CifarPlain,
     "ghost_resnet56": partial(GhostResNet, 56),
     "vit": SmallViT,
+    "vit_small": partial(SmallViT, width=128, depth=4, heads=8),
+    "byte_transformer": ByteTransformer,
 }
+FIXED = ("ghost_resnet56", "vit", "vit_small", "byte_transformer")
 # those that build_model can make narrower
-SCALABLE = tuple(name for name in BUILDERS if name not in ("ghost_resnet56", "vit"))
+SCALABLE = tuple(name for name in BUILDERS if name not in FIXED)
 MODELS = (*BUILDERS, *TORCHVISION)
 
 
@@ -33,15 +37,16 @@ def build_model(name: str, num_classes: int = 10, width: float = 1.0) -> nn.Modu
     """Build a network with fresh random weights.
 
     Args:
-        name: ``resnet8`` … ``resnet110``, ``vgg16``, ``googlenet``, ``plain20``, ``ghost_resnet56`` and
-            ``vit`` for 32×32 images, ``resnet18``, ``resnet34``, ``resnet50`` (torchvision's) for larger
-            ones.
+        name: ``resnet8`` … ``resnet110``, ``vgg16``, ``googlenet``, ``plain20``, ``ghost_resnet56``,
+            ``vit`` and ``vit_small`` (width 128, depth 4) for 32×32 images, ``resnet18``, ``resnet34``,
+            ``resnet50`` (torchvision's) for larger ones, ``byte_transformer`` for text.
         num_classes: width of the classifier.
         width: factor on the number of channels of every layer, for the CIFAR ResNets, VGG-16, GoogLeNet and
             the plain network.
 
     Returns:
-        A module that maps (B, 3, H, W) float images to (B, num_classes) logits.
+        A module that maps (B, 3, H, W) float images to (B, num_classes) logits; of text, bytes (B, T) to
+        (B, T, num_classes).
 
     Raises:
         TypeError: the name is no text, or the number of classes no integer.

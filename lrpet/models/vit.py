@@ -30,11 +30,13 @@ class StochasticDepth(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a LayerNorm and with a shortcut around it."""
+    """Attention and MLP, each after a LayerNorm and with a shortcut; causal: no token sees a later one."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int, stochastic_depth: float):
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: int, stochastic_depth: float = 0.0, *, causal: bool = False
+    ):
         super().__init__()
-        self.heads, self.drop = heads, StochasticDepth(stochastic_depth)
+        self.heads, self.causal, self.drop = heads, causal, StochasticDepth(stochastic_depth)
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
@@ -48,7 +50,8 @@ class Block(nn.Module):
         q, k, v = (
             self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         )  # (B, heads, T, width/heads) each
-        x = x + self.drop(self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.drop(self.proj(mixed.transpose(1, 2).flatten(2)))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 

@@ -16,8 +16,9 @@ from lrpet.config import RunConfig
 from lrpet.data.batches import Batches
 from lrpet.files import write_file
 from lrpet.lowrank.compact_file import save_compact
-from lrpet.lowrank.cost import Cost, cost
+from lrpet.lowrank.cost import Cost
 from lrpet.lowrank.ranks import LayerReport
+from lrpet.methods.base import count_cost
 from lrpet.models import build_model
 from lrpet.runs.environment import utc_now
 from lrpet.runs.store import WEIGHTS, read_network
@@ -49,10 +50,10 @@ def finish_run(trained: Trained) -> None:
     """Write what a run leaves, its summary last."""
     folder, state, compact = trained.folder, trained.state, trained.compact
     config, method, classes = state.config, state.method, len(trained.batches.data.classes)
-    shape = (3, config.image_size, config.image_size)
     if not hasattr(compact, "factorization"):
         compact.factorization, compact.compressions = [], []  # a dense network is one with nothing factorized
-    deployed, counted = cost(compact, shape), cost(build_model(config.model, classes), shape, method.ranks)
+    full = build_model(config.model, classes)
+    deployed, counted = count_cost(compact, config), count_cost(full, config, method.ranks)
     rows = _layer_rows(counted, deployed, compact.factorization, state.layers)
     summary = _summary(trained, deployed, counted, sum(row["action"] == "constant" for row in rows))
     filters = method.structure if config.method == "filter_pruning" else None

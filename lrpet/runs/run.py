@@ -28,6 +28,7 @@ from lrpet.runs.store import Run, is_complete, load_run, read_json
 from lrpet.training.checkpoint import has_checkpoint
 from lrpet.training.loop import Session, train
 from lrpet.training.recipes import augmentation
+from lrpet.training.step_cost import step_cost
 from lrpet.training.tasks import task_of
 
 __all__ = ["run"]
@@ -192,6 +193,8 @@ def _train(job: _Job) -> Run:
     column = config.metric.column
     scores = {f"compact_{column}": task_of(config).evaluate(compact, batches, processes)[column]}
     scores |= state.best.summary(config, method, state.history, batches, processes)
+    if config.recipe == "cosine" and processes.world == 1:
+        scores |= step_cost(config, method.model, state.optimizer, batches)
     if processes.first:
         finish_run(Trained(job.folder, state, batches, compact, scores, origin))
     return processes.share(lambda: load_run(job.folder))
@@ -281,7 +284,8 @@ def _same_data(folder: Path, origin: dict) -> None:
 def _same_as_seen(done: Run, data: str | Path | None) -> None:
     """Refuse to show a finished run for other images: its name does not say which it saw."""
     root, before = data_folder(data), done.environment
-    if done.config.dataset == "digits" or root is None or not root.is_dir() or IDENTITY[0] not in before:
+    embedded = done.config.dataset in ("digits", "topics")
+    if embedded or root is None or not root.exists() or IDENTITY[0] not in before:
         return
     images = load_images(done.config, root, streamed=before[IDENTITY[0]].startswith("files:"))
     name = _other(before, _identity(done.config, images))

@@ -3,6 +3,7 @@
 from lrpet.tables.accuracy import accuracy_table, imagenet_table
 from lrpet.tables.claims import ablation_table, claims_table, differences, summary_of_ablations
 from lrpet.tables.costs import cost_table
+from lrpet.tables.gradient_projection import answers_table, choice_table, projection_table, way_of
 from lrpet.tables.one_run import comparison, verdict
 from lrpet.tables.pages import headline, summary_of, write_pages, write_tables
 from lrpet.tables.recorded import (
@@ -17,6 +18,8 @@ from lrpet.tables.time_spent import projection_share, provenance, replication_co
 __all__ = [
     "ablation_table",
     "accuracy_table",
+    "answers_table",
+    "choice_table",
     "choose_runs",
     "claims_table",
     "comparison",
@@ -28,6 +31,7 @@ __all__ = [
     "imagenet_table",
     "profile_runs",
     "projection_share",
+    "projection_table",
     "provenance",
     "published",
     "read_recorded",
@@ -35,6 +39,7 @@ __all__ = [
     "summary_of",
     "summary_of_ablations",
     "verdict",
+    "way_of",
     "write_pages",
     "write_tables",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lrpet.config import RunConfig
-from lrpet.registry import METHODS
+from lrpet.registry import GRADIENT_PROJECTIONS, METHODS
 
 # between projections, where it is not the methods' own
 USUAL_INTERVALS = {"imagenet": (250, "iteration"), "imagenette": (50, "iteration")}
@@ -17,6 +17,7 @@ IN_WORDS = {
     ("matched_steps", True): "with LRPET's steps",
     ("product_decay", False): "decay on each factor",
     ("rank_rule", "stable_rank"): "stable rank",
+    ("column_scale", True): "with column scale",
     ("nuclear_norm", 0.0): "no nuclear norm",
 }
 
@@ -24,6 +25,10 @@ IN_WORDS = {
 def label_of(config: RunConfig) -> str:
     """Return the method as tables name it, with every setting of it that is not the default."""
     label = METHODS[config.method].label
+    if config.gradient_projection is not None:
+        label = f"{label} + {GRADIENT_PROJECTIONS[config.gradient_projection].label}"
+    elif config.optimizer in ("adafactor", "sgd"):
+        label = f"{label} + {config.optimizer}"
     return ", ".join([label, *_variant(config)]).replace(", without BN", " without BN")
 
 

@@ -16,9 +16,11 @@ from lrpet.tables.accuracy import accuracy_table, imagenet_table, related_table
 from lrpet.tables.choice import repeats_table, selection_table
 from lrpet.tables.claims import ablation_table, claims_table, differences
 from lrpet.tables.costs import NO_RANKS, NOT_HERE, cost_table
+from lrpet.tables.gradient_projection import gradient_tables
 from lrpet.tables.rows import NOT_RUN, profile_runs, published
 from lrpet.tables.time_spent import replication_cost
 
+GRADIENT = ("language", "language-choice")  # profiles with tables of their own
 __all__ = ["headline", "summary_of", "write_pages", "write_tables"]
 
 
@@ -64,6 +66,15 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
 
 def write_tables(profile: str, results: Path | None = None) -> dict[str, pd.DataFrame]:
     """Write every table of a profile to ``results/<profile>/tables``, .md and .csv; return them by name."""
+    folder = (results or results_root()) / profile / "tables"
+    tables = gradient_tables(profile, results) if profile in GRADIENT else _tables(profile, results)
+    for name, table in tables.items():
+        write_file(folder / f"{name}.csv", table.to_csv(index=False))
+        write_file(folder / f"{name}.md", _markdown(table))
+    return tables
+
+
+def _tables(profile: str, results: Path | None) -> dict[str, pd.DataFrame]:
     runs, reported = profile_runs(profile, results), published()
     tables = {
         "accuracy": accuracy_table(runs, reported),
@@ -79,10 +90,6 @@ def write_tables(profile: str, results: Path | None = None) -> dict[str, pd.Data
         tables |= {"selection": selection_table(runs), "repeats": repeats_table(results)}
     if profile in ("imagenet", "imagenette"):
         tables["imagenet"] = imagenet_table(runs, reported, results)
-    folder = (results or results_root()) / profile / "tables"
-    for name, table in tables.items():
-        write_file(folder / f"{name}.csv", table.to_csv(index=False))
-        write_file(folder / f"{name}.md", _markdown(table))
     return tables
 
 
@@ -114,10 +121,12 @@ def write_pages(pages: Sequence[Path] | None = None) -> list[str]:
         table = tables[profile][name]
         return f"{marker}\n{_markdown(table[columns.split()] if columns else table)}<!-- end -->"
 
-    marked = re.compile(r"(<!-- table: (\w+) (\w+)(?:: ([\w ]+))? -->).*?<!-- end -->", re.DOTALL)
+    marked = re.compile(r"(<!-- table: ([\w-]+) (\w+)(?:: ([\w ]+))? -->).*?<!-- end -->", re.DOTALL)
     texts = [marked.sub(fill, path.read_text(encoding="utf-8")) for path in pages]
     for path, text in zip(pages, texts, strict=True) if asked or has_own_results() else ():
         write_file(path, text)
-    for profile in {"short", "scaled", "selection", "paper", "imagenet", "imagenette"} - set(tables):
+    for profile in {"short", "scaled", "selection", "paper", "imagenet", "imagenette", *GRADIENT} - set(
+        tables
+    ):
         write_tables(profile)
     return texts

@@ -8,8 +8,7 @@ import pandas as pd
 
 from lrpet.config import RunConfig
 from lrpet.experiments import MAIN, load_profile
-from lrpet.lowrank.cost import cost
-from lrpet.methods.base import build_network, ranks_of, target_macs
+from lrpet.methods.base import build_network, count_cost, ranks_of, target_macs
 from lrpet.models import build_model
 from lrpet.paths import project_file, results_root
 from lrpet.registry import TASKS, metric_of
@@ -19,7 +18,12 @@ from lrpet.tables.statistics import NOT_RUN, half_width
 
 __all__ = ["profile_runs", "published"]
 COMPETITORS, ABLATIONS = "competitors", "ablations"  # what experiments of other tables feed
-NUM_CLASSES = {"cifar100": 100, "imagenet": 1000}  # of published data sets with other than ten classes
+NUM_CLASSES = {
+    "cifar100": 100,
+    "imagenet": 1000,
+    "topics": 256,
+    "text": 256,
+}  # of data with other than ten classes
 WANTED = ("experiment", "feeds", "network", "label", "run_id", "ratio", "config", "task")
 MACS_TOLERANCE = 0.02  # two networks whose multiply-adds differ by less are compared as equal
 
@@ -76,14 +80,14 @@ def profile_runs(profile: str, results: Path | None = None, task: str = "classif
     return wanted.merge(columns, on="run_id", how="left")
 
 
-def spread(values: pd.Series) -> str:
+def spread(values: pd.Series, digits: int = 2) -> str:
     """Format seeds as "mean [95 % interval by Student's t] (n)"; one seed has no interval."""
     values = values.dropna()
     if values.empty:
         return NOT_RUN
     mean, half = values.mean(), half_width(values) if len(values) > 1 else 0.0
-    interval = f" [{mean - half:.2f}, {mean + half:.2f}]" if len(values) > 1 else ""
-    return f"{mean:.2f}{interval} (n={len(values)})"
+    interval = f" [{mean - half:.{digits}f}, {mean + half:.{digits}f}]" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{interval} (n={len(values)})"
 
 
 def counted_cost(row: pd.Series) -> tuple[int | None, int | None, int]:
@@ -95,7 +99,7 @@ def counted_cost(row: pd.Series) -> tuple[int | None, int | None, int]:
 
 def _expected(config: RunConfig) -> tuple[int | None, int | None, int]:
     method = config.method if config.method in ("dense", "narrow", "filter_pruning") else "low-rank"
-    key = (config.model, _num_classes(config), config.image_size, method)
+    key = (config.task, config.model, _num_classes(config), config.image_size, method)
     key += (config.prune_ratio, config.ranks, config.layers)
     if key not in _counted:  # runs that differ in nothing but seed or schedule are counted once
         _counted[key] = _count(config)
@@ -106,9 +110,9 @@ _counted: dict[tuple, tuple[int | None, int | None, int]] = {}
 
 
 def _count(config: RunConfig) -> tuple[int | None, int | None, int]:
-    shape, classes = (3, config.image_size, config.image_size), _num_classes(config)
+    classes = _num_classes(config)
     model = build_model(config.model, classes)
-    dense = cost(model, shape).macs
+    dense = count_cost(model, config).macs
     known = (
         config.method in ("dense", "narrow")
         or config.ranks is not None
@@ -117,7 +121,7 @@ def _count(config: RunConfig) -> tuple[int | None, int | None, int]:
     if not known:
         return None, None, dense
     ranks = None if config.method == "narrow" else ranks_of(model, config)
-    counted = cost(build_network(config, classes), shape, ranks)
+    counted = count_cost(build_network(config, classes), config, ranks)
     return counted.macs, counted.params, dense
 
 

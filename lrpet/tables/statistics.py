@@ -87,12 +87,13 @@ def _noncentrality(n: int) -> float:
     return float(optimize.brentq(missing_power, 1.0, 10.0))
 
 
-def decide(samples: Sequence[pd.Series | None], words: Words) -> list[dict]:
+def decide(samples: Sequence[pd.Series | None], words: Words, digits: int = 2) -> list[dict]:
     """Return difference, interval, p, adjusted p, n, detectable difference, verdict of each row of a table.
 
     Args:
         samples: per row the paired differences, one per seed; None where a row is no comparison.
         words: the verdicts.
+        digits: after the point of differences.
     """
     tested = [k for k, d in enumerate(samples) if d is not None and len(d) >= FEWEST]
     p = {k: p_value(samples[k]) for k in tested}
@@ -105,12 +106,16 @@ def decide(samples: Sequence[pd.Series | None], words: Words) -> list[dict]:
             continue
         row |= {"n": len(d), "difference": NOT_RUN, "verdict": words.not_tested}
         if len(d):
-            row |= {"difference": f"{d.mean():+.2f}", "verdict": words.undecided}
+            row |= {"difference": f"{d.mean():+.{digits}f}", "verdict": words.undecided}
         if len(d) > 1:
             low, high = d.mean() - half_width(d), d.mean() + half_width(d)
-            row |= {"ci95": f"[{low:+.2f}, {high:+.2f}]"}
+            row |= {"ci95": f"[{low:+.{digits}f}, {high:+.{digits}f}]"}
         if k in p:
-            row |= {"p": f"{p[k]:.2g}", "p_holm": f"{adjusted[k]:.2g}", "detectable": f"{detectable(d):.2f}"}
+            row |= {
+                "p": f"{p[k]:.2g}",
+                "p_holm": f"{adjusted[k]:.2g}",
+                "detectable": f"{detectable(d):.{digits}f}",
+            }
             if adjusted[k] < ALPHA:
                 row["verdict"] = words.above if d.mean() > 0 else words.below
     return rows

@@ -19,7 +19,7 @@ from lrpet.processes import ALONE, Processes
 from lrpet.training.interrupt import PatientInterrupt
 from lrpet.training.pieces import check_pieces
 from lrpet.training.progress import Progress
-from lrpet.training.recipes import learning_rate, make_mixer, seed_step, set_learning_rate
+from lrpet.training.recipes import learning_rate, seed_step, set_learning_rate
 from lrpet.training.state import State
 from lrpet.training.step import Step
 from lrpet.training.tasks import task_of
@@ -85,7 +85,7 @@ def train(
     """
     device, steps, last_step = batches.device, batches.steps, config.epochs * batches.steps
     task = task_of(config)
-    mix = make_mixer(config, len(batches.data.classes), batches.data.mean)
+    mix = task.mixer(config, batches.data)
     synchronize = device.type == "cuda"
     check_pieces(method.model, batches, processes.world, session.device_batch)
     state = State(config, method, batches, processes)
@@ -186,7 +186,10 @@ def _make_step(config: RunConfig, state: State, session: Session, processes: Pro
         state.optimizer,
         state.totals,
         # a graph has the weight decay in it, which matched steps change
-        graphs=state.device.type == "cuda" and processes.world == 1 and not config.matched_steps,
+        graphs=state.device.type == "cuda"
+        and processes.world == 1
+        # and a new basis of gradients is computed between kernels; Adafactor cannot be recorded
+        and not (config.matched_steps or config.gradient_projection or config.optimizer == "adafactor"),
         world=processes.world,
         device_batch=session.device_batch,
     )

@@ -7,11 +7,14 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrpet.config import RunConfig
 from lrpet.lowrank.batchnorm import normalized_weights
+from lrpet.lowrank.gradient_projection import GradientProjection, projection_groups
+from lrpet.registry import BLOCKS, GRADIENT_PROJECTIONS
 
 __all__ = [
     "augmentation",
@@ -38,7 +41,7 @@ def augmentation(config: RunConfig) -> dict[str, int | bool]:
     >>> augmentation(RunConfig(recipe="adamw"))
     {'passes': 3, 'autoaugment': True}
     """
-    return {} if config.recipe == "sgd" else {"passes": PASSES, "autoaugment": True}
+    return {} if config.recipe != "adamw" else {"passes": PASSES, "autoaugment": True}
 
 
 def seed_step(config: RunConfig, step: int, rank: int = 0) -> None:
@@ -65,7 +68,7 @@ def seed_step(config: RunConfig, step: int, rank: int = 0) -> None:
 def learning_rate(config: RunConfig, epoch: int, within: float = 0.5) -> float:
     """Return the learning rate of a step.
 
-    ``sgd``: a tenth after each milestone. ``adamw``: a linear warm-up over a tenth of the epochs, then half a
+    ``sgd``: a tenth after each milestone. Else a linear warm-up over a tenth of the epochs, then half a
     cosine to 0, both step by step. With a ``finetune_learning_rate`` the same schedule runs twice, shortened
     to fit: over ``pretrain_epochs``, then from that rate over the epochs that are left.
 
@@ -103,7 +106,10 @@ def make_optimizer(
     undecayed: Collection[Tensor] = (),
     alone: Collection[Tensor] = (),
 ) -> torch.optim.Optimizer:
-    """Return SGD with momentum, or AdamW, each with weight decay on all parameters.
+    """Return the optimizer of a run, with weight decay on all parameters.
+
+    SGD with momentum, AdamW or Adafactor; with ``gradient_projection`` AdamW whose moments of the block
+    matrices live in a subspace.
 
     Parameters in ``undecayed`` are spared it; their method has a decay of its own. Weights that a
     BatchNorm follows take ``normalized_weight_decay`` where it is given: their norm changes nothing but the
@@ -112,6 +118,8 @@ def make_optimizer(
     >>> type(make_optimizer(RunConfig(), nn.Linear(2, 2), torch.device("cpu"))).__name__
     'SGD'
     """
+    if config.gradient_projection is not None:
+        return _projecting_optimizer(config, model)
     fused = device.type == "cuda"
     spared = {id(p) for p in undecayed}
     decays = dict.fromkeys(model.parameters(), config.weight_decay)
@@ -125,9 +133,39 @@ def make_optimizer(
     ]
     groups += [{"params": [p], "weight_decay": decays[p]} for p in alone]
     groups = [group for group in groups if group["params"]]
-    if config.recipe == "sgd":
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=config.learning_rate)
+    if config.recipe == "sgd" or config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, capturable=fused)
+
+
+# fields of RunConfig → settings of GradientProjection
+GRADIENT_SETTINGS = {
+    "gradient_rank": "rank",
+    "gradient_interval": "every",
+    "gradient_scale": "scale",
+    "grain": "grain",
+    "switch_threshold": "threshold",
+    "check_interval": "check",
+    "carry": "carry",
+}
+
+
+def _projecting_optimizer(config: RunConfig, model: nn.Module) -> GradientProjection:
+    strategy = config.gradient_projection
+    settings = {
+        GRADIENT_SETTINGS[name]: getattr(config, name) for name in GRADIENT_PROJECTIONS[strategy].reads
+    }
+    scale = settings.pop("scale") if strategy == "vlorp" else None  # it has no α of its own
+    groups = projection_groups(model, strategy, include=BLOCKS[config.model], **settings)
+    together = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    optimizer = GradientProjection(
+        groups, lr=config.learning_rate, weight_decay=config.weight_decay, seed=config.seed, group=together
+    )
+    if scale is not None:
+        optimizer.param_groups[0]["lr_scale"] = scale
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float, device: torch.device) -> None:
@@ -167,7 +205,7 @@ def make_mixer(
     >>> y
     tensor([1, 2])
     """
-    if config.recipe == "sgd":
+    if config.recipe != "adamw":
         return lambda x, y: (x, y)
     from torchvision.transforms import v2
 
@@ -191,4 +229,6 @@ def make_mixer(
 
 def training_loss(config: RunConfig, logits: Tensor, target: Tensor) -> Tensor:
     """Return the cross-entropy of logits (B, classes) and targets, (B,) or such; smoothed for AdamW."""
-    return F.cross_entropy(logits, target, label_smoothing=0.0 if config.recipe == "sgd" else LABEL_SMOOTHING)
+    return F.cross_entropy(
+        logits, target, label_smoothing=LABEL_SMOOTHING if config.recipe == "adamw" else 0.0
+    )

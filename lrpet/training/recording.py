@@ -38,8 +38,8 @@ def recorded_epochs(epochs: int) -> set[int]:
     return set(np.linspace(0, epochs - 1, min(POINTS, epochs)).round().astype(int).tolist())
 
 
-def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weight of each compressible convolution as a matrix (N, D), multiplied out if factorized.
+def weight_matrices(model: nn.Module, include: str | None = None) -> dict[str, Tensor]:
+    """Return the weight of each convolution, or layer of those names, as (N, D), factors multiplied out.
 
     >>> [tuple(M.shape) for M in weight_matrices(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 2))).values()]
     [(8, 27)]
@@ -49,7 +49,7 @@ def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
         name: model.get_submodule(name)[1].weight.flatten(1) @ model.get_submodule(name)[0].weight.flatten(1)
         for name in pairs
     }
-    layers = compressible_layers(model)
+    layers = compressible_layers(model, include)
     matrices |= {
         name: model.get_submodule(name).weight.flatten(1)
         for name in layers
@@ -90,6 +90,7 @@ class Recorder:
     Args:
         epochs: of the run, which decide at which of them it records.
         steps: of an epoch.
+        include: names of the layers that are recorded, with "*"; None: all convolutions.
 
     >>> recorder, model = Recorder(epochs=1, steps=1), nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> recorder.record_spectra(model, epoch=0, when="before")
@@ -97,7 +98,8 @@ class Recorder:
     ['1/before/0']
     """
 
-    def __init__(self, epochs: int, steps: int):
+    def __init__(self, epochs: int, steps: int, include: str | None = None):
+        self.include = include
         self.at = recorded_epochs(epochs)
         self.every = -(-steps // SAMPLES)  # rounded up: SAMPLES steps at most, and the last
         # tensors, numbers and names only: it goes into the checkpoint
@@ -106,7 +108,7 @@ class Recorder:
     def record_spectra(self, model: nn.Module, epoch: int, when: str) -> None:
         """Keep all singular values, "before" or "after" the projection that ends an epoch (from 0)."""
         if epoch in self.at:
-            values = singular_values(weight_matrices(model))
+            values = singular_values(weight_matrices(model, self.include))
             self.state["spectra"] |= {f"{epoch + 1}/{when}/{name}": s.half() for name, s in values.items()}
 
     @torch.no_grad()
@@ -114,7 +116,7 @@ class Recorder:
         """Add the norms of this step's gradients to the means, every few steps; ``last`` ends the epoch."""
         if epoch not in self.at or in_epoch % self.every and not last:
             return
-        layers = {name: model.get_submodule(name) for name in compressible_layers(model)}
+        layers = {name: model.get_submodule(name) for name in compressible_layers(model, self.include)}
         # not one made of U, s and V
         weights = {name: layer.weight for name, layer in layers.items() if "weight" in layer._parameters}
         if not weights:

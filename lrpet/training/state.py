@@ -10,6 +10,7 @@ from lrpet.config import RunConfig
 from lrpet.data.batches import Batches
 from lrpet.methods.base import Dense
 from lrpet.processes import ALONE, Processes
+from lrpet.registry import BLOCKS
 from lrpet.training.best import BestEpoch
 from lrpet.training.checkpoint import load_checkpoint, save_checkpoint
 from lrpet.training.clock import Clock
@@ -47,7 +48,7 @@ class State:
         self.history: list[dict] = []
         self.layers: list[dict] = []
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.recorder, self.clock = Recorder(config.epochs, batches.steps), Clock()
+        self.recorder, self.clock = Recorder(config.epochs, batches.steps, BLOCKS.get(config.model)), Clock()
         self.best = BestEpoch(config)
         self.new_optimizer()
 

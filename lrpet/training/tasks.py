@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from lrpet.config import RunConfig
 from lrpet.data.batches import Batches
+from lrpet.data.sets import ImageData
 from lrpet.processes import ALONE, Processes
 from lrpet.registry import TASKS
 from lrpet.training.evaluate import evaluate
-from lrpet.training.recipes import training_loss
+from lrpet.training.recipes import make_mixer, training_loss
 
 __all__ = ["Classification", "task_of"]
 
 
 class Classification:
-    """One label for each image. Another task has the same four functions; see :func:`task_of`.
+    """One label for each image. Another task has the same functions; see :func:`task_of`.
 
     >>> Classification().training_scores(loss_sum=2.0, correct=3.0, seen=4.0)
     {'train_loss': 0.5, 'train_top1_pct': 75.0}
     """
+
+    def mixer(self, config: RunConfig, data: ImageData) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return what mixes a batch before a step: (x, y) to (x, target)."""
+        return make_mixer(config, len(data.classes), data.mean)
 
     def loss(self, config: RunConfig, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean loss of what the network gives for a batch, a scalar."""

@@ -139,7 +139,7 @@ def test_train_does_one_run_pauses_and_loads(capsys):
     assert main(TRAIN) == 0
     out = capsys.readouterr().out
     assert "resuming 2 epochs" in out
-    assert " % test accuracy at " in out
+    assert " % (test) at " in out
     assert main(TRAIN) == 0
     assert "loaded, trained" in capsys.readouterr().out
 

@@ -487,7 +487,7 @@ def test_torchrun_starts_anew_what_died(tmp_path, undisturbed):
     for once in (
         "training 8 epochs of 21 steps on 2 × CPU",
         "resuming 8 epochs",
-        " % test accuracy at ",
+        " % (test) at ",
         "epoch   8/8",
     ):  # not by each
         assert said.count(once) == 1, said
