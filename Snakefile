@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from lrpet.paths import PROJECT, results_root
-from lrpet.experiments import MAIN, load_profile
+from lrpet.experiments import GRADIENT, MAIN, load_profile
 
 # What every job inherits.
 os.environ["PYTHON"] = sys.executable
@@ -30,6 +30,8 @@ RUNS = {e.config.run_id: e for e in reversed(PROFILE.experiments)}  # once, if t
 # Notebooks that read no run of the grid; the last two take hours except in smoke.
 ALONE = ["00_method"] + ["02_imagenet", "06_rank_search"] * (PROFILE.name == "smoke")
 STORE = ["03_ablations", "04_singular_values", "05_gradient_norms", "08_tables"]
+if PROFILE.name in GRADIENT:
+    STORE = ["10_gradient_projection"]
 SUMMARIES = [experiment.config.folder() / "summary.json" for experiment in RUNS.values()]
 
 

@@ -107,17 +107,18 @@ missing() {
     echo "missing: $1, not begun"
 }
 awk '/ (not run|started)$/ { print $1 }' <<<"$state" | while read -r name; do missing "$name"; done
-for name in 00_method $([ "$profile" != smoke ] || echo 02_imagenet 06_rank_search) 03_ablations \
-    04_singular_values 05_gradient_norms 08_tables; do
+readers="03_ablations 04_singular_values 05_gradient_norms 08_tables" reporter=09_report
+case $profile in language*) readers=10_gradient_projection reporter=10_gradient_projection ;; esac
+for name in 00_method $([ "$profile" != smoke ] || echo 02_imagenet 06_rank_search) $readers; do
     [ -f "$results/notebooks/$name.done" ] || missing "$name"
 done
 [ "$status" = 0 ] || echo "not everything was done; lines above with 'failed' say why and where"
 
 # One page with all tables, pictures and origins; what is incomplete says "not run". It has no formulas, so no
 # scripts.
-report=$results/report.html page=$results/notebooks/09_report.ipynb
+report=$results/report.html page=$results/notebooks/$reporter.ipynb
 export PYTHON
-if scripts/execute.sh notebooks/09_report.ipynb "$page" -p profile "$profile" &&
+if scripts/execute.sh "notebooks/$reporter.ipynb" "$page" -p profile "$profile" &&
     "$PYTHON" -m nbconvert --to html --no-input --embed-images --HTMLExporter.mathjax_url= \
         --HTMLExporter.require_js_url= --log-level ERROR --output "$report" "$page"; then
     "$PYTHON" -m lrpet headline --profile "$profile"

@@ -13,8 +13,10 @@ import yaml
 from lrpet.config import PROFILES, RunConfig
 from lrpet.paths import project_file
 
-__all__ = ["MAIN", "Experiment", "Profile", "load_profile", "select"]
+__all__ = ["GRADIENT", "MAIN", "Experiment", "Profile", "load_profile", "select"]
 MAIN = {"cifar10": "01_cifar10", "imagenet": "02_imagenet"}  # a main table → the notebook that shows one run
+# profiles that ask something else than the paper: tables of their own, read by 10_gradient_projection
+GRADIENT = ("language", "language-choice")
 ENTRIES = {  # of a profile → type, and how the type is told
     "note": (str, "a text"),
     "cost": (str, "a text"),

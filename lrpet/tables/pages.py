@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lrpet.experiments import MAIN
+from lrpet.experiments import GRADIENT, MAIN
 from lrpet.files import write_file
 from lrpet.paths import has_own_results, project_file, results_root
 from lrpet.registry import metric_of
@@ -20,12 +20,14 @@ from lrpet.tables.gradient_projection import gradient_tables
 from lrpet.tables.rows import NOT_RUN, profile_runs, published
 from lrpet.tables.time_spent import replication_cost
 
-GRADIENT = ("language", "language-choice")  # profiles with tables of their own
 __all__ = ["headline", "summary_of", "write_pages", "write_tables"]
 
 
 def headline(profile: str) -> str:
     """Return the numbers of a profile that matter most: accuracy and cost of main rows, claims' verdicts."""
+    if profile in GRADIENT:
+        name, table = next(iter(gradient_tables(profile).items()))
+        return f"{name} of profile {profile}:\n{_markdown(table)}"
     runs = profile_runs(profile)
     table = accuracy_table(runs[runs.feeds.isin(MAIN)], published())
     metric = metric_of(runs)
