@@ -271,6 +271,7 @@ def test_a_home_that_is_not_known_is_told(monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_method_and_network_can_be_configured(method, model):
-    assert RunConfig(dataset="cifar10", method=method, model=model).run_id.startswith(
-        f"cifar10-{model}-{method}-"
-    )
+    task = next(task for task, row in TASKS.items() if model in row.models)
+    dataset = "cifar10" if task == "classification" else TASKS[task].datasets[0]
+    config = RunConfig(task=task, dataset=dataset, method=method, model=model)
+    assert config.run_id.startswith(f"{dataset}-{model}-{method}-")

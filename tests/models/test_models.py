@@ -8,6 +8,7 @@ from lrpet.models import MODELS, TORCHVISION
 from lrpet.models.resnet_cifar import Block, CifarResNet
 from lrpet.models.vit import Block as VitBlock
 from lrpet.models.vit import StochasticDepth
+from lrpet.registry import IMAGE_MODELS
 from lrpet.registry import MODELS as REGISTERED
 
 
@@ -15,7 +16,7 @@ def test_the_registry_names_the_networks_that_can_be_built():
     assert set(REGISTERED) == set(MODELS)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 @pytest.mark.parametrize("classes", [10, 7])
 def test_images_become_logits(name, classes):
     edges = (64,) if name in TORCHVISION else (32, 8) if name.startswith("resnet") else (32,)
@@ -52,7 +53,7 @@ def test_compiled_network_is_one_graph_and_computes_the_same(name):
         assert torch.allclose(compiled(x), model(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_networks_are_traceable_and_the_graph_computes_the_same(name):
     model = build_model(name).eval()
     traced = torch.fx.symbolic_trace(model)
