@@ -81,6 +81,11 @@ class _Network:
         "project the weight as the LayerNorm or RMSNorm before it scales its inputs; ours, not the paper's",
         absent=None,
     )
+    fast_projection: bool | None = _field(
+        None,
+        "project from the directions of the last projection, certified to 1e-5 of the exact one",
+        absent=None,
+    )
     projection_interval: int | None = _field(
         None, "between projections, in projection_unit", low=1, high=1_000_000
     )
@@ -272,7 +277,7 @@ class RunConfig(_Training):
             self._put("context", CONTEXT)
         if self.recipe == "cosine" and self.optimizer is None:
             self._put("optimizer", "adamw")
-        for name in ("column_scale", "refresh_after_projection"):
+        for name in ("column_scale", "fast_projection", "refresh_after_projection"):
             self._put(name, getattr(self, name) or None)  # false is what runs were before
         _fill_in_gradient_projection(self)
         _drop_what_is_not_read(self)

@@ -40,6 +40,7 @@ PROJECTION = {
     "residual": 0.0,
     "row_eps": 1e-5,
     "column_scale": None,
+    "fast_projection": None,
     "projection_interval": 1,
     "projection_unit": "epoch",
 }

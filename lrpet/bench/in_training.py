@@ -28,7 +28,7 @@ class InTraining:
 
     def __init__(self, network: nn.Module, ranks: Mapping[str, int], x: Tensor, projections: int = 4):
         self.network, self.x, self.y = network, x, torch.randint(10, x.shape[:1], device=x.device)
-        self.exact, self.fast = LowRankProjector(network, ranks), LowRankProjector(network, ranks, fast=True)
+        self.exact, self.fast = (LowRankProjector(network, ranks, fast=fast) for fast in (False, True))
         self.optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         for projection in range(projections + 1):
             if projection:

@@ -176,7 +176,7 @@ class Compressor:
         return factorize(self.model, self.ranks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training needs beside the model: numbers, texts, lists and dicts alone.
+        """Return what a resumed training needs beside the model: numbers, texts, tensors, lists and dicts.
 
         >>> model = nn.Sequential(nn.Conv2d(8, 16, 3))
         >>> Compressor(model, [2]).state_dict()["ranks"]
@@ -188,6 +188,7 @@ class Compressor:
             "schedule": dict(self.schedule),
             "settings": dict(self.settings),
             "projected": self._projected,
+            "projector": self.projector.state_dict(),
             "report": [dataclasses.astuple(layer) for layer in self._report],
         }
 
@@ -218,6 +219,8 @@ class Compressor:
         self.ranks = resolve_ranks(self.model, state["ranks"])
         self.plan, self.steps = self.plan.with_ranks(self.ranks), state["steps"]
         self._projected = state["projected"]
+        self.projector.set_ranks(self._projected["ranks"] if self._projected else self.ranks)
+        self.projector.load_state_dict(state["projector"])
         self._report = Report(LayerReport(*layer) for layer in state["report"])
 
     def _ranks_now(self) -> dict[str, int]:
@@ -232,7 +235,7 @@ class Compressor:
 
     def _project(self, ranks: dict[str, int]) -> Report:
         self.projector.set_ranks(ranks)
-        self._report = self.projector.step(exact=True)
+        self._report = self.projector.step()
         if self._processes is not None:
             for name in ranks:
                 _copy_from_first(self.model.get_submodule(name).weight.detach(), self._processes)

@@ -57,8 +57,8 @@ class LowRankProjector:
             right before it scales its inputs; needs ``example_inputs``. Ours, not the paper's.
         fast: start from the directions of the previous projection, see
             :func:`lrpet.lowrank.follow.follow_basis`; a layer whose result is not certain to be within 1e-5
-            of the exact one takes the exact path. Pays where few steps lie between two projections. Off by
-            default: a run that is resumed then repeats the uninterrupted one bit for bit.
+            of the exact one takes the exact path, and so do the first, every tenth and any ``exact`` step. A
+            training that is resumed with :meth:`state_dict` repeats the uninterrupted one bit for bit.
 
     Raises:
         TypeError: an argument is of another type.
@@ -90,7 +90,7 @@ class LowRankProjector:
         batchnorms: Mapping[str, str | None] | None = None,
         example_inputs: Any = None,
         column_scale: bool = False,
-        fast: bool = False,
+        fast: bool = True,
     ):
         self.model = unwrap(model)
         self.ranks = resolve_ranks(model, ranks)
@@ -163,6 +163,40 @@ class LowRankProjector:
             raise ValueError(f"ranks must be for the layers that are projected; not so {other[0]!r}")
         if ranks != self.ranks:
             self.ranks, self._links = ranks, None  # which has the layers grouped anew
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps and the directions that the next one starts from, layer by layer.
+
+        >>> projector = LowRankProjector(nn.Linear(4, 4), {"": 2})
+        >>> _ = projector.step()
+        >>> projector.state_dict()["bases"][""].shape
+        torch.Size([4, 2])
+        """
+        bases = {
+            name: vectors
+            for group, stacked in self._bases.items()
+            for name, vectors in zip(self._groups[group], stacked, strict=True)
+        }
+        return {"steps": self._steps, "fast": self.fast, "bases": bases}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another projector of the same layers was; the model's weights are loaded by themselves.
+
+        Args:
+            state: of :meth:`state_dict`. A layer of which it has no directions begins with an exact step.
+
+        Raises:
+            ValueError: the state is of something else.
+        """
+        if not isinstance(state, Mapping) or self.state_dict().keys() != state.keys():
+            raise ValueError(f"state must be what state_dict() of a projector returned; got {state!r:.80}")
+        self._look_up()
+        self._steps, self.fast = state["steps"], state["fast"]
+        self._bases = {
+            group: torch.stack([state["bases"][name] for name in names]).to(self._rows[names[0]].device)
+            for group, names in self._groups.items()
+            if all(name in state["bases"] for name in names)
+        }
 
     @torch.no_grad()
     def step(self, *, exact: bool = False) -> Report:
@@ -245,7 +279,8 @@ class LowRankProjector:
                 for values, exact in zip(basis, leading_basis(G, rank), strict=True):
                     values[~certain] = exact
         if self.fast:
-            self._bases[group] = basis.vectors.to(torch.float32)
+            # contiguous, as load_state_dict has them: the bits of a product depend on that
+            self._bases[group] = basis.vectors.to(torch.float32).contiguous()
         return basis, followed
 
     def _refuse_lost_values(self, scales: Mapping[tuple, Tensor]) -> dict[str, int]:

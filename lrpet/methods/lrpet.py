@@ -42,11 +42,22 @@ class LowRankProjection(Dense):
             keep_share=config.residual,
             row_eps=config.row_eps,
             column_scale=bool(config.column_scale),
+            fast=bool(config.fast_projection),
             example_inputs=example_input(config) if config.column_scale else None,
         )
         self.config = config
         if config.matched_steps:
             self.alone = tuple(model.get_submodule(name).weight for name in self.ranks)
+
+    @property
+    def structure(self) -> dict | None:
+        """The directions that the next projection starts from, where it does."""
+        return self.projector.state_dict() if self.config.fast_projection else None
+
+    def restore(self, structure: dict | None) -> None:
+        """Take back these directions."""
+        if structure is not None:
+            self.projector.load_state_dict(structure)
 
     def after_step(self, step: int, steps_per_epoch: int, last: bool) -> list[LayerReport] | None:
         """Project when the schedule says so and after the last step of all; see :class:`Dense`."""

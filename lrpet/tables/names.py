@@ -18,6 +18,7 @@ IN_WORDS = {
     ("product_decay", False): "decay on each factor",
     ("rank_rule", "stable_rank"): "stable rank",
     ("column_scale", True): "with column scale",
+    ("fast_projection", True): "with followed projections",
     ("nuclear_norm", 0.0): "no nuclear norm",
 }
 

@@ -114,6 +114,7 @@ OTHER = {
     "switch_threshold": LOTUS | {"switch_threshold": 0.02},
     "check_interval": LOTUS | {"check_interval": 25},
     "column_scale": LANGUAGE | {"column_scale": True},
+    "fast_projection": {"fast_projection": True},
     "best_of_last": {"best_of_last": 5},
     "seed": {"seed": 2},
     "sync_batchnorm": {"sync_batchnorm": True},

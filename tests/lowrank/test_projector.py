@@ -316,7 +316,7 @@ def both(model, ranks, **options):
     twin = copy.deepcopy(model)
     fast, exact = (
         LowRankProjector(model, ranks, fast=True, **options),
-        LowRankProjector(twin, ranks, **options),
+        LowRankProjector(twin, ranks, fast=False, **options),
     )
     fast.step(), exact.step()
     return fast, twin, exact

@@ -178,6 +178,9 @@ def test_a_damaged_file_of_a_run_from_before_checksums_is_an_error_that_names_it
 
 OTHERS = {name: dataclasses.replace(CONFIG, method=name) for name in METHODS}
 OTHERS["trp"] = RunConfig(**TINY, method="trp", projection_interval=2)
+OTHERS["followed"] = dataclasses.replace(
+    CONFIG, fast_projection=True, projection_interval=1, projection_unit="iteration"
+)
 OTHERS["adamw"] = dataclasses.replace(CONFIG, recipe="adamw", learning_rate=0.001, batch_size=648)  # 3 passes
 
 
