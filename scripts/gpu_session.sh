@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${LRPET_PYTHON:-python3}
 LRPET_RESULTS=$(mktemp -d)
 export LRPET_RESULTS
-trap 'rm -rf "$LRPET_RESULTS"' EXIT
+trap 'rm -rf "$LRPET_RESULTS" "$LRPET_RESULTS.mps"; [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ] || echo quit | nvidia-cuda-mps-control' EXIT
 [ ! -f "$archive" ] || tar -xf "$archive" -C "$LRPET_RESULTS"
 mkdir -p "$LRPET_RESULTS/bench"
 left() { echo $((seconds - SECONDS)); }
@@ -37,6 +37,18 @@ if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
 else
     echo "no GPU here: tests and benchmarks of GPUs are left out"
 fi
+
+# With NVIDIA's MPS small runs use the GPU at once; without it they take turns.
+if command -v nvidia-cuda-mps-control >/dev/null && [ "$jobs" -gt 1 ]; then
+    export CUDA_MPS_PIPE_DIRECTORY=$LRPET_RESULTS.mps CUDA_MPS_LOG_DIRECTORY=$LRPET_RESULTS.mps
+    mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" && nvidia-cuda-mps-control -d &&
+        timeout 60 "$PYTHON" -c 'import torch; torch.ones(1).cuda()' || {
+        echo "no MPS here: runs take turns on the GPU"
+        echo quit | nvidia-cuda-mps-control || true
+        unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+    }
+fi
+export OMP_NUM_THREADS=1 # of many processes
 
 status=0
 "$PYTHON" -m lrpet run --profile "$profile" --jobs "$jobs" --data "$data" \
