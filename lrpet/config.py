@@ -10,12 +10,22 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from lrpet.paths import results_root
 from lrpet.registry import BLOCKS, GRADIENT_PROJECTIONS, METHODS, MODELS, SMALLEST, TASKS, Metric
 
-__all__ = ["DATASETS", "METHODS", "PROFILES", "RunConfig", "describe_fields", "read_fields"]
+__all__ = [
+    "DATASETS",
+    "METHODS",
+    "PROFILES",
+    "RunConfig",
+    "check_field",
+    "check_type",
+    "describe_fields",
+    "read_fields",
+]
 DATASETS = {  # name → image size in pixels; None: text
     "digits": 8,
     "cifar10": 32,
@@ -141,7 +151,10 @@ class _Training(_Network):
         high=1.0,
         absent=None,
     )
-    milestones: tuple[int, ...] = _field((10, 15), "epochs at which the learning rate falls to a tenth")
+    milestones: tuple[int, ...] | None = _field(
+        None,
+        "epochs at which the learning rate falls to a tenth; null: half and three quarters, as in the paper",
+    )
     validation_fraction: float = _field(
         0.0,
         "share of training images held out; above 0 they, not the test images, are scored",
@@ -240,19 +253,10 @@ class RunConfig(_Training):
     """
 
     def __post_init__(self):
-        fields = dataclasses.fields(self)
-        for field in fields:
-            _check_type(field.name, getattr(self, field.name), field.type)
-        for field in fields:
-            value, choices = getattr(self, field.name), field.metadata.get("choices")
-            if choices and value is not None and value not in choices:
-                self._refuse(field.name, f"one of {', '.join(choices)}")
+        for field in dataclasses.fields(self):
+            check_field(field, getattr(self, field.name))
         _check_task(self)
         self._normalize()
-        for field in fields:
-            value, allowed = getattr(self, field.name), _bounds(field)
-            if allowed and value is not None and not _within(field, value):
-                self._refuse(field.name, allowed)
         _check_data(self)
         _check_schedule(self)
         _check_gradient_projection(self)
@@ -268,7 +272,10 @@ class RunConfig(_Training):
         for field in dataclasses.fields(self):
             if "float" in field.type and getattr(self, field.name) is not None:
                 self._put(field.name, float(getattr(self, field.name)))
-        self._put("milestones", tuple(self.milestones) if self.recipe == "sgd" else ())
+        given = self.milestones
+        if given is None:
+            given = sorted({self.epochs // 2, self.epochs * 3 // 4} - {0})
+        self._put("milestones", tuple(given) if self.recipe == "sgd" else ())
         if self.crops == "square":
             self._put("crops", None)
         if self.image_size is None:
@@ -418,7 +425,7 @@ def _check_schedule(config: RunConfig) -> None:
     ends = (0, *config.milestones, config.epochs)
     if config.milestones and any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
         allowed = f"rising epochs between 1 and {config.epochs - 1}"
-        config._refuse("milestones", f"{allowed}; shorten them together with epochs")
+        config._refuse("milestones", f"{allowed}, or null for half and three quarters of epochs")
     if config.pretrain_epochs is not None and not 1 <= config.pretrain_epochs < config.epochs:
         allowed = f"between 1 and {config.epochs - 1}, one below epochs, which counts them too"
         config._refuse("pretrain_epochs", allowed)
@@ -577,26 +584,67 @@ def _bounds(field: dataclasses.Field) -> str:
     return f"between {limits['low']:.10g} and {limits['high']:.10g}"
 
 
-def _check_type(name: str, value, annotation: str) -> None:
-    """Refuse a value of the wrong type; no conversion except int → float, which loses nothing."""
+def check_field(field: dataclasses.Field, value) -> None:
+    """Refuse a value that a field of :class:`RunConfig` cannot have, whatever the others hold.
+
+    Raises:
+        ValueError: it is of another type, none of the choices or out of range.
+
+    >>> check_field(dataclasses.fields(RunConfig)[0], "digits")
+    """
+    check_type(field.name, value, field.type)
+    choices, bounds = field.metadata.get("choices"), _bounds(field)
+    if value is not None and choices and value not in choices:
+        raise ValueError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}")
+    if value is not None and bounds and not _within(field, value):
+        raise ValueError(f"{field.name} must be {bounds}; got {value!r}")
+
+
+def check_type(name: str, value, annotation: str) -> None:
+    """Refuse a value of the wrong type; no conversion except int → float, which loses nothing.
+
+    Args:
+        name: of the field or parameter.
+        value: what was given.
+        annotation: the type, as a field of :class:`RunConfig` writes it.
+
+    Raises:
+        ValueError: another type, or a number that is not finite.
+
+    >>> check_type("seed", 3, "int | None")
+    """
     if value is None and "None" in annotation:
         return
-    wanted = annotation.split(" ")[0]
     if annotation.startswith("tuple"):
-        if isinstance(value, Mapping) and "Mapping" in annotation:
-            items = value.values()
-            good = all(isinstance(key, str) for key in value)
-        else:
-            good = isinstance(value, (list, tuple))
-            items = value if good else ()
-        if not good or not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-            or_map = " or a map of layer names to them" if "Mapping" in annotation else ""
-            raise ValueError(f"{name} must be a list of whole numbers{or_map}; got {value!r}")
+        _check_numbers(name, value, annotation)
         return
+    wanted = annotation.split(" ")[0]
     kind = {"str": str, "int": int, "float": (int, float), "bool": bool}[wanted]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        text = isinstance(value, str) and kind is not str
-        hint = " (YAML reads 1e-4 as text: write 0.0001)" if text else ""
+        hint = _hint(value, wanted) if isinstance(value, str) else ""
         raise ValueError(f"{name} must be {wanted}; got {type(value).__name__} {value!r}{hint}")
     if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite; got {value!r}")
+
+
+def _check_numbers(name: str, value, annotation: str) -> None:
+    """Refuse what is no list of whole numbers, nor a map to them where the type allows one."""
+    if isinstance(value, Mapping) and "Mapping" in annotation:
+        items = value.values()
+        good = all(isinstance(key, str) for key in value)
+    else:
+        good = isinstance(value, (list, tuple))
+        items = value if good else ()
+    if not good or not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        or_map = " or a map of layer names to them" if "Mapping" in annotation else ""
+        raise ValueError(f"{name} must be a list of whole numbers{or_map}; got {value!r}")
+
+
+def _hint(text: str, wanted: str) -> str:
+    """Say how to write a value that came as text: YAML reads 1e-4 and "5" as such."""
+    if wanted == "bool":
+        return " (write true or false)"
+    try:
+        return f" (YAML reads it as text: write {Decimal(text):f})"
+    except InvalidOperation:
+        return ""

@@ -112,10 +112,20 @@ add_zoo() {
     export PYTHONPATH="$zoo${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 YOLO_CONFIG_DIR="$zoo"
 }
 
+# A kernel warns at every start that it talks to papermill or JupyterLab without encryption. It does so on this
+# machine's loopback alone, with messages that are signed.
+quiet_kernels() {
+    local file=$VENV/etc/ipython/ipython_kernel_config.py
+    [ ! -f "$file" ] || return 0
+    mkdir -p "$(dirname "$file")"
+    echo 'get_config().IPKernelApp.log_level = "ERROR"' >"$file"
+}
+
 VENV=$ROOT/.venv
 PYTHON=$VENV/bin/python
 if [ -n "${LRPET_PYTHON:-}" ]; then
     use_given_python
-elif ! is_whole; then
-    make_environment
+else
+    is_whole || make_environment
+    quiet_kernels
 fi

@@ -171,7 +171,6 @@ def _accuracies(epochs: int, device: torch.device) -> dict[str, list[float]]:
         config = RunConfig(
             method="dense",
             epochs=epochs,
-            milestones=sorted({epochs // 2, 3 * epochs // 4} - {0}),
             precision="bf16",
             seed=seed,
         )

@@ -274,7 +274,7 @@ def compare_final(study: optuna.Study, config: RunConfig, epochs: int, **where) 
     full = dataclasses.replace(
         config,
         epochs=epochs,
-        milestones=tuple(sorted({epochs // 2, epochs * 3 // 4} - {0})),
+        milestones=None,
         validation_fraction=0.0,
     )
     searched = study.best_trial.user_attrs["ranks"]

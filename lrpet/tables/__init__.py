@@ -13,6 +13,7 @@ from lrpet.tables.recorded import (
     read_recorded,
 )
 from lrpet.tables.rows import profile_runs, published
+from lrpet.tables.shown import show
 from lrpet.tables.time_spent import projection_share, provenance, replication_cost
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "published",
     "read_recorded",
     "replication_cost",
+    "show",
     "summary_of",
     "summary_of_ablations",
     "verdict",

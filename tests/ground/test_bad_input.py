@@ -70,7 +70,7 @@ FIELDS = {  # of RunConfig → what is allowed or advised, then values that are 
         ("finite", NAN, INF),
     ],
     "residual": [("float", "0"), ("between 0 and 1", -0.1, 1.1), ("finite", NAN)],
-    "row_eps": [("write 0.0001", "1e-5"), ("between 0 and 1", -1e-5, 2.0), ("finite", NAN, INF)],
+    "row_eps": [("write 0.00001", "1e-5"), ("between 0 and 1", -1e-5, 2.0), ("finite", NAN, INF)],
     "bn_rectification": [("bool", 1, "yes", "false")],
     "projection_interval": [("int", 1.0, 2.0), ("between 1 and 1000000", 0, -250)],
     "projection_unit": [("str", 1), ("epoch, iteration", "epochs")],
@@ -80,7 +80,7 @@ FIELDS = {  # of RunConfig → what is allowed or advised, then values that are 
     "seed": [("int", "1", 1.0, None, True, [1]), ("between 0 and 2147483647", -1, 2**31, 10**30)],
     "learning_rate": [
         ("float", "0.1", None, False, (0.1,), [0.1]),
-        ("YAML reads 1e-4 as text: write 0.0001", "1e-4"),
+        ("YAML reads it as text: write 0.0001", "1e-4"),
         ("between 0 and 100", -0.1, 100.5, 101),
         ("finite", NAN, INF),
     ],
@@ -92,8 +92,8 @@ FIELDS = {  # of RunConfig → what is allowed or advised, then values that are 
     ],
     "validation_fraction": [("float", "0.1", None, False, (0.1,)), ("between 0 and 0.9", -0.1, 0.95, 1.0)],
     "milestones": [
-        (LIST, 10, "10", None, [1.5], ["10"], [True], {"a": 10}),
-        ("between 1 and 19; shorten them together with epochs", (15, 10), (10, 10), (0,), [10, 20]),
+        (LIST, 10, "10", [1.5], ["10"], [True], {"a": 10}),
+        ("between 1 and 19, or null for half and three quarters", (15, 10), (10, 10), (0,), [10, 20]),
     ],
     "ranks": [
         (MAP, 6, "6", [[6]], [6, 2.5], [6, True], {"conv": 2.0}, {"conv": "6"}, {0: 2}, np.array([1, 2])),
@@ -117,7 +117,7 @@ CONFIG = [
     ),
     ({"learning_rate": torch.tensor(0.1)}, "learning_rate", "float", "Tensor"),
     ({"weight_decay": 10**400}, "weight_decay", "finite"),
-    ({"epochs": 5}, "milestones", "between 1 and 4; shorten them together with epochs", "(10, 15)"),
+    ({"epochs": 5, "milestones": [10, 15]}, "milestones", "between 1 and 4, or null", "(10, 15)"),
     ({"ranks": [3], "prune_ratio": 0.5}, "prune_ratio", "ranks", "drop one of the two", "0.5"),
     ({"ranks": [3], "layers": "*"}, "layers", "ranks", "'*'"),
     (

@@ -49,3 +49,25 @@ def test_values_are_checked_too():
     refused(
         lambda: config_from_parameters({"learning_rate": "1e-4"}), "learning_rate", "float", "write 0.0001"
     )
+
+
+@pytest.mark.parametrize(
+    ("cell", "values", "words"),
+    [
+        ("milestones: list = [10]", {"milestones": 2}, ("must be a list; got 2", "-y 'milestones: [2]'")),
+        ("milestones: list = [10]", {"milestones": "[2, 3]"}, ("-y 'milestones: [2, 3]'",)),
+        ("row_eps: float = 0.1", {"row_eps": "1e-5"}, ("row_eps must be float", "write 0.00001")),
+        ("per_layer: bool = False", {"per_layer": "no"}, ("per_layer must be bool", "write true or false")),
+        ("N: int = 64", {"N": 2.5}, ("N must be int; got float 2.5",)),
+        ("seed: int = 1", {"seed": -1}, ("seed must be between 0 and",)),
+        ("profile: str = 'smoke'", {"profile": "smoky"}, ("profile must be one of smoke, short",)),
+    ],
+)
+def test_values_that_the_cell_does_not_declare_are_refused(cell, values, words):
+    allowed = ("milestones", "row_eps", "per_layer", "N", "seed", "profile")
+    refused(lambda: check_parameters({"In": [cell]} | values, allowed), *words)
+
+
+def test_half_and_three_quarters_of_any_number_of_epochs_are_milestones():
+    found = {epochs: config_from_parameters({"epochs": epochs}).milestones for epochs in (1, 2, 5, 20, 400)}
+    assert found == {1: (), 2: (1,), 5: (2, 3), 20: (10, 15), 400: (200, 300)}

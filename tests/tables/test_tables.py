@@ -475,3 +475,34 @@ def test_pages_are_written_from_the_projects_own_store_alone(tmp_path, monkeypat
     monkeypatch.setattr(pages, "has_own_results", lambda: True)
     assert main(["tables"]) == 0
     assert "| method" in page.read_text()
+
+
+def test_a_table_is_shown_for_people():
+    """Headers with units, accuracy after the name of the row, nothing twice, no row numbers, – for none."""
+    table = pd.DataFrame(
+        {
+            "network": ["resnet20", "resnet20"],
+            "macs_m": [40.55, None],
+            "method": ["dense", "LRPET"],
+            "paper_top1_pct": ["", "92.1"],
+            "top1_pct": [86.82, 86.82],
+            "remark": ["", ""],
+        }
+    )
+    shown = tables.show(table)
+    assert list(shown.data) == ["method", "top-1, %", "published top-1, %", "MACs, M"]
+    assert shown.data.to_numpy().tolist() == [
+        ["dense", "86.82", "–", "40.55"],
+        ["LRPET", "86.82", "92.1", "–"],
+    ]
+    html = shown._repr_html_()
+    assert "In all rows, network: resnet20." in html
+    assert "row_heading" not in html and "<th" in html
+    assert "max-width: 1000px" in html
+    assert repr(shown) == repr(tables.show(table))  # nbval compares it: no address in it
+
+
+def test_every_column_of_every_table_has_a_header_for_people():
+    for file in (PROJECT / "results").glob("*/tables/*.csv"):
+        for header in tables.show(pd.read_csv(file, dtype=str).head(1)).data:
+            assert "_" not in header, (file, header)
