@@ -123,22 +123,21 @@ def run_all_cells(page: Page, url: str, token: str, notebook: Path) -> None:
 
 
 def move_slider(page: Page) -> None:
-    """Move the slider of the rank by the keyboard; raise if text and picture below it stay as they were."""
-    text = "() => document.querySelector('.widget-vbox .widget-html-content').innerText"
-    image = "await (await fetch(document.querySelector('.widget-vbox img').src)).arrayBuffer()"
-    picture = f"async () => Array.from(new Uint8Array({image})).join()"
-    page.locator(".widget-vbox .noUi-handle").scroll_into_view_if_needed()
-    before = page.evaluate(text), page.evaluate(picture)
-    page.locator(".widget-vbox .noUi-handle").focus()
-    page.keyboard.press("ArrowRight")
-    page.wait_for_function(f"before => ({text})() !== before", arg=before[0], timeout=MINUTES)
-    for _ in range(100):
-        if page.evaluate(picture) != before[1]:
-            after = page.evaluate(text)
-            print(f"slider: {before[0][:20]!r} became {after[:20]!r}, and the picture another one")
-            return
-        page.wait_for_timeout(100)
-    raise SystemExit("the slider moved and the picture stayed as it was")
+    """Move the slider, then switch energy transfer; raise if text or picture stay as they were."""
+    look = """() => {
+        const view = document.querySelector('.widget-vbox .widget-html-content');
+        return [view.innerText, view.querySelector('svg').outerHTML];
+    }"""
+    handle, box = page.locator(".widget-vbox .noUi-handle"), page.locator(".widget-vbox input[type=checkbox]")
+    handle.scroll_into_view_if_needed()
+    for name, act in {"slider": lambda: handle.press("ArrowRight"), "energy transfer": box.click}.items():
+        before = page.evaluate(look)
+        act()
+        page.wait_for_function(f"before => ({look})()[0] !== before", arg=before[0], timeout=MINUTES)
+        after = page.evaluate(look)
+        if after[1] == before[1]:
+            raise SystemExit(f"{name}: the text changed and the picture stayed as it was")
+        print(f"{name}: {before[0][:45]!r} became {after[0][:45]!r}, and the picture another one")
 
 
 def main(folder: Path) -> None:

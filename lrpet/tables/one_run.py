@@ -6,18 +6,19 @@ import pandas as pd
 
 from lrpet.tables.names import label_of
 from lrpet.tables.rows import of_imagenet, published, published_row
+from lrpet.tables.shown import header
 
 __all__ = ["comparison", "verdict"]
 
 
 def comparison(run) -> pd.DataFrame:
-    """Return one run's numbers, the published ones of the same network, method and ratio, and the difference.
+    """Return the published numbers of a run's network, method and ratio, ours, and the difference.
 
     Args:
         run: a finished :class:`lrpet.runs.store.Run`.
 
     Returns:
-        A row per quantity: ours, published ("none" where the paper has no such row), difference.
+        A row per quantity: published ("none" where the paper has no such row), ours, difference.
     """
     config, summary = run.config, run.summary
     reported = published()
@@ -36,9 +37,9 @@ def comparison(run) -> pd.DataFrame:
         known = len(paper) > 0
         rows.append(
             {
-                "quantity": name,
-                "ours": f"{value:.2f}",
+                "quantity": header(name),
                 "published": f"{paper.iloc[0]:.2f}" if known else "none",
+                "ours": f"{value:.2f}",
                 "difference": f"{value - paper.iloc[0]:+.2f}" if known else "",
             }
         )
@@ -56,16 +57,14 @@ def verdict(run) -> str:
         if row.published == "none":
             continue
         schedule = 120 if of_imagenet(config) else 400
-        if row.quantity in (config.metric.column, "top5_pct") and (
-            config.epochs,
-            config.validation_fraction,
-        ) != (
+        accuracy = (header(config.metric.column), header("top5_pct"))
+        if row.quantity in accuracy and (config.epochs, config.validation_fraction) != (
             schedule,
             0.0,
         ):
             schedules = f"{config.epochs} epochs here, {schedule} in the paper"
             lines.append(
-                f"- {row.quantity} is not comparable with the published {row.published} %: {schedules}."
+                f"- {row.quantity}, is not comparable with the published {row.published}: {schedules}."
             )
         else:
             lines.append(

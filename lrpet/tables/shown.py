@@ -110,16 +110,16 @@ def show(table: pd.DataFrame, *, index: bool = False) -> ShownTable:
     text = table.map(_written)
     same = [c for c in text.columns if len(text) > 1 and text[c].nunique() == 1]
     same = [c for c in same if c not in MEASURED[0] or text[c].iloc[0] == "–"]
-    said = [f"{_header(c)}: {text[c].iloc[0]}" for c in same if text[c].iloc[0] != "–"]
+    said = [f"{header(c)}: {text[c].iloc[0]}" for c in same if text[c].iloc[0] != "–"]
     order = [c for c in (*NAMES, *(c for group in MEASURED for c in group)) if c in text.columns]
     order += [c for c in text.columns if c not in order]
     text = text[[c for c in order if c not in same]]
-    text.columns = [_header(c) for c in text.columns]
+    text.columns = [header(c) for c in text.columns]
     shown = ShownTable(text, uuid="lrpet", cell_ids=False).hide(axis="index").set_table_styles(CSS)
     return shown.set_caption("In all rows, " + "; ".join(said) + ".") if said else shown
 
 
-def _header(column: object) -> str:
+def header(column: object) -> str:
     return HEADERS.get(column, " ".join(map(str, column)) if isinstance(column, tuple) else str(column))
 
 

@@ -25,7 +25,11 @@ def test_notebooks_run_and_the_slider_moves_the_picture(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "00_method.ipynb: 12 cells, none failed" in done.stdout
-    for words in ("slider: 'R = 54 of 64", "became 'R = 55 of 64", "the picture another one"):
+    for words in (
+        "slider: 'R = 27 of 64",
+        "became 'R = 28 of 64",
+        "energy transfer: 'R = 28 of 64 · energy 100.0 %",
+    ):
         assert words in done.stdout
     assert "01_cifar10.ipynb: " in done.stdout
     assert (tmp_path / "00_method.png").stat().st_size > 50_000

@@ -114,8 +114,8 @@ def test_the_last_epochs_top5_is_the_summarys(tmp_path):
     assert done.summary["top5_pct"] == done.history.top5_pct.iloc[-1]
     quantities = tables.comparison(done).set_index("quantity")
     assert (
-        quantities.ours["top5_pct"] == f"{done.summary['top5_pct']:.2f}"
-        and quantities.published["top5_pct"] == "none"
+        quantities.ours["top-5, %"] == f"{done.summary['top5_pct']:.2f}"
+        and quantities.published["top-5, %"] == "none"
     )
 
 
