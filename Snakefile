@@ -27,6 +27,8 @@ elif IN_JOB:
 PROFILE = load_profile(config.get("profile", "smoke"))
 EXECUTED = results_root() / PROFILE.name / "notebooks"
 RUNS = {e.config.run_id: e for e in reversed(PROFILE.experiments)}  # once, if two names mean one run
+if config.get("draw"):
+    RUNS = {}  # nothing is trained, only drawn
 # Notebooks that read no run of the grid; the last two take hours except in smoke.
 ALONE = ["00_method"] + ["02_imagenet", "06_rank_search"] * (PROFILE.name == "smoke")
 STORE = ["03_ablations", "04_singular_values", "05_gradient_norms", "08_tables"]

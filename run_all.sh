@@ -13,7 +13,8 @@ interrupted at any time: started again, it resumes each run from its last checkp
                 imagenet
   --jobs N      runs at a time, all on the same device or devices (default: 2, or 1 on a single core);
                 on a cluster: jobs submitted at a time (default: 100)
-  --data DIR    folder of the images, for profiles that need one (default: LRPET_DATA)
+  --data DIR    folder of the images, for profiles that need one (default: LRPET_DATA); CIFAR-10 is downloaded
+                into an empty one. Without it, runs that need images are not trained: the complete ones are drawn
   --gpus-per-run N  GPUs of each run (default: 1); with several, torchrun starts a process on each
   --cluster slurm   submit each run as a job, see profiles/slurm; --gpus-per-run 0 asks for no GPU
   --dry-run     only print what would be done
@@ -72,9 +73,20 @@ results=${LRPET_RESULTS:-$ROOT/results}
 results=${results/#\~/$HOME}/$profile
 case $results in *[{}]*) wrong "the results folder must have no braces in its path; got $results; set LRPET_RESULTS" ;; esac
 figures=$("$PYTHON" -c 'from lrpet.paths import figures_root; print(figures_root())')/$profile
+# Runs without their images, which neither --data nor an earlier download gives: the others are drawn all the same.
+lacking=$("$PYTHON" -c '
+import sys
+from lrpet.experiments import load_profile
+from lrpet.paths import PROJECT
+configs = {e.config.run_id: e.config for e in load_profile(sys.argv[1]).experiments}.values()
+here = ("digits", *(path.name for path in PROJECT.glob("data/*")))
+print(sum(c.dataset not in here and not (c.folder() / "summary.json").is_file() for c in configs))' "$profile")
+draw="" hint="$lacking runs are missing and need images, so nothing is trained; give --data DIR to train them"
+[ -n "$data" ] || [ "$lacking" = 0 ] || draw=yes
+[ -z "$draw" ] || echo "$hint"
 echo "$jobs at a time; results go to $results"
 snakemake=("$PYTHON" -m snakemake --snakefile "$ROOT/Snakefile" --workflow-profile "$ROOT/profiles/default"
-    --config "profile=$profile" "gpus=$gpus")
+    --config "profile=$profile" "gpus=$gpus" "draw=$draw")
 if [ -z "$cluster" ]; then
     snakemake+=(--cores "$jobs" --resources "gpu=$((jobs * gpus))")
 else
@@ -112,7 +124,7 @@ case $profile in language*) readers=10_gradient_projection reporter=10_gradient_
 for name in 00_method $([ "$profile" != smoke ] || echo 02_imagenet 06_rank_search) $readers; do
     [ -f "$results/notebooks/$name.done" ] || missing "$name"
 done
-[ "$status" = 0 ] || echo "not everything was done; lines above with 'failed' say why and where"
+[ "$status" = 0 ] || echo "${draw:+$hint; }not everything was done; lines above with 'failed' say why and where"
 
 # One page with all tables, pictures and origins; what is incomplete says "not run". It has no formulas, so no
 # scripts.

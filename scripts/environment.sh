@@ -93,23 +93,29 @@ make_environment() {
     exec 8>&-
 }
 
-# Install the packages of requirements-zoo.lock into a folder of their own and let Python find them, for tests of
-# other people's networks. Without the network, or with somebody else's environment, these tests are skipped.
-add_zoo() {
+# add_beside NAME: install the packages of requirements-NAME.lock into a folder of their own, .venv/NAME, and let
+# Python find them. Without the network, or with somebody else's environment, what needs them is skipped.
+add_beside() {
     [ -z "${LRPET_PYTHON:-}" ] || return 0
-    local zoo=$VENV/zoo lock=$ROOT/requirements-zoo.lock
-    if ! cmp -s "$lock" "$zoo/stamp"; then
-        echo "installing requirements-zoo.lock: 150 MB to download, about a minute"
-        rm -rf "$zoo"
-        mkdir "$zoo"
+    local place=$VENV/$1 lock=$ROOT/requirements-$1.lock
+    if ! cmp -s "$lock" "$place/stamp"; then
+        echo "installing requirements-$1.lock: about a minute"
+        rm -rf "$place"
+        mkdir "$place"
         if ! "$PYTHON" -m pip --disable-pip-version-check install --quiet --quiet --no-input --no-deps \
-            --target "$zoo" -r "$lock"; then
-            echo "warning: requirements-zoo.lock could not be installed; tests of its libraries are skipped" >&2
+            --target "$place" -r "$lock"; then
+            echo "warning: requirements-$1.lock could not be installed; what needs it is skipped" >&2
             return 0
         fi
-        cp "$lock" "$zoo/stamp"
+        cp "$lock" "$place/stamp"
     fi
-    export PYTHONPATH="$zoo${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 YOLO_CONFIG_DIR="$zoo"
+    export PYTHONPATH="$place${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+# What the tests of other people's networks need.
+add_zoo() {
+    add_beside zoo
+    export HF_HUB_OFFLINE=1 YOLO_CONFIG_DIR="$VENV/zoo"
 }
 
 # A kernel warns at every start that it talks to papermill or JupyterLab without encryption. It does so on this

@@ -61,10 +61,11 @@ HEADERS = {
     "train_minutes": "training, min",
     "train_seconds": "training, s",
 }
-NAMES = ("question", "claim", "network", "on", "method", "pair", "setting", "experiment", "allocation")
+NAMES = ("question", "claim", "network", "matrix", "on", "method", "pair", "setting", "quantity")
 MEASURED = (  # after what names the row; each with the published value and the difference beside it
     ("top1_pct", "paper_top1_pct", "difference_pct", "top1_difference_pct"),
     ("top5_pct", "paper_top5_pct", "top5_difference_pct"),
+    ("published", "ours", "ours − published"),
     ("difference", "ci95", "verdict"),
     ("macs_m", "paper_macs_m"),
     ("params_without_bn_m", "paper_params_m"),
@@ -107,6 +108,8 @@ def show(table: pd.DataFrame, *, index: bool = False) -> ShownTable:
     | LRPET    | –          |
     """
     table = table.reset_index() if index else table
+    if "published" in table:
+        table = table.rename(columns={"difference": "ours − published"})
     text = table.map(_written)
     same = [c for c in text.columns if len(text) > 1 and text[c].nunique() == 1]
     same = [c for c in same if c not in MEASURED[0] or text[c].iloc[0] == "–"]

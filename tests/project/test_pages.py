@@ -8,7 +8,14 @@ from lrpet.paths import PROJECT
 
 PAGES = [
     PROJECT / name
-    for name in ("README.md", "REPRODUCING.md", "DEVIATIONS.md", "results/README.md", "figures/README.md")
+    for name in (
+        "README.md",
+        "REPRODUCING.md",
+        "DEVIATIONS.md",
+        "results/README.md",
+        "figures/README.md",
+        "notebooks/README.md",
+    )
 ]
 PAGES += sorted((PROJECT / "docs").glob("*.md"))
 
