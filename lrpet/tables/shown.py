@@ -112,7 +112,7 @@ def show(table: pd.DataFrame, *, index: bool = False) -> ShownTable:
         table = table.rename(columns={"difference": "ours − published"})
     text = table.map(_written)
     same = [c for c in text.columns if len(text) > 1 and text[c].nunique() == 1]
-    same = [c for c in same if c not in MEASURED[0] or text[c].iloc[0] == "–"]
+    same = [c for c in same if c not in (*MEASURED[0], "published") or text[c].iloc[0] == "–"]
     said = [f"{header(c)}: {text[c].iloc[0]}" for c in same if text[c].iloc[0] != "–"]
     order = [c for c in (*NAMES, *(c for group in MEASURED for c in group)) if c in text.columns]
     order += [c for c in text.columns if c not in order]
@@ -123,7 +123,8 @@ def show(table: pd.DataFrame, *, index: bool = False) -> ShownTable:
 
 
 def header(column: object) -> str:
-    return HEADERS.get(column, " ".join(map(str, column)) if isinstance(column, tuple) else str(column))
+    words = " ".join(map(str, column)) if isinstance(column, tuple) else str(column).replace("_", " ")
+    return HEADERS.get(column, words)
 
 
 def _written(value: object) -> str:
