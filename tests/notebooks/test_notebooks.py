@@ -84,6 +84,7 @@ def test_run_notebook_has_the_librarys_fields_and_defaults():
     assert RunConfig.from_dict(values) == RunConfig()
 
 
+@pytest.mark.slow
 def test_override_reaches_the_run(tmp_path):
     done, _ = execute(
         "01_cifar10", tmp_path, "{prune_ratio: 0.7, epochs: 1, seed: 5, batch_size: 256, milestones: []}"
@@ -93,6 +94,7 @@ def test_override_reaches_the_run(tmp_path):
     assert (config.folder() / "summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_field_that_only_another_method_reads_can_be_given(tmp_path):
     done, _ = execute(
         "01_cifar10",
@@ -104,6 +106,7 @@ def test_a_field_that_only_another_method_reads_can_be_given(tmp_path):
     assert (config.folder() / "summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_mistyped_parameter_is_refused_before_training(tmp_path):
     done, _ = execute("01_cifar10", tmp_path, "prune_ration: 0.7")
     assert done.returncode == 1
@@ -115,6 +118,7 @@ def test_mistyped_parameter_is_refused_before_training(tmp_path):
     assert not list(results_root().glob("**/config.json"))
 
 
+@pytest.mark.slow
 def test_tables_of_an_empty_store_say_so(tmp_path):
     done, out = execute("08_tables", tmp_path, "profile: smoke")
     assert done.returncode == 0, done.stdout + done.stderr

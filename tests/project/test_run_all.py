@@ -30,7 +30,9 @@ def run_all(*arguments, root=PROJECT, **environment):
     )
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize(
+    "profile", [pytest.param(name, marks=[pytest.mark.slow] if name != "smoke" else []) for name in PROFILES]
+)
 def test_dry_run_plans_every_run(profile):
     planned = run_all("--profile", profile, "--dry-run")
     assert planned.returncode == 0, planned.stderr
@@ -45,6 +47,7 @@ def test_dry_run_plans_every_run(profile):
     assert not os.path.exists(os.environ["LRPET_RESULTS"])
 
 
+@pytest.mark.slow
 def test_a_results_folder_may_have_any_name_but_braces(tmp_path):
     named = run_all("--dry-run", LRPET_RESULTS=str(tmp_path / "a b'ü\"$x"))
     assert named.returncode == 0, named.stderr

@@ -44,6 +44,7 @@ def test_weights_stay_small():
     assert 0 < sum(path.stat().st_size for path in WEIGHTS) < 4_000_000
 
 
+@pytest.mark.slow
 def test_weights_reach_the_accuracy_of_their_run_on_the_real_images(cifar10):
     batches = Batches(load_data(RunConfig(dataset="cifar10"), cifar10), 128, "cpu", 0)
     for path in WEIGHTS:

@@ -279,6 +279,7 @@ def test_the_notebook_takes_another_tree_and_leaves_a_run(tmp_path):
     assert len(list(results_root().glob("smoke/runs/imagefolder-resnet8-lrpet-*/summary.json"))) == 1
 
 
+@pytest.mark.slow
 def test_a_mistyped_parameter_is_refused_before_anything_runs(tmp_path):
     done, _ = execute("02_imagenet", tmp_path, "devise: cpu")
     assert done.returncode == 1 and "did you mean 'device'" in done.stdout

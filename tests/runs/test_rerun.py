@@ -128,6 +128,7 @@ def test_papermill_then_nbval_strict(tmp_path, name, parameters):
     assert f"{len(cells)} passed" in again.stdout
 
 
+@pytest.mark.slow
 def test_nbval_finds_an_output_that_changed(tmp_path):
     notebook = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}

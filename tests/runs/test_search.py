@@ -102,6 +102,7 @@ def test_multiply_adds_are_counted_at_the_size_of_the_images(monkeypatch, tmp_pa
     assert budgets == [((3, 64, 64), 1 - counted.macs / counted.dense_macs)] * 2
 
 
+@pytest.mark.slow
 def test_workers_share_one_study(tmp_path):
     study = search(BRIEF, 4, results=tmp_path, workers=2)
     done = [t for t in study.trials if t.state.is_finished()]
