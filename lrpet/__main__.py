@@ -28,11 +28,12 @@ from lrpet.runs.device import device_of
 from lrpet.runs.environment import environment
 from lrpet.runs.export import export_run
 from lrpet.runs.run import run
-from lrpet.runs.store import Run, is_complete, load_run
+from lrpet.runs.store import Damaged, Run, is_complete, load_run, or_leave_out
 from lrpet.training.checkpoint import has_checkpoint
 from lrpet.training.loop import Paused
 from lrpet.training.recipes import augmentation
 
+DAMAGED = 65  # "the input data was incorrect in some way" of sysexits.h
 PAUSED = 75  # exit status: "temporary failure, try again" of sysexits.h
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
@@ -41,18 +42,26 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; return its exit status.
 
-    0: all complete; 1: an error; 75: paused by the time budget; 130: stopped by Ctrl-C; 141: nobody reads the
-    output.
+    0: all complete; 1: an error; 65: done, except for something in the store that cannot be read, which is
+    named; 75: paused by the time budget; 130: stopped by Ctrl-C; 141: nobody reads the output.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal may know fewer characters than names and tables have
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(arguments)
+    damaged = []
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def warn(message, category, *_, **__) -> None:
+        damaged.extend([message] * issubclass(category, Damaged))
+        if rank == 0:
+            print(f"warning: {message}", file=sys.stderr)
+
     try:
         with warnings.catch_warnings():  # else each would show a line of source, in every process
-            warnings.showwarning = _warn if rank == 0 else _hide
-            status = args.action(args)
+            warnings.showwarning = warn
+            warnings.simplefilter("always", Damaged)  # whatever PYTHONWARNINGS says: it decides the status
+            status = args.action(args) or (DAMAGED if damaged else 0)
         if sys.stdout is not None:
             sys.stdout.flush()
         return status
@@ -71,14 +80,6 @@ def main(arguments: list[str] | None = None) -> int:
         where = f" in process {rank + 1} of {world}" if world > 1 else ""
         print(f"error{where}: {error}", file=sys.stderr)
         return 1
-
-
-def _warn(message, *_, **__) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def _hide(*_, **__) -> None:
-    pass
 
 
 class _Once(argparse.Action):
@@ -162,20 +163,27 @@ def _add_training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device-batch", type=int, metavar="N", help=text)
 
 
+def _read(experiment: Experiment) -> Run | None:
+    """Return a finished run, or None and a warning where it cannot be read."""
+    return or_leave_out(load_run, experiment.config.folder())
+
+
 def _list(args) -> int:
     profile = load_profile(args.profile)
     print(f"profile {profile.name}: {profile.note}\ncost: {profile.cost}")
     missing = 0
     for experiment in profile.experiments:
         folder = experiment.config.folder()
-        if is_complete(folder):
-            summary = load_run(folder).summary
+        done = _read(experiment) if is_complete(folder) else None
+        if done:
             metric = experiment.config.metric
-            score = f"{metric.text(summary[metric.column])} {summary['scored_on']}"
-            state = f"complete  {score}, {summary['macs'] / 1e6:.2f} M MACs"
+            score = f"{metric.text(done.summary[metric.column])} {done.summary['scored_on']}"
+            state = f"complete  {score}, {done.summary['macs'] / 1e6:.2f} M MACs"
+        elif is_complete(folder):
+            state = "damaged"
         else:
-            missing += 1
             state = "started" if has_checkpoint(folder / "checkpoint.pt") else "not run"
+        missing += done is None
         print(f"  {experiment.name:28s} {experiment.config.run_id:44s} {state}")
     print(f"{len(profile.experiments) - missing} of {len(profile.experiments)} complete")
     return 1 if missing and args.verb == "check" else 0
@@ -247,16 +255,18 @@ def _run(args) -> int:
     chosen = select(load_profile(args.profile), args.names)
     todo = [e for e in chosen if not is_complete(e.config.folder())]
     processes, began = join_processes(), time.monotonic()
+    damaged = processes.share(lambda: [e.name for e in chosen if e not in todo and not _read(e)])
     end = None if args.time_budget is None else began + args.time_budget
     if processes.first:
-        counts = f"{len(chosen)} runs asked for, {len(chosen) - len(todo)} complete"
+        counts = f"{len(chosen)} runs asked for, {len(chosen) - len(todo) - len(damaged)} complete"
         cost = load_profile(args.profile).cost
         print(f"profile {args.profile}: {counts}, cost of all: {cost}", flush=True)
     if processes.world > 1 and args.jobs > 1:
         raise ValueError(f"--jobs must be 1 under torchrun, whose processes share one run; got {args.jobs}")
     if len(chosen) == 1 or processes.world > 1:  # torchrun's processes do one run after the other, together
         for experiment in chosen:
-            _do(experiment.config, args, _left(end))
+            if experiment.name not in damaged:
+                _do(experiment.config, args, _left(end))
         return 0
     with ThreadPoolExecutor(args.jobs) as pool:
         states = list(pool.map(lambda e: _run_apart(e, args, end), todo))
@@ -265,7 +275,10 @@ def _run(args) -> int:
     ]
     for name, state in incomplete:
         print(f"not complete: {name} ({'paused' if state == PAUSED else f'failed with status {state}'})")
-    print(f"{len(chosen) - len(incomplete)} of {len(chosen)} complete after {time.monotonic() - began:.0f} s")
+    for name in damaged:
+        print(f"not complete: {name} (damaged, see above)")
+    complete = len(chosen) - len(incomplete) - len(damaged)
+    print(f"{complete} of {len(chosen)} complete after {time.monotonic() - began:.0f} s")
     if not incomplete:
         return 0
     return PAUSED if all(state == PAUSED for _, state in incomplete) else 1

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import pandas as pd
 
 from lrpet.paths import results_root
+from lrpet.runs.store import or_leave_out, read_map
 
 __all__ = ["TARGETS", "describe", "find", "load_results", "projection_table", "training_table", "verdicts"]
 TARGETS = {
@@ -24,16 +24,18 @@ MEMORY_TARGET = 2.2  # model, bases and what a projection takes for a while, by 
 
 
 def load_results() -> list[dict]:
-    """Return each kept benchmark of speed; its file's name is ``file``, ``kind`` is "cpu" or "cuda"."""
+    """Return each kept benchmark of speed; its file's name is ``file``, ``kind`` is "cpu" or "cuda".
+
+    Warns:
+        Damaged: a file that cannot be read, which is left out.
+    """
     files = sorted((results_root() / "bench").glob("*.json"))
     files = [file for file in files if not file.stem.startswith("models-")]
+    read = [or_leave_out(lambda file: read_map(file, ("benchmark",)), file) for file in files]
     return [
-        {
-            **json.loads(file.read_text(encoding="utf-8")),
-            "file": file.name,
-            "kind": file.stem.rpartition("-")[2],
-        }
-        for file in files
+        {**result, "file": file.name, "kind": file.stem.rpartition("-")[2]}
+        for file, result in zip(files, read, strict=True)
+        if result
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +9,7 @@ import pandas as pd
 from lrpet.config import RunConfig
 from lrpet.paths import results_root
 from lrpet.registry import metric_of
+from lrpet.runs.store import or_leave_out, read_map
 from lrpet.tables.rows import (
     ABLATIONS,
     NOT_RUN,
@@ -150,11 +150,9 @@ def _estimated_hours(config: RunConfig, results: Path | None) -> str:
     kept = ((results or results_root()) / "bench").glob(
         f"throughput-{config.model}-{config.method}-{config.image_size}-*.json"
     )
-    measured = [
-        result
-        for result in map(json.loads, (file.read_text() for file in sorted(kept)))
-        if not result["device"].startswith("CPU")
-    ]
+    needed = ("device", "both_images_per_second")
+    results = [or_leave_out(lambda file: read_map(file, needed), file) for file in sorted(kept)]
+    measured = [result for result in results if result and not result["device"].startswith("CPU")]
     if not measured:
         return "not measured"
     best = max(measured, key=lambda result: result["both_images_per_second"])

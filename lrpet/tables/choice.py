@@ -8,7 +8,7 @@ import pandas as pd
 
 from lrpet.config import RunConfig
 from lrpet.paths import results_root
-from lrpet.runs.store import load_run
+from lrpet.runs.store import load_run, or_leave_out
 from lrpet.tables.names import setting_of
 from lrpet.tables.rows import NOT_RUN
 
@@ -68,11 +68,16 @@ def repeats_table(results: Path | None = None) -> pd.DataFrame:
 
     Returns:
         A row per repeated run: where each of the two ran, both accuracies in percent and their difference.
+
+    Warns:
+        Damaged: one of the two cannot be read; the pair is left out.
     """
     root, rows = results or results_root(), []
     for file in sorted((root / "repeats").glob("**/summary.json")):
-        again = load_run(file.parent)
-        first = load_run(again.config.folder(root))
+        again = or_leave_out(load_run, file.parent)
+        first = again and or_leave_out(load_run, again.config.folder(root))
+        if not first:
+            continue
         column = again.config.metric.column
         rows.append(
             {

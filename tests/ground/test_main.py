@@ -7,15 +7,16 @@ import warnings
 
 import pytest
 import yaml
-from helpers import TINY
+from helpers import TINY, put
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import lrpet.__main__
 import lrpet.experiments
-from lrpet.__main__ import BROKEN_PIPE, PAUSED, main
+from lrpet.__main__ import BROKEN_PIPE, DAMAGED, PAUSED, main
 from lrpet.config import RunConfig, read_fields
 from lrpet.experiments import Profile, load_profile
+from lrpet.paths import results_root
 
 TRAIN = ["train", "method=lrpet", "epochs=2", "milestones=[1]", "batch_size=256", "--device", "cpu"]
 NAMES = ["plain-s1", "plain-s2", "low-rank-s1", "low-rank-s2"]
@@ -69,6 +70,48 @@ def test_list_and_check_tell_complete_started_and_missing_runs_apart(own_experim
         assert main(["run", name, "--device", "cpu"]) == 0
     assert main(["check"]) == main(["list"]) == 0
     assert "4 of 4 complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("summary.json", "{"),
+        ("summary.json", "[]"),
+        ("summary.json", '{"run_id": "x"}'),
+        ("environment.json", "{}"),
+        ("config.json", '{"method": "of another version"}'),
+        ("history.csv", ""),
+        ("SHA256SUMS", "0"),
+    ],
+    ids=" ".join,
+)
+def test_a_damaged_run_is_named_and_the_others_go_on(own_experiments, capsys, damage):
+    for experiment in load_profile("smoke").experiments:
+        put(results_root(), experiment.config, 90.0)
+    folder = next(e.config.folder() for e in load_profile("smoke").experiments if e.name == NAMES[1])
+    (folder / damage[0]).write_text(damage[1])
+    for verb, status in (("list", DAMAGED), ("check", 1)):
+        assert main([verb]) == status
+        shown = capsys.readouterr()
+        assert [states(shown.out)[name].split()[0] for name in NAMES] == [
+            "complete",
+            "damaged",
+            "complete",
+            "complete",
+        ]
+        assert "3 of 4 complete" in shown.out
+        assert shown.err.startswith(f"warning: {folder} is left out: {folder}/")
+        assert shown.err.count("\n") == 1
+    for asked, counted in (
+        (["run"], "3 of 4 complete after"),
+        (["run", NAMES[1]], "1 runs asked for, 0 complete"),
+    ):
+        assert main([*asked, "--device", "cpu"]) == DAMAGED  # and nothing is trained
+        shown = capsys.readouterr()
+        assert counted in shown.out and shown.err.startswith(f"warning: {folder} is left out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as PYTHONWARNINGS=ignore does
+        assert main(["list"]) == DAMAGED
 
 
 def test_a_time_budget_that_is_spent_starts_nothing_more(own_experiments, capsys):

@@ -8,7 +8,8 @@ import pytest
 from helpers import experiment, put
 
 from lrpet import RunConfig, load_runs, tables
-from lrpet.__main__ import main
+from lrpet.__main__ import DAMAGED, main
+from lrpet.bench import load_results
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT
 from lrpet.tables import choice, claims, costs, pages, statistics
@@ -461,6 +462,40 @@ def test_a_summary_of_something_else_is_left_out_and_named(tmp_path, config):
         (tmp_path / "theirs" / "config.json").write_text(config)
     with pytest.warns(UserWarning, match="theirs is left out: its summary.json is of no run of this project"):
         assert load_runs(tmp_path).run_id.tolist() == [RunConfig().run_id]
+
+
+def test_tables_are_made_without_what_is_damaged_which_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pages, "PAGES", ())
+    root, chosen = tmp_path / "results", [e.config for e in load_profile("selection").experiments[:2]]
+    for config in chosen:
+        put(root, config, 90.0)
+        put(root / "repeats", config, 91.0)
+    places = [chosen[0].folder(root), chosen[1].folder(root / "repeats"), root / "bench"]
+    names = ["summary.json", "config.json", "throughput-resnet18-lrpet-224-gpu.json"]
+    places[2].mkdir()
+    for place, name in zip(places, names, strict=True):
+        (place / name).write_text("{")
+    monkeypatch.setenv("LRPET_RESULTS", str(root))
+    assert main(["tables"]) == DAMAGED
+    told = capsys.readouterr().err
+    assert [
+        f"{place}{'' if k < 2 else '/' + names[k]} is left out" in told for k, place in enumerate(places)
+    ] == [
+        True,
+        True,
+        True,
+    ]
+    assert load_results() == []
+    table = pd.read_csv(root / "selection" / "tables" / "selection.csv")
+    assert "90.0" in table.to_string()  # of the other run
+
+
+def test_links_to_runs_are_followed_once(tmp_path):
+    put(tmp_path / "disk", RunConfig(), 97.0)
+    (tmp_path / "results" / "smoke").mkdir(parents=True)
+    (tmp_path / "results" / "smoke" / "runs").symlink_to(tmp_path / "disk" / "smoke" / "runs")
+    (tmp_path / "disk" / "smoke" / "runs" / "loop").symlink_to(tmp_path / "results")
+    assert load_runs(tmp_path / "results").run_id.tolist() == [RunConfig().run_id]
 
 
 def test_pages_are_written_from_the_projects_own_store_alone(tmp_path, monkeypatch, capsys):
