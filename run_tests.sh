@@ -5,6 +5,8 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+# shellcheck source=scripts/clock.sh
+. "$ROOT/scripts/clock.sh"
 # shellcheck source=scripts/environment.sh
 . "$ROOT/scripts/environment.sh"
 cd "$ROOT"
@@ -35,7 +37,8 @@ if [ -n "$notebooks" ]; then
     step notebooks "$PYTHON" -m pytest --nbval --nbval-current-env notebooks/0[0345789]_*.ipynb
 fi
 
-echo "== $((SECONDS / 60)) min $((SECONDS % 60)) s"
+seconds=$(took)
+echo "== $((seconds / 60)) min $((seconds % 60)) s"
 [ -z "$failed" ] || {
     echo "failed:$failed" >&2
     exit 1

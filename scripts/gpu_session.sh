@@ -11,13 +11,15 @@ set -euo pipefail
 }
 data=$(realpath "$1") archive=$(realpath -m "$2") seconds=$3 profile=${4:-paper} jobs=${5:-4}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/clock.sh
+. scripts/clock.sh
 PYTHON=${LRPET_PYTHON:-python3}
 LRPET_RESULTS=$(mktemp -d)
 export LRPET_RESULTS
 trap 'rm -rf "$LRPET_RESULTS" "$LRPET_RESULTS.mps"; [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ] || echo quit | nvidia-cuda-mps-control' EXIT
 [ ! -f "$archive" ] || tar -xf "$archive" -C "$LRPET_RESULTS"
 mkdir -p "$LRPET_RESULTS/bench"
-left() { echo $((seconds - SECONDS)); }
+left() { echo $((seconds - $(took))); }
 
 # Each of these once, finished or not, as what it left says. None may end the session or take more than a
 # quarter of the time that is left.
@@ -58,4 +60,4 @@ tar -cf "$archive.part" -C "$LRPET_RESULTS" .
 mv "$archive.part" "$archive"
 "$PYTHON" -m lrpet list --profile "$profile" | tail -n 1
 [ "$status" = 0 ] || [ "$status" = 75 ] || echo "some runs failed, see above"
-echo "took $SECONDS s; $archive: unpack it into results/, then python -m lrpet tables"
+echo "took $(took) s; $archive: unpack it into results/, then python -m lrpet tables"

@@ -7,6 +7,8 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+# shellcheck source=scripts/clock.sh
+. "$ROOT/scripts/clock.sh"
 # shellcheck source=scripts/environment.sh
 . "$ROOT/scripts/environment.sh"
 [ "$(id -u)" = 0 ] || die "this must be root, as slurmd is, which starts jobs as their users"
@@ -147,4 +149,4 @@ rm -r "$work/results"
 sbatch "${options[@]}" --nodes=1 --ntasks=2 profiles/slurm/several_nodes.sbatch lrpet-s1 --device cpu ||
     die "several_nodes.sbatch failed: $(cat "$work/sbatch.log")"
 expect "processes of several_nodes.sbatch" "$(processes)" 4
-echo "all of it went as it should, in $SECONDS s"
+echo "all of it went as it should, in $(took) s"

@@ -3,6 +3,8 @@
 # be watched with tail -f.
 set -euo pipefail
 
+# shellcheck source=scripts/clock.sh
+. "$(dirname "$0")/clock.sh"
 log=$1
 shift
 name=$(basename "$log" .log)
@@ -12,4 +14,4 @@ if ! "$@" >"$log" 2>&1; then
     echo "$(date +%T) $name: failed: $(grep -v '^ *$' "$log" | tail -n 1) ($log)"
     exit 1
 fi
-echo "$(date +%T) $name: done in $SECONDS s"
+echo "$(date +%T) $name: done in $(took) s"

@@ -54,6 +54,8 @@ class Progress:
             disable=self.mode != "bar",
             mininterval=0.5,
         )
+        self.bar._time = time.monotonic  # its own clock can be set back, and then the bar stands still
+        self.bar.start_t = self.bar.last_print_t = self.started
 
     def step(self, epoch: int, scores: Mapping, done: int) -> None:
         """Advance the bar to ``done`` steps; the scores are those of this epoch's batches so far."""

@@ -1,4 +1,6 @@
 import io
+import itertools
+import re
 import sys
 
 import pytest
@@ -52,6 +54,18 @@ def show(mode, epochs=3, steps=4):
         if done % steps == 0:
             progress.epoch(ROW | {"epoch": epoch + 1}, done)
     progress.close()
+
+
+def test_a_clock_that_is_set_back_changes_no_bar_and_no_time_left(monkeypatch, capsys):
+    steady, daily = itertools.count(0.0), itertools.count(0.0, -86_400.0)
+    monkeypatch.setattr("time.monotonic", lambda: next(steady))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(daily))  # what tqdm itself would go by
+    show("bar")
+    drawn = capsys.readouterr().err.split("\r")
+    assert len(drawn) > 6  # it did not stand still
+    assert not any(re.search(r"-\d", line) for line in drawn), drawn  # no time is negative
+    show("lines")
+    assert not re.search(r"-[\d.]+ min left", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("mode", ["lines", "auto"])
