@@ -11,6 +11,7 @@ import yaml
 
 from lrpet.paths import PROJECT, results_root
 from lrpet.experiments import GRADIENT, MAIN, load_profile
+from lrpet.files import digest
 
 # What every job inherits.
 os.environ["PYTHON"] = sys.executable
@@ -34,6 +35,9 @@ ALONE = ["00_method"] + ["02_imagenet", "06_rank_search"] * (PROFILE.name == "sm
 STORE = ["03_ablations", "04_singular_values", "05_gradient_norms", "08_tables"]
 if PROFILE.name in GRADIENT:
     STORE = ["10_gradient_projection"]
+WINGS = [PROJECT / "lrpet" / wing for wing in ("tables", "figures")]
+READ = [PROJECT / "paper" / "reported.csv", *(file for wing in WINGS for file in sorted(wing.glob("*.py")))]
+DIGEST = """\"$PYTHON\" -c 'import sys; from lrpet.files import digest; print(digest(sys.argv[1:]))'"""
 SUMMARIES = [experiment.config.folder() / "summary.json" for experiment in RUNS.values()]
 
 
@@ -58,7 +62,16 @@ def command_of(experiment):
     return shlex.join(map(str, command))
 
 
-workdir: PROJECT
+# Where Snakemake keeps its notes, as the project's folder may be read-only; jobs run in that all the same.
+workdir: results_root() / PROFILE.name
+
+
+shell.prefix(f"set -euo pipefail; cd {shlex.quote(str(PROJECT))}; ")
+
+
+def literal(path):
+    """Return a path as Snakemake writes one in which braces mean themselves."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 rule all:
@@ -68,10 +81,17 @@ rule all:
         expand(EXECUTED / "{notebook}.done", notebook=STORE),
 
 
+# Times tell nothing of a run that came in an archive, or after the clock was set back. Contents do.
+for name in [] if IN_JOB else STORE:
+    mark, read = EXECUTED / f"{name}.done", [PROJECT / "notebooks" / f"{name}.ipynb", *READ, *SUMMARIES]
+    if mark.is_file() and all(map(os.path.isfile, read)) and mark.read_text().strip() != digest(read):
+        mark.unlink()
+
+
 # The executed notebook is a log, which Snakemake keeps when a job fails: it shows where and why.
 rule alone:
     input:
-        "notebooks/{notebook}.ipynb",
+        literal(PROJECT) + "/notebooks/{notebook}.ipynb",
     output:
         touch(EXECUTED / "{notebook}.done"),
     log:
@@ -83,15 +103,13 @@ rule alone:
         "scripts/execute.sh {input:q} {log:q}"
 
 
-rule store:  # notebooks that read what the runs left
+rule store:  # notebooks that read what the runs left; what each has read stands in its .done
     input:
-        "notebooks/{notebook}.ipynb",
-        *Path("lrpet/tables").glob("*.py"),
-        *Path("lrpet/figures").glob("*.py"),
-        "paper/reported.csv",
+        literal(PROJECT) + "/notebooks/{notebook}.ipynb",
+        *map(literal, READ),
         SUMMARIES,
     output:
-        touch(EXECUTED / "{notebook}.done"),
+        EXECUTED / "{notebook}.done",
     log:
         EXECUTED / "{notebook}.ipynb",
     wildcard_constraints:
@@ -99,7 +117,8 @@ rule store:  # notebooks that read what the runs left
     params:
         profile=PROFILE.name,
     shell:
-        "scripts/execute.sh {input[0]:q} {log:q} -p profile {params.profile}"
+        "scripts/execute.sh {input[0]:q} {log:q} -p profile {params.profile}; "
+        "{DIGEST} {input:q} >{output:q}"
 
 
 # A run has no input: it is done when its summary.json is there, whatever has changed since.

@@ -20,11 +20,14 @@ interrupted at any time: started again, it resumes each run from its last checkp
   --dry-run     only print what would be done
 
 Exit status 0 means that every run of the profile is complete and its tables are made.
-Environment: LRPET_PYTHON (an installed python, instead of .venv), LRPET_DATA, LRPET_RESULTS, LRPET_FIGURES.
+Environment: LRPET_PYTHON (an installed python, instead of .venv), LRPET_DATA, LRPET_RESULTS, LRPET_FIGURES,
+LRPET_CACHE (decoded images). With the last four elsewhere, the project's own folder may be read-only.
 TEXT
 }
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+# shellcheck source=scripts/clock.sh
+. "$ROOT/scripts/clock.sh"
 profile=smoke jobs="" gpus=1 cluster="" dry_run=""
 while [ $# -gt 0 ]; do
     case $1 in
@@ -65,7 +68,9 @@ fi
 # shellcheck source=scripts/environment.sh
 . "$ROOT/scripts/environment.sh"
 cd "$ROOT"
-"$PYTHON" -m lrpet list --profile "$profile" # what it costs and what is complete; refuses an unknown profile
+status=0
+"$PYTHON" -m lrpet list --profile "$profile" || status=$? # costs, what is complete; refuses an unknown profile
+[ "$status" = 0 ] || [ "$status" = 65 ] || exit "$status" # 65: a run is damaged; the others go on
 
 cores=$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')
 [ -n "$jobs" ] || jobs=$([ -n "$cluster" ] && echo 100 || echo $((cores < 2 ? 1 : 2)))
@@ -95,13 +100,16 @@ else
         --slurm-logdir "$results/slurm" --quiet host reason rules)
 fi
 if [ -n "$dry_run" ]; then
-    exec "${snakemake[@]}" --dry-run --quiet host reason rules </dev/null
+    notes=$(mktemp -d) # of Snakemake, which has no other place for them than its working directory
+    trap 'rm -rf "$notes"' EXIT
+    "${snakemake[@]}" --directory "$notes" --dry-run --quiet host reason rules </dev/null
+    exit
 fi
 
 # One instance per results folder. The kernel frees this lock when the last process that holds it ends, killed
 # or not; Snakemake's own lock would stay (hence --nolock). Python takes it: not every system has flock.
-mkdir -p "$results/notebooks"
-exec 9>"$results/run_all.lock"
+{ mkdir -p "$results/notebooks" && exec 9>"$results/run_all.lock"; } 2>/dev/null ||
+    die "the results must be a folder that can be written; got $results; set LRPET_RESULTS"
 "$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null ||
     die "another run_all.sh, or its Snakemake, works in $results; wait for it or stop it, then start again"
 
@@ -138,7 +146,8 @@ if scripts/execute.sh "notebooks/$reporter.ipynb" "$page" -p profile "$profile" 
 else
     status=1
 fi
-echo "took $((SECONDS / 60)) min $((SECONDS % 60)) s"
+seconds=$(took)
+echo "took $((seconds / 60)) min $((seconds % 60)) s"
 echo "tables: $results/tables"
 echo "figures: $figures"
 echo "executed notebooks and their logs: $results/notebooks"

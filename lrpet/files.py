@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["write_file", "write_whole"]
+__all__ = ["digest", "write_file", "write_whole"]
 
 
 @contextmanager
@@ -70,3 +71,15 @@ def write_file(path: Path, content: str | bytes) -> None:
         raise OSError(
             f"{path} does not hold what was written to it; look at its disk, or give another folder"
         )
+
+
+def digest(files: Iterable[str | Path]) -> str:
+    """Return the SHA-256 of the contents of files, one after the other.
+
+    >>> digest([])[:8]
+    'e3b0c442'
+    """
+    content = hashlib.sha256()
+    for file in files:
+        content.update(Path(file).read_bytes())
+    return content.hexdigest()

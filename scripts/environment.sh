@@ -66,7 +66,8 @@ install() {
 make_environment() {
     find_python
     # Two scripts started at once must not both install. The kernel frees the lock when this shell ends.
-    exec 8>"$ROOT/.venv.lock"
+    { exec 8>"$ROOT/.venv.lock"; } 2>/dev/null ||
+        die "$ROOT cannot be written, so it can get no .venv: set LRPET_PYTHON to a python that has the packages"
     "$BASE" -c 'import fcntl; fcntl.flock(8, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null || {
         echo "waiting for another installation in $VENV"
         "$BASE" -c 'import fcntl; fcntl.flock(8, fcntl.LOCK_EX)'

@@ -105,10 +105,11 @@ def start(project, *arguments):
     return run_all(*arguments, root=project, LRPET_RESULTS="", LRPET_FIGURES="")
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    """A copy of the project after its first start: a short run, one that finds no images, small notebooks."""
-    root = tmp_path_factory.mktemp("a project") / "lrpet"
+ONE_RUN = TWO_RUNS[: TWO_RUNS.index("    bad: ")]
+
+
+def small_project(root, experiments):
+    """Make a copy of the project with other experiments and small notebooks."""
     for name in ("lrpet", "profiles", "scripts", "paper"):
         shutil.copytree(PROJECT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Snakefile", "run_all.sh", "pyproject.toml"):
@@ -123,7 +124,14 @@ def started(tmp_path_factory):
             metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}},
         )
         nbformat.write(notebook, root / "notebooks" / f"{name}.ipynb")
-    (root / "experiments.yaml").write_text(TWO_RUNS)
+    (root / "experiments.yaml").write_text(experiments)
+    return root
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A copy of the project after its first start: a short run, and one that finds no images."""
+    root = small_project(tmp_path_factory.mktemp("a project") / "lrpet", TWO_RUNS)
     return root, start(root)
 
 
@@ -158,15 +166,16 @@ def test_second_instance_is_refused_and_a_dead_ones_lock_is_not(started):
     assert refused.returncode == 1
     assert "another run_all.sh" in refused.stderr
     assert lock.is_file()  # the next test starts with it, and with Snakemake's own
-    (project / ".snakemake" / "locks").mkdir(parents=True, exist_ok=True)
-    (project / ".snakemake" / "locks" / "0.input.lock").write_text(str(project))
+    locks = lock.parent / ".snakemake" / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    (locks / "0.input.lock").write_text(str(project))
 
 
 @pytest.mark.slow
 def test_complete_run_is_kept_whatever_fails_or_changes(started):
     project, _ = started
     before = finished(project)
-    (project / "experiments.yaml").write_text(TWO_RUNS[: TWO_RUNS.index("    bad: ")])
+    (project / "experiments.yaml").write_text(ONE_RUN)
     with open(project / "lrpet" / "training" / "loop.py", "a") as file:
         file.write("# changed\n")
     done = start(project)
@@ -180,3 +189,33 @@ def test_complete_run_is_kept_whatever_fails_or_changes(started):
     assert page.count("</html>") == 1
     assert not re.search(r'(src|href)="(?!data:|#|")', page)  # nothing from elsewhere
     assert finished(project) == before and len(before) == 1
+    # what a notebook has read decides, not the time: this summary is older than the notebooks that read it
+    summary = next((project / "results" / "smoke" / "runs").glob("digits-*/summary.json"))
+    (summary.parent / "SHA256SUMS").unlink()
+    summary.write_text(summary.read_text().replace("\n", "\n\n", 1))
+    os.utime(summary, (0, 0))
+    begun = [line.split()[1] for line in start(project).stdout.splitlines() if "begins" in line]
+    assert "08_tables:" in begun and "good-s1:" not in begun
+
+
+# A folder that may only be read, for this command and what it starts.
+READ_ONLY = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && shift && exec "$@"'
+
+
+@pytest.mark.slow
+def test_the_project_may_be_read_only_where_the_results_are_elsewhere(tmp_path):
+    project = small_project(tmp_path / "project", ONE_RUN)
+    read_only = ["unshare", "--mount", "bash", "-c", READ_ONLY, "-", str(project)]
+    if not shutil.which("unshare") or subprocess.run([*read_only, "true"], capture_output=True).returncode:
+        pytest.skip("only root of Linux can make a folder read-only for one process")
+    environment = {**os.environ, "LRPET_PYTHON": sys.executable}
+    touch = subprocess.run([*read_only, "touch", project / "a"], capture_output=True)
+    assert touch.returncode != 0  # it is
+    done = subprocess.run(
+        [*read_only, project / "run_all.sh"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 1 complete" in done.stdout and "08_tables: done" in done.stdout
+    inside = {**environment, "LRPET_RESULTS": "", "LRPET_FIGURES": ""}
+    refused = subprocess.run([*read_only, project / "run_all.sh"], env=inside, capture_output=True, text=True)
+    assert refused.returncode == 1 and "set LRPET_RESULTS" in refused.stderr
