@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def _cached(name: str, content: str, paths: list[str], short: int | None, size: 
                 out.write(images.data)
                 out.write(hashlib.sha256(images.data).digest())
             for old in set(cache.glob(f"{name}-*")) - {file}:  # of this folder before its images changed
-                old.unlink(missing_ok=True)
+                with suppress(OSError):  # another user's, which costs room alone
+                    old.unlink()
     return images
 
 

@@ -40,7 +40,8 @@ def _git(*arguments: str) -> str | None:
     if not (PROJECT / ".git").exists():
         return None
     try:
-        command = ["git", "-C", str(PROJECT), *arguments]
+        trust = f"safe.directory={PROJECT}"  # whose code runs here anyway; it may be another user's clone
+        command = ["git", "-c", trust, "-C", str(PROJECT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -137,7 +137,8 @@ def run(
     _same_config(folder, done.config, config)
     processes.share(lambda: _same_as_seen(done, data))
     if processes.first:
-        tidy(folder)  # where it was killed between its summary and this
+        with suppress(OSError):  # a run that may only be read is as good
+            tidy(folder)  # where it was killed between its summary and this
     e = done.environment
     trained = f"trained {e['finished'][:16]} on {e['device']} at commit {e['commit'][:9]}"
     job.say(f"{config.run_id}: loaded, {trained}")
