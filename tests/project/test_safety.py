@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -183,6 +184,17 @@ def test_the_audit_covers_every_locked_package():
     assert "requirements.lock" in script and "pip-audit" in script
     assert "--strict" in script  # else what could not be looked up passes
     assert subprocess.run(["bash", "-n", PROJECT / "scripts" / "audit.sh"]).returncode == 0
+
+
+@pytest.mark.slow
+def test_no_locked_package_is_known_to_be_vulnerable():
+    environment = {**os.environ, "LRPET_PYTHON": sys.executable}
+    done = subprocess.run(
+        [PROJECT / "scripts" / "audit.sh"], env=environment, capture_output=True, text=True, timeout=900
+    )
+    if done.returncode == 77:
+        pytest.skip(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_clone_with_crlf_keeps_its_scripts_and_checksums(tmp_path):
