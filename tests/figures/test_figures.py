@@ -1,6 +1,7 @@
 """Figures leave no state behind, have units, stand what is missing, and are saved as the same bytes."""
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -459,3 +460,24 @@ def test_the_headline_sorts_by_mean_and_claims_only_what_is_decided(tmp_path):
 def test_the_headline_of_a_profile_without_runs_says_so(tmp_path):
     (ax,) = figures.plot_headline(profile_runs("paper", tmp_path)).axes
     assert ax.texts[0].get_text() == "no run of LRPET has finished"
+
+
+def shown(svg):
+    """Return the texts of a figure's SVG, and where its marks stand, in points."""
+    marks = re.findall(r'<use [^>]*\bx="([-\d.]+)" y="([-\d.]+)"', svg)
+    return re.findall("<!-- (.*?) -->", svg), np.array(marks, dtype=float)
+
+
+@pytest.mark.parametrize("profile", [path.parent.name for path in PROJECT.glob("figures/*/headline.svg")])
+def test_a_committed_headline_shows_what_the_store_holds(profile):
+    committed = (PROJECT / "figures" / profile / "headline.svg").read_text(encoding="utf-8")
+    today = figures.plot_headline(profile_runs(profile, PROJECT / "results")).svg().decode()
+    (texts, marks), (texts_today, marks_today) = shown(committed), shown(today)
+    assert texts == texts_today and any("seeds)" in text for text in texts)
+    assert marks.shape == marks_today.shape and len(marks) > 10
+    assert np.abs(marks - marks_today).max() < 0.5  # points: fonts are drawn a little otherwise elsewhere
+
+
+def test_the_readme_shows_a_headline_that_is_compared_with_the_store():
+    assert (PROJECT / "figures" / "scaled" / "headline.svg").is_file()
+    assert "(figures/scaled/headline.png)" in (PROJECT / "README.md").read_text(encoding="utf-8")
