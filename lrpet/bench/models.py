@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lrpet.bench.models_page import PRUNE_RATIO, page
 from lrpet.bench.zoo import Network, networks, versions
 from lrpet.deploy.export import export
+from lrpet.files import write_file
 from lrpet.lowrank.batchnorm import find_batchnorms, fold_batchnorm, is_batchnorm
 from lrpet.lowrank.compact_file import load_compact, save_compact
 from lrpet.lowrank.cost import UNCOUNTED, cost
@@ -27,7 +28,7 @@ from lrpet.lowrank.factorize import factorize
 from lrpet.lowrank.observe import call
 from lrpet.lowrank.plan import Plan, select
 from lrpet.lowrank.projector import LowRankProjector
-from lrpet.paths import PROJECT
+from lrpet.paths import project_file
 
 __all__ = ["bench_models", "count_run", "examine"]
 
@@ -43,13 +44,14 @@ def bench_models(device: str = "cpu", names: str = "*", onnx: int = 1) -> dict:
     Returns:
         ``versions`` of the libraries, None where one is not installed; ``rows``, see :func:`examine`.
     """
+    place = project_file("docs/models.md") if names == "*" else None  # refused now, not at the end
     found, rows = versions(), []
     for network in networks():
         if found[network.library] and fnmatch.fnmatchcase(f"{network.library}:{network.name}", names):
             rows.append(examine(network, torch.device(device), onnx=bool(onnx)))
             print(json.dumps(rows[-1]), flush=True)
-    if names == "*":
-        (PROJECT / "docs" / "models.md").write_text(page(found, rows), encoding="utf-8")
+    if place:
+        write_file(place, page(found, rows))
     return {"prune_ratio": PRUNE_RATIO, "versions": found, "rows": rows}
 
 

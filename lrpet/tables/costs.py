@@ -14,7 +14,7 @@ from lrpet.experiments import Experiment, load_profile
 from lrpet.lowrank.cost import cost
 from lrpet.lowrank.ranks import compressible_layers, ranks_from_ratio
 from lrpet.models import MODELS, build_model
-from lrpet.paths import PROJECT
+from lrpet.paths import project_file
 from lrpet.tables.rows import NUM_CLASSES, of_imagenet, published
 
 __all__ = ["cost_table"]
@@ -53,7 +53,7 @@ def _cost_rows() -> list[dict]:
     for row in published().itertuples():
         if row.table != "related":  # other authors' networks stand in their own table
             rows.append(_cost_row(row.model, row.dataset, row.method, row.prune_ratio, None, row))
-    for name, entry in json.loads((PROJECT / "paper" / "searched_ranks.json").read_text()).items():
+    for name, entry in json.loads(project_file("paper/searched_ranks.json").read_text()).items():
         if isinstance(entry, dict):
             reported = SimpleNamespace(
                 macs_m=np.nan,
@@ -100,7 +100,7 @@ def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, repo
     if network not in MODELS or method.split(",")[0] not in ("LRPET", "baseline"):
         return row
     model = build_model(network, NUM_CLASSES.get(dataset, 10))
-    fixed = json.loads((PROJECT / "paper" / "fixed_ranks.json").read_text()).get(network)
+    fixed = json.loads(project_file("paper/fixed_ranks.json").read_text()).get(network)
     known = True
     if ranks is None and method != "baseline":
         if ratio > 0:

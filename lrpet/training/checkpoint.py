@@ -19,6 +19,9 @@ __all__ = ["has_checkpoint", "load_checkpoint", "save_checkpoint"]
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write a checkpoint, then its SHA-256, atomically; the one before stays as ``*.previous``.
 
+    Unlike what a run leaves, it is not read back, which would cost as much again after every epoch: the sum
+    is checked when it is loaded, and damage costs no more than the time since the one before.
+
     Args:
         path: the file.
         state: tensors, numbers, strings, lists and dicts only, so that it loads without running code.

@@ -1,10 +1,12 @@
 """The library from a wheel, away from a checkout: README's example runs; what needs the checkout says so."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,12 +60,12 @@ def installed(tmp_path_factory):
     install = [*pip, "install", "--quiet", "--no-deps", "--target", target, wheel]
     subprocess.run(install, check=True, capture_output=True)
 
-    def script(*arguments):
+    def script(*arguments, **places):
         clean = {name: os.environ[name] for name in os.environ if not name.startswith(("LRPET_", "PYTHON"))}
         return subprocess.run(
             [sys.executable, "-P", "-B", *arguments],
             cwd=place,
-            env={**clean, "PYTHONPATH": str(target)},
+            env={**clean, "PYTHONPATH": str(target), **places},
             capture_output=True,
             text=True,
         )
@@ -89,7 +91,21 @@ def test_what_needs_the_checkout_says_so_in_one_sentence(installed):
     refusals = done.stdout.splitlines()
     assert len(refusals) == 6 and all(str(target) in line for line in refusals)
     assert "set LRPET_RESULTS or give results=" in refusals[-1]
-    listed = script("-m", "lrpet", "list")
-    assert listed.returncode == 1
-    (line,) = listed.stderr.splitlines()
-    assert line.startswith("error: experiments.yaml belongs to a checkout of the project")
+    for verb, needed in (("check", "experiments.yaml"), ("tables", "docs/evidence.md")):
+        asked = script("-m", "lrpet", verb)
+        assert asked.returncode == 1
+        (line,) = asked.stderr.splitlines()
+        assert line.startswith(f"error: {needed} belongs to a checkout of the project")
+
+
+def test_a_run_is_trained_and_exported_where_its_folder_is_named(installed, tmp_path):
+    script, _ = installed
+    short = ("epochs=1", "milestones=[]", "batch_size=648", "--device", "cpu")
+    trained = script("-m", "lrpet", "train", *short, LRPET_RESULTS=str(tmp_path / "results"))
+    assert trained.returncode == 0, trained.stderr
+    folder = trained.stdout.splitlines()[-1].partition("all files: ")[2]
+    assert json.loads((Path(folder) / "environment.json").read_text())["commit"] == "unknown"
+    file = tmp_path / "net.safetensors"
+    exported = script("-m", "lrpet", "export", folder, "--to", "safetensors", "--out", str(file))
+    assert exported.returncode == 0, exported.stderr
+    assert file.is_file()
