@@ -16,19 +16,11 @@ RUNS = sorted(
     path.parent for path in PROJECT.glob("results/**/runs/*/config.json") if path.parts[-4] != "smoke"
 )
 
-BEFORE_SUMS = (  # runs that are older than the sums
-    "cifar10-resnet20-lrp-0.57-s2-17febf",
-    "cifar10-resnet20-lrpet-0.57-s1-800ab4",
-    "cifar10-resnet20-lrpet-0.57-s2-860ded",
-    "cifar10-resnet20-lrpet-0.57-s2-c6353a",
-)
-
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
 def test_every_run_is_whole_and_called_after_its_configuration(folder):
     assert is_complete(folder)
     run = load_run(folder)  # checks its sums
-    assert (folder / "SHA256SUMS").is_file() or folder.name in BEFORE_SUMS
     assert folder.name == run.config.run_id and folder.parts[-3] == run.config.profile
     assert len(run.history) == run.config.epochs
     assert (
@@ -46,6 +38,11 @@ def test_all_runs_saw_the_same_images(dataset, held_out):
     runs = [run for run in map(load_run, RUNS) if run.config.dataset == dataset]
     origins = [run.environment for run in runs if run.config.validation_fraction == held_out]
     assert len({(origin["data_train_sha256"], origin["data_test_sha256"]) for origin in origins}) == 1
+
+
+def test_only_runs_that_are_older_than_the_sums_lack_them():
+    assert {folder.parts[-3] for folder in RUNS if not (folder / "SHA256SUMS").is_file()} == {"short"}
+    assert sum((folder / "SHA256SUMS").is_file() for folder in RUNS) >= 75
 
 
 def test_weights_stay_small():

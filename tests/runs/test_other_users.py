@@ -10,16 +10,17 @@ import pytest
 
 AS_TWO = """
 import json, os, sys, warnings
+from pathlib import Path
 from filelock import FileLock, Timeout
 from lrpet import RunConfig, load_runs, run
 from lrpet.training.loop import Paused
 
-root, told = sys.argv[1], {}
+root, told = Path(sys.argv[1]), {}
 shared, closed, shown = (
     RunConfig(epochs=2, milestones=(1,), batch_size=256, seed=seed) for seed in (1, 2, 3)
 )
 
-def go(config, results=root + "/results", **more):
+def go(config, results=root / "results", **more):
     return run(config, results=results, device="cpu", progress="off", **more)
 
 def become(user, umask):
@@ -35,14 +36,14 @@ def pause(config):
     except Paused:
         return "paused"
 
-alone = go(shared, root + "/alone").summary["top1_pct"]  # root's, by which all that is needed is imported
-load_runs(root + "/alone")
+alone = go(shared, root / "alone").summary["top1_pct"]  # root's, by which all that is needed is imported
+load_runs(root / "alone")
 become(54321, 0o002)
 told["paused"] = pause(shared)
-with FileLock(shared.folder(root + "/results") / "run.lock"):
+with FileLock(shared.folder(root / "results") / "run.lock"):
     become(54322, 0o002)
     try:
-        FileLock(shared.folder(root + "/results") / "run.lock").acquire(timeout=0)
+        FileLock(shared.folder(root / "results") / "run.lock").acquire(timeout=0)
     except Timeout:
         told["waits"] = "for the other"
 become(54322, 0o002)
@@ -61,7 +62,7 @@ except ValueError as error:
     told["refused"] = str(error)
 with warnings.catch_warnings(record=True) as left_out:
     warnings.simplefilter("always")
-    told["seeds"] = sorted(load_runs(root + "/results").seed.tolist())
+    told["seeds"] = sorted(load_runs(root / "results").seed.tolist())
 told["left_out"] = [str(warning.message) for warning in left_out]
 os.seteuid(0)
 print(json.dumps(told))
