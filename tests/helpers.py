@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -209,6 +210,45 @@ def put(results, config, top1_pct, **more):
 def experiment(profile, name):
     """Return the configuration of one experiment."""
     return next(e.config for e in load_profile(profile).experiments if e.name == name)
+
+
+def drawn_texts(figure):
+    """Draw a figure; return what is written on its canvas with the box of each text, in pixels."""
+    from matplotlib.text import Text
+
+    found, draw = {}, Text.draw
+
+    def draw_and_note(text, renderer):
+        draw(text, renderer)
+        if text.get_visible() and text.get_text().strip():
+            found[id(text)] = (text.get_text(), text.get_window_extent(renderer))
+
+    with mock.patch.object(Text, "draw", draw_and_note):
+        figure.png()
+    return list(found.values())
+
+
+def check_layout(figure, name=""):
+    """Assert that no text is cut off or on another, legends hide nothing, panels have half the height."""
+    texts = drawn_texts(figure)
+    page, panels = figure.bbox, [ax.get_window_extent() for ax in figure.axes]
+    for text, box in texts:
+        inside = box.x0 > -1 and box.y0 > -1 and box.x1 < page.x1 + 1 and box.y1 < page.y1 + 1
+        assert inside, f"{name}: {text!r} leaves the canvas"
+    for (one, a), (other, b) in itertools.combinations(texts, 2):
+        apart = (min(a.x1, b.x1) - max(a.x0, b.x0) < -2) or (min(a.y1, b.y1) - max(a.y0, b.y0) < 1)
+        assert apart, f"{name}: {one!r} overlaps {other!r}"
+    for legend in figure.legends:
+        assert not any(legend.get_window_extent().overlaps(box) for box in panels), (
+            f"{name}: legend on panels"
+        )
+    rows = sorted((box.y0, box.y1) for box in panels)
+    covered = sum(
+        max(0, top - max([bottom, *(t for _, t in rows[:k])])) for k, (bottom, top) in enumerate(rows)
+    )
+    assert covered >= page.height / 2 or not panels, (
+        f"{name}: panels have {covered / page.height:.0%} of the height"
+    )
 
 
 # Machado, Oliveira and Fernandes 2009: normal sight, then no red, no green, no blue cones, on linear RGB

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lrpet.figures.style import METHOD_STYLES, OTHER, ProjectFigure, add_legend, in_style, say_in_panel
+from lrpet.figures.style import METHOD_STYLES, OTHER, ProjectFigure, in_style, say_in_panel, state
 from lrpet.registry import metric_of
 from lrpet.tables.gradient_projection import way_of
 from lrpet.tables.statistics import half_width
@@ -65,7 +65,7 @@ def plot_against_memory(runs: pd.DataFrame, column: str) -> ProjectFigure:
             (5, -3 if below else 3),
             textcoords="offset points",
             va="top" if below else "bottom",
-            fontsize=7,
+            fontsize=8,
             color=OTHER.color,
         )
     ax.set_xscale("log")
@@ -73,7 +73,12 @@ def plot_against_memory(runs: pd.DataFrame, column: str) -> ProjectFigure:
     ax.margins(x=0.25, y=0.1)
     better = "higher" if metric.higher_is_better else "lower"
     ax.set_title(f"{better} and further left is better", color="#555555")
-    add_legend(figure, ax)
+    means = metric.sign * done.groupby("experiment")[metric.column].mean().astype(float)
+    best = done[done.experiment == means.idxmax()].iloc[0]
+    at = f"{best[column] / 1e6:.1f} {AXES[column].split(', ')[1]} of {AXES[column].split(', ')[0]}"
+    state(
+        figure, f"Best: {way_of(best.config)}, {metric.text(abs(means.max()))} {metric.title} with {at}", ax
+    )
     return figure
 
 

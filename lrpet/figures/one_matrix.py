@@ -13,15 +13,17 @@ from lrpet.figures.style import (
     METHOD_STYLES,
     PAPER,
     ProjectFigure,
-    add_legend,
     in_style,
+    logarithmic,
     mark_rank,
     method_style,
+    state,
     whole_number_ticks,
 )
 from lrpet.lowrank.projection import project
 
 __all__ = ["plot_by_depth", "plot_channel_errors", "plot_rank_sweep", "plot_spectrum"]
+ERROR = r"relative error $\|P - M\| / \|M\|$"
 
 
 @in_style()
@@ -41,7 +43,7 @@ def plot_spectrum(matrix: Tensor, rank: int) -> ProjectFigure:
     Source: arXiv 2204.05566.
 
     >>> plot_spectrum(torch.diag(torch.tensor([4.0, 3.0])), 1).axes[1].get_ylabel()
-    'cumulative energy, % of E'
+    'cumulative energy, % of $E$'
     """
     M = matrix.detach().double().cpu()
     projected = {name: project(M, rank, energy_transfer=name == "lrpet") for name in ("lrp", "lrpet")}
@@ -51,15 +53,15 @@ def plot_spectrum(matrix: Tensor, rank: int) -> ProjectFigure:
     figure = ProjectFigure()
     left, right = figure.subplots(1, 2)
 
-    kept = i <= rank
+    first = i <= rank
     bars = {"width": 0.8, "edgecolor": "#777777", "linewidth": 0.5}
-    left.bar(i[kept], s["dense"][kept], color="#D0D0D0", label="before, kept", **bars)
-    left.bar(i[~kept], s["dense"][~kept], color=PAPER, hatch="//////", label="before, removed", **bars)
+    left.bar(i[first], s["dense"][first], color="#D0D0D0", label="before, kept", **bars)
+    left.bar(i[~first], s["dense"][~first], color=PAPER, hatch="//////", label="before, removed", **bars)
     for name in ("lrp", "lrpet"):
         style = METHOD_STYLES[name]
-        left.plot(i[kept], s[name][kept], style.marker, color=style.color, markersize=4, label=style.label)
+        left.plot(i[first], s[name][first], style.marker, color=style.color, markersize=4, label=style.label)
     left.set(
-        xlabel="i, number of the singular value", ylabel="singular value $s_i$", xlim=(0.2, len(i) + 0.8)
+        xlabel="number $i$ of the singular value", ylabel="singular value $s_i$", xlim=(0.2, len(i) + 0.8)
     )
     left.set_ylim(0, 1.12 * max(values[0] for values in s.values()) or 1)
 
@@ -74,16 +76,20 @@ def plot_spectrum(matrix: Tensor, rank: int) -> ProjectFigure:
             place = {"textcoords": "offset points", "ha": "right", "va": "top", "color": color, "bbox": box}
             right.annotate(f"{percent[-1]:.1f} %", (i[-1], percent[-1]), (0, -8), **place)
     right.set(
-        xlabel="i, number of the singular value",
-        ylabel="cumulative energy, % of E",
+        xlabel="number $i$ of the singular value",
+        ylabel="cumulative energy, % of $E$",
         xlim=(0, len(i) + 0.8),
         ylim=(0, 106),
     )
     for ax in (left, right):
         whole_number_ticks(ax)
-    mark_rank(left, rank + 0.5, f"R = {rank}", at_top=True)
-    mark_rank(right, rank, f"R = {rank}")
-    add_legend(figure, left, right)
+    mark_rank(left, rank + 0.5, f"$R = {rank}$", at_top=True)
+    mark_rank(right, rank, f"$R = {rank}$")
+    kept = np.square(s["dense"][:rank]).sum() / E
+    finding = f"{rank} of {len(i)} singular values hold {100 * kept:.1f} % of the energy"
+    if kept:
+        finding += f"; LRPET multiplies them by {kept**-0.5:.2f}"
+    state(figure, finding, left, right)
     return figure
 
 
@@ -103,8 +109,8 @@ def plot_rank_sweep(matrix: Tensor, rank: int | None = None) -> ProjectFigure:
 
     Source: arXiv 2204.05566; the second formula follows from the factor 1 / sqrt κ.
 
-    >>> plot_rank_sweep(torch.eye(4)).axes[1].get_ylabel()
-    'relative error ‖P − M‖ / ‖M‖'
+    >>> plot_rank_sweep(torch.eye(4)).axes[1].get_xlabel()
+    'rank $R$'
     """
     energy = torch.linalg.svdvals(matrix.detach().double().cpu()).square().numpy()
     kappa = np.minimum(1.0, np.cumsum(energy) / (energy.sum() or 1.0))
@@ -122,14 +128,21 @@ def plot_rank_sweep(matrix: Tensor, rank: int | None = None) -> ProjectFigure:
             if rank is not None:
                 ax.plot(rank, values[rank - 1], style.marker, color=style.color)
     left.set(
-        xlabel="rank R", ylabel="energy after the projection, % of E", xlim=(0, len(R) + 0.5), ylim=(0, 106)
+        xlabel="rank $R$",
+        ylabel="energy after the projection, % of $E$",
+        xlim=(0, len(R) + 0.5),
+        ylim=(0, 106),
     )
-    right.set(xlabel="rank R", ylabel="relative error ‖P − M‖ / ‖M‖", xlim=(0, len(R) + 0.5), ylim=(0, None))
+    right.set(xlabel="rank $R$", ylabel=ERROR, xlim=(0, len(R) + 0.5), ylim=(0, None))
     for ax in (left, right):
         whole_number_ticks(ax)
         if rank is not None:
-            mark_rank(ax, rank, f"R = {rank}")
-    add_legend(figure, left)
+            mark_rank(ax, rank, f"$R = {rank}$")
+    finding = "LRPET keeps all of the energy at every rank"
+    if rank is not None:
+        lrp, lrpet = (error[rank - 1] for _, error in curves.values())
+        finding += f"; at $R = {rank}$ its error is {lrpet:.2f}, the least possible one (LRP) {lrp:.2f}"
+    state(figure, finding, left)
     return figure
 
 
@@ -148,7 +161,7 @@ def plot_by_depth(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Projec
     'layer, from the input'
     """
     figure = ProjectFigure()
-    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    axes, apart = np.atleast_1d(figure.subplots(1, len(panels))), {}
     for ax, (label, curves) in zip(axes, panels.items(), strict=True):
         for name, values in curves.items():
             style = method_style(name)
@@ -161,16 +174,18 @@ def plot_by_depth(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Projec
                 label=style.label,
                 **look,
             )
+            logs = np.abs(np.log(np.asarray(values, float)))
+            apart[style.label] = max(apart.get(style.label, 1.0), float(np.exp(logs.max())))
         ax.axhline(1, color="#888888", linewidth=0.8, zorder=1)
         ax.set(xlabel="layer, from the input", ylabel=label)
         everything = np.concatenate([np.asarray(values, float) for values in curves.values()])
         if everything.max() >= 10 * everything.min() > 0:
-            ax.set_yscale("log")
-            ax.yaxis.set_major_formatter("{x:g}")
+            logarithmic(ax)
         else:
             ax.set_ylim(0, None)
         whole_number_ticks(ax)
-    add_legend(figure, *axes)
+    named = ", ".join(f"{label} {factor:.3g} times" for label, factor in apart.items())
+    state(figure, f"Farthest from the dense network: {named}", *axes)
     return figure
 
 
@@ -188,9 +203,9 @@ def plot_channel_errors(scales: Sequence[float], errors: Mapping[str, Sequence[f
     Source: what arXiv 2204.05566, is about.
 
     >>> plot_channel_errors([0.1, 1.0], {"without": [0.5, 0.5], "with": [0.9, 0.1]}).axes[0].get_xlabel()
-    'scale |a| that BatchNorm gives the channel'
+    'scale $|a|$ that BatchNorm gives the channel'
     """
-    figure = ProjectFigure(2.9)
+    figure = ProjectFigure(3.1)
     ax = figure.subplots()
     looks = cycle([METHOD_STYLES["narrow"], METHOD_STYLES["lrpet"], METHOD_STYLES["svd_finetune"]])
     order = np.argsort(scales)
@@ -205,10 +220,13 @@ def plot_channel_errors(scales: Sequence[float], errors: Mapping[str, Sequence[f
         ax.plot(np.asarray(scales)[order], 100 * np.asarray(values)[order], label=label, **look)
     ax.set(
         xscale="log",
-        xlabel="scale |a| that BatchNorm gives the channel",
+        xlabel="scale $|a|$ that BatchNorm gives the channel",
         ylabel="error of the channel, %",
         ylim=(0, None),
     )
     ax.xaxis.set_major_formatter("{x:g}")
-    add_legend(figure, ax)
+    largest = ", ".join(
+        f"{label} {100 * np.asarray(values)[order[-1]]:.0f} %" for label, values in errors.items()
+    )
+    state(figure, f"Error of the channel with the largest scale: {largest}", ax)
     return figure

@@ -3,24 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from lrpet.experiments import MAIN
 from lrpet.figures.style import (
     METHOD_STYLES,
     OTHER,
     MethodStyle,
     ProjectFigure,
-    add_legend,
+    draw_band,
     in_style,
+    logarithmic,
     method_style,
     say_in_panel,
+    state,
     whole_number_ticks,
 )
 from lrpet.registry import metric_of
+from lrpet.runs.store import load_run
 
-__all__ = ["plot_history", "plot_layers"]
+__all__ = ["plot_history", "plot_layers", "plot_training"]
+
+
+def plot_training(runs: pd.DataFrame) -> ProjectFigure:
+    """Draw the training curves of the main methods of a profile's first network, over all their seeds.
+
+    Args:
+        runs: of :func:`lrpet.tables.rows.profile_runs`, for one profile.
+
+    Returns:
+        What :func:`plot_history` returns for dense, LRP and LRPET, as far as they were run.
+
+    >>> from lrpet.tables.rows import profile_runs
+    >>> plot_training(profile_runs("imagenet")).axes[0].texts[0].get_text()
+    'no run has finished'
+    """
+    main = runs[runs.feeds.isin(MAIN) & runs[metric_of(runs).column].notna()]
+    main = main[main.network == main.network.iloc[0]] if len(main) else main
+    histories = {}
+    for method in ("dense", "lrp", "lrpet"):
+        label = METHOD_STYLES[method].label
+        seeds = main[main.label == label]
+        seeds = seeds[seeds.experiment == seeds.experiment.iloc[0]] if len(seeds) else seeds
+        histories[label] = [load_run(Path(folder)).history for folder in seeds.get("folder", [])]
+    return plot_history(histories)
 
 
 @in_style()
@@ -37,9 +66,9 @@ def plot_history(
 
     Returns:
         Two panels against the epoch: loss on a log scale, of images and text cross-entropy in nats, and the
-        metric of the task, of classification top-1 accuracy in %. Pale lines
-        are the training images, with augmentation; full lines the images that ``scored_on`` names. Dotted
-        vertical lines are where the learning rate falls.
+        metric of the task, of classification top-1 accuracy in %. Pale lines are the training images, with
+        augmentation; full lines the images that ``scored_on`` names. Dotted vertical lines are where the
+        learning rate falls.
 
     >>> table = {"epoch": [1, 2], "learning_rate": 0.1, "train_loss": [2, 1], "loss": [2, 1]}
     >>> table |= {"train_top1_pct": [30, 60], "top1_pct": [30, 60]}
@@ -50,33 +79,24 @@ def plot_history(
     runs = {
         name: [run] if isinstance(run, pd.DataFrame) else list(run) for name, run in runs.items() if len(run)
     }
-    figure = ProjectFigure(3.4)
-    panels = figure.subplots(1, 2)
+    runs = {  # the oldest runs did not record the loss
+        name: [table if "loss" in table else table.assign(loss=np.nan) for table in seeds]
+        for name, seeds in runs.items()
+    }
+    figure = ProjectFigure(3.6)
+    panels, ends = figure.subplots(1, 2), []
     metric = metric_of(pd.concat([t for seeds in runs.values() for t in seeds]) if runs else {})
     for (name, seeds), style in zip(runs.items(), _line_styles(runs), strict=True):
         table = pd.concat(seeds, ignore_index=True)
         label = style.label + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")
+        marker = style.marker if table["epoch"].nunique() == 1 else None  # a line of one point would not show
         for ax, column in zip(panels, ("loss", metric.column), strict=True):
-            for source, look in (
-                (f"train_{column}", {"linewidth": 0.9, "alpha": 0.6}),
-                (column, {"label": label if name else None}),
-            ):
-                if source not in table:  # no task but classification needs a score of its training batches
-                    continue
-                values = table.groupby("epoch")[source].agg(["mean", "min", "max"])
-                marker = style.marker if len(values) == 1 else None  # a line of one point would not show
-                ax.plot(
-                    values.index,
-                    values["mean"],
-                    color=style.color,
-                    linestyle=style.linestyle,
-                    marker=marker,
-                    **look,
-                )
-                if len(seeds) > 1 and source == column:
-                    ax.fill_between(
-                        values.index, values["min"], values["max"], color=style.color, alpha=0.15, linewidth=0
-                    )
+            look = {"color": style.color, "linestyle": style.linestyle, "linewidth": 0.9, "alpha": 0.6}
+            if f"train_{column}" in table:  # no task but classification needs a score of training batches
+                ax.plot(table.groupby("epoch")[f"train_{column}"].mean(), marker=marker, **look)
+            draw_band(ax, table, "epoch", column, style, label=label if name else None, marker=marker)
+        last = table.loc[table["epoch"] == table["epoch"].max(), metric.column].mean()
+        ends.append(f"{style.label} {metric.text(last)}" if name else metric.text(last))
     falls = sorted(
         {
             epoch - 0.5
@@ -98,11 +118,15 @@ def plot_history(
         where = sorted(
             {images for seeds in runs.values() for t in seeds for images in t.get("scored_on", ["test"])}
         )
-        panels[0].set(yscale="log")
-        panels[0].set_title(f"full: {' and '.join(where)} images, pale: training images", color="#555555")
+        logarithmic(panels[0])
+        told = [t["loss"].notna().any() for seeds in runs.values() for t in seeds]
+        some = "" if all(told) else f" of {sum(told)} of {len(told)} runs"
+        full = f"full: {' and '.join(where)} images{some}"
+        panels[0].set_title(f"{full}, pale: training", color="#555555")
+        epochs = max(t["epoch"].max() for seeds in runs.values() for t in seeds)
+        state(figure, f"{metric.title.capitalize()} after {epochs} epochs: {', '.join(ends)}", panels[1])
     if falls:
         panels[1].set_title("dotted: the learning rate falls", color="#555555")
-    add_legend(figure, panels[0])
     return figure
 
 
@@ -186,5 +210,8 @@ def plot_layers(layers: pd.DataFrame) -> ProjectFigure:
     every = -(-len(x) // 28)  # more names than this would run into each other
     bottom.set_xticks(x[::every], layers["name"].iloc[::every], rotation=90, fontsize=8)
     bottom.set(xlabel="layer, in the order of execution", xlim=(-0.7, len(x) - 0.3))
-    add_legend(figure, top)
+    finding = f"{total} M of the dense network's {dense} M multiply-adds are left"
+    if energy.notna().any():
+        finding += f", and {energy.min():.0f} % or more of a layer's energy"
+    state(figure, finding, top)
     return figure

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import NullLocator
 
-from lrpet.figures.style import INK, METHOD_STYLES, PAPER, ProjectFigure, add_legend, in_style
+from lrpet.figures.style import INK, METHOD_STYLES, PAPER, ProjectFigure, in_style, state
 
 __all__ = ["plot_growth", "plot_inference", "plot_layer_gains", "plot_projection_speed"]
 
@@ -22,7 +22,8 @@ def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
         results: JSON of ``python -m lrpet.bench projection``, one a network and device.
 
     Returns:
-        One panel with a bar a network and way; the time in milliseconds stands at each bar.
+        One panel with a bar a network and way; at each bar stands the median time of one projection of all
+        layers.
 
     >>> slow, fast = ({"median_seconds": seconds, "ratio_to_first": seconds} for seconds in (1.0, 0.1))
     >>> result = {"model": "resnet20", "device": "CPU", "threads": 2, "timings": {"svd": slow, "fast": fast}}
@@ -38,7 +39,7 @@ def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
         "fast": "ours, fast",
     }
     colors = dict(zip(labels, ("#BBBBBB", "#888888", "#E69F00", "#56B4E9", "#0072B2"), strict=True))
-    figure = ProjectFigure(0.7 + 1.15 * max(1, len(results)))
+    figure = ProjectFigure(1.2 + 1.15 * max(1, len(results)))
     ax = figure.subplots()
     ax.grid(axis="x"), ax.grid(visible=False, axis="y")
     y, ticks = 0.0, {}
@@ -60,13 +61,18 @@ def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
         ticks[y - (len(ways) + 1) / 2] = f"{result['model']}\n{result['device']}, {result['threads']} threads"
         y += 0.8
     ax.set(
-        xlabel="times as fast as one torch.linalg.svd per layer",
+        xlabel="times as fast as one SVD per layer\nat a bar: median time to project all layers",
         yticks=list(ticks),
         yticklabels=list(ticks.values()),
     )
     ax.invert_yaxis()
-    ax.margins(x=0.12)
-    add_legend(figure, ax)
+    ax.margins(x=0.12, y=0.02)
+    gains = [1 / r["timings"]["fast"]["ratio_to_first"] for r in results if "fast" in r["timings"]]
+    finding = "Projections have not been measured"
+    if gains:
+        spread = f"{min(gains):.1f} to {max(gains):.1f}" if len(gains) > 1 else f"{gains[0]:.1f}"
+        finding = f"Our fast projection is {spread} times as fast as one SVD per layer"
+    state(figure, finding, ax)
     return figure
 
 
@@ -89,7 +95,7 @@ def plot_inference(rows: pd.DataFrame, ideal: float) -> ProjectFigure:
     """
     batches = sorted(rows["batch"].unique())
     most = max(sum(rows["batch"] == batch) for batch in batches)
-    figure = ProjectFigure(1.2 + 0.42 * most)
+    figure = ProjectFigure(1.6 + 0.42 * most)
     panels = figure.subplots(1, len(batches), sharey=False, squeeze=False)[0]
     for ax, batch in zip(panels, batches, strict=True):
         chosen = rows[rows["batch"] == batch]
@@ -105,16 +111,16 @@ def plot_inference(rows: pd.DataFrame, ideal: float) -> ProjectFigure:
             label="layers that lose left dense",
         )
         ax.axvline(1, color=INK, linewidth=0.8)
-        ax.axvline(
-            ideal, color="#D55E00", linestyle="--", linewidth=1.2, label=f"multiply-adds promise {ideal:.2f}"
-        )
+        ax.axvline(ideal, color="#D55E00", linestyle="--", linewidth=1.2, label="as multiply-adds promise")
         names = [
             f"{r.memory}, {r.mode}\n{r.threads} thread{'s' * (r.threads > 1)}" for r in chosen.itertuples()
         ]
         ax.set(title=f"batch {batch}", xlabel="times as fast as dense", yticks=place, yticklabels=names)
         ax.grid(axis="x"), ax.grid(visible=False, axis="y")
         ax.invert_yaxis()
-    add_legend(figure, *panels)
+    gain = rows["compact_gain"]
+    spread = f"{gain.min():.2f} to {gain.max():.2f} times as fast as dense"
+    state(figure, f"Compact is {spread}; multiply-adds promise {ideal:.2f}", *panels)
     return figure
 
 
@@ -131,10 +137,10 @@ def plot_layer_gains(layers: pd.DataFrame) -> ProjectFigure:
 
     >>> row = {"batch": 1, "layer": "conv1", "N": 16, "D": 27, "rank": 6, "gain": 0.5, "ideal": 1.7}
     >>> plot_layer_gains(pd.DataFrame([row])).axes[0].get_yticklabels()[0].get_text()
-    'conv1 (16×27, R = 6)'
+    'conv1 (16×27, $R = 6$)'
     """
     names = list(dict.fromkeys(layers["layer"]))
-    figure = ProjectFigure(1.2 + 0.24 * len(names))
+    figure = ProjectFigure(1.5 + 0.24 * len(names))
     ax = figure.subplots()
     first = layers.drop_duplicates("layer").set_index("layer").loc[names]
     ax.plot(
@@ -155,12 +161,14 @@ def plot_layer_gains(layers: pd.DataFrame) -> ProjectFigure:
     ax.set(xlabel="times as fast as the dense layer", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
     ax.set_yticklabels(
         [
-            f"{name} ({row.N}×{row.D}, R = {row.rank})"
+            f"{name} ({row.N}×{row.D}, $R = {row.rank}$)"
             for name, row in zip(names, first.itertuples(), strict=True)
         ]
     )
     ax.grid(axis="x")
-    add_legend(figure, ax)
+    slower = (layers["gain"] < 1).groupby(layers["batch"]).sum()
+    told = ", ".join(f"{n} of {len(names)} at batch {batch}" for batch, n in slower.items())
+    state(figure, f"Slower as two factors, of the kinds of layers: {told}", ax)
     return figure
 
 
@@ -181,9 +189,9 @@ def plot_growth(rows: pd.DataFrame) -> ProjectFigure:
     ['3.0', '2.0']
     """
     columns = list(dict.fromkeys(rows["axis"]))
-    figure = ProjectFigure(4.6)
+    figure = ProjectFigure(5.0)
     panels = figure.subplots(2, len(columns), sharex="col", sharey="row", squeeze=False)
-    looks = [METHOD_STYLES[name] for name in ("dense", "narrow", "lrpet")]
+    looks, slopes = [METHOD_STYLES[name] for name in ("dense", "narrow", "lrpet")], {}
     for (axis, part), column in zip(rows.groupby("axis", sort=False), range(len(columns)), strict=True):
         for row, (quantity, unit) in enumerate({"median_seconds": 1e3, "peak_bytes": 2**-20}.items()):
             ax, ends = panels[row][column], []
@@ -201,6 +209,7 @@ def plot_growth(rows: pd.DataFrame) -> ProjectFigure:
                 upper = slice(len(values) // 2 - (len(values) < 4), None)
                 slope = np.polyfit(np.log(values[upper]), np.log(cost[upper]), 1)[0]
                 ends.append((cost[-1], f"{slope:.1f}".replace("-0.0", "0.0"), style.color))
+                slopes.setdefault(what, ends[-1][1])
             for place, (cost, slope, color) in enumerate(
                 sorted(ends, reverse=True)
             ):  # the highest line's number highest, none on another
@@ -221,5 +230,8 @@ def plot_growth(rows: pd.DataFrame) -> ProjectFigure:
         panels[1][column].set_xlabel(axis)
     panels[0][0].set_ylabel("time, ms")
     panels[1][0].set_ylabel("peak memory, MiB")
-    add_legend(figure, panels[0][0])
+    key = "number at a line: its slope; 1: cost in proportion to the size, 2: four times at twice the size"
+    figure.supxlabel(key, fontsize=9)
+    powers = ", ".join(f"{slope} ({what})" for what, slope in slopes.items())
+    state(figure, f"Time grows with {columns[0]} to the power of {powers}", panels[0][0])
     return figure

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
+import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from lrpet.config import PROFILES
 from lrpet.files import write_file
@@ -42,6 +45,7 @@ METHOD_STYLES = {
 }
 OTHER = MethodStyle("", "#777777", "h", (0, (2, 2)))  # a method that is not ours to run, with its own label
 INK, GRID, PAPER = "#222222", "#DDDDDD", "#FFFFFF"
+TITLE_LETTERS = 84  # of 10.5 points, bold, on a line of 7.5 inches
 STYLE = {
     "figure.facecolor": PAPER,  # an own light background: on a dark screen nothing shines through
     "figure.dpi": 110,
@@ -49,6 +53,7 @@ STYLE = {
     "savefig.dpi": 150,
     "svg.hashsalt": "lrpet",  # names inside an SVG are hashes; a fixed salt makes them the same every time
     "font.size": 9.5,
+    "mathtext.fontset": "cm",  # the letters of LaTeX
     "text.color": INK,
     "axes.facecolor": PAPER,
     "axes.edgecolor": INK,
@@ -85,11 +90,16 @@ class ProjectFigure(Figure):
     Args:
         height: inches; the width is that of a page, 7.5.
 
+    Attributes:
+        finding: what the figure shows, as :func:`state` wrote it above the panels.
+
     >>> ProjectFigure(3).get_size_inches().tolist()
     [7.5, 3.0]
     """
 
-    def __init__(self, height: float = 3.2):
+    finding = ""
+
+    def __init__(self, height: float = 3.5):
         super().__init__(figsize=(7.5, height), layout="constrained")
 
     def draw(self, renderer):
@@ -134,27 +144,85 @@ def method_style(name: str) -> MethodStyle:
     return OTHER._replace(label=name)
 
 
-def add_legend(figure: Figure, *axes) -> None:
-    """Put one legend above the panels, where it hides no data: equal labels once, as many columns as fit."""
-    entries = {}
+def state(figure: ProjectFigure, finding: str, *axes) -> None:
+    """Write what a figure shows above its panels and, below that, one legend for all of them.
+
+    Args:
+        figure: to write on.
+        finding: the title; long ones are wrapped.
+        axes: whose labelled lines and bars are in the legend, equal labels once.
+    """
+    figure.finding, entries = finding, {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    labels = list(entries)
-    widths = {
-        n: sum(11 + max(map(len, column)) for column in np.array_split(labels, n))
+    title, bold = textwrap.fill(finding, TITLE_LETTERS), {"size": 10.5, "weight": "bold"}
+    if not entries:
+        figure.suptitle(title, x=0.01, ha="left", fontproperties=bold)
+        return
+    look = {"title_fontproperties": bold, "alignment": "left", "borderpad": 0, "borderaxespad": 0.3}
+    place = {"loc": "outside upper left", "ncols": _columns(list(entries))}
+    figure.legend(entries.values(), list(entries), title=title, **place, **look)
+
+
+def _columns(labels: list[str]) -> int:
+    """Return in how many columns a legend fits into 7.5 inches, which 118 letters of 9 points fill."""
+    fits = [
+        n
         for n in range(1, len(labels) + 1)
-    }
-    fitting = [
-        n for n, letters in widths.items() if letters <= 118
-    ]  # 118 letters of 9 points fill 7.5 inches
-    if labels:
-        figure.legend(entries.values(), labels, loc="outside upper left", ncols=max(fitting, default=1))
+        if sum(11 + max(map(len, column)) for column in np.array_split(labels, n)) <= 118
+    ]
+    return max(fits, default=1)
 
 
-def whole_number_ticks(ax) -> None:
+def draw_band(ax, table: pd.DataFrame, x: str, y: str, style: MethodStyle, **look) -> None:
+    """Draw the mean of y at each x as a line, and a band from the lowest value there to the highest.
+
+    Args:
+        ax: to draw on.
+        table: a row per value: with several seeds, several rows per x.
+        x: column.
+        y: column.
+        style: colour, marker and dashes.
+        look: further settings of the line, as ``label``; ``marker=None`` leaves the markers away.
+    """
+    look = {"marker": style.marker, "markeredgewidth": 0, "linestyle": style.linestyle} | look
+    band = {"alpha": 0.18, "linewidth": 0}
+    table = table.dropna(subset=y)
+    several = len(table) and table[x].duplicated().any()
+    spread = ("pi", 100) if several else None  # of all values: by Student's t that of two is 9 times as wide
+    settings = {"errorbar": spread, "err_kws": band, "color": style.color, "legend": False, "ax": ax}
+    sns.lineplot(table, x=x, y=y, **settings, **look)
+    ax.set(xlabel="", ylabel="")  # seaborn writes the names of the columns
+
+
+def whole_number_ticks(ax, at_most: int = 8) -> None:
     """Tick the x axis at whole numbers."""
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=at_most, steps=[1, 2, 5, 10]))
+
+
+def one_two_five(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten from the last one below an interval to the first one above it.
+
+    >>> one_two_five(0.3, 4.0)
+    [0.2, 0.5, 1.0, 2.0, 5.0]
+    """
+    powers = range(int(np.floor(np.log10(low))) - 1, int(np.ceil(np.log10(high))) + 1)
+    values = [float(f"{lead}e{power}") for power in powers for lead in (1, 2, 5)]
+    below, above = max(v for v in values if v <= low), min(v for v in values if v >= high)
+    return [v for v in values if below <= v <= above]
+
+
+def logarithmic(ax) -> None:
+    """Give the y axis a log scale, labelled at 1, 2, 5 times a power of ten where it spans less than two."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high < 100 * low:
+        shown = one_two_five(low, high)
+        ax.set_ylim(shown[0], shown[-1])
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
 
 
 def mark_rank(ax, x: float, text: str, *, at_top: bool = False) -> None:
@@ -179,22 +247,24 @@ def say_in_panel(ax, text: str) -> None:
 
 
 def saved_figures(profile: str) -> list[tuple[str, Path]]:
-    """Return the PNG files of a profile with captions: which notebook, which runs; see figures/README.md."""
+    """Return the PNG files of a profile with their captions, those of figures/README.md.
+
+    Returns:
+        Caption and path of each: what it shows, which notebook made it, from which runs.
+    """
     rows = re.findall(
-        r"\| `<profile>/([^`]+)` \| `([^`]+)` \| (.+) \|",
+        r"^\| `([^`]+)` \| (.+) \| `([^`]+)` \| (.+) \|$",
         project_file("figures/README.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
     )
     found = []
     for path in sorted((figures_root() / profile).glob("*.png")):
-        origin = next(
-            (
-                f"made by `{notebook}` from {source}"
-                for name, notebook, source in rows
-                if path.match(f"{name}.png") or path.match(name)
-            ),
-            "",
-        )
-        found.append((f"**{path.stem}**, {origin}", path))
+        caption = f"**{path.stem}**"
+        for name, shows, notebook, source in rows:
+            if path.match(f"{name}.png") or path.match(name):
+                caption = f"**{path.stem}.** {shows} Made by `{notebook}` from {source}."
+                break
+        found.append((caption, path))
     return found
 
 

@@ -13,7 +13,6 @@ import torch
 from helpers import COLOUR_BLINDNESS, experiment, lab_of, linear_rgb, put
 from matplotlib import rc_context, rcParams, style
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 import lrpet
 from lrpet import figures
@@ -58,21 +57,6 @@ def layers(n=7, dead=()):
     return table
 
 
-def runs(methods=("dense", "lrp", "lrpet"), seeds=(1, 2, 3), ratios=(0.57,), **fields):
-    rows = []
-    for method, seed in itertools.product(methods, seeds):
-        for ratio in [None] if method == "dense" else ratios:
-            cost = 1.0 if ratio is None else 1.02 - ratio
-            settings = {"dataset": "cifar10", "profile": "paper", "model": "resnet56", "scored_on": "test"}
-            settings |= {"milestones": [200, 300], "ranks": None, "bn_rectification": True}
-            row = {**settings, "method": method, "seed": seed, "prune_ratio": ratio, **fields}
-            rows.append(
-                row
-                | {"macs": 125e6 * cost, "dense_macs": 125e6, "top1_pct": 93 + 0.1 * seed - (method == "lrp")}
-            )
-    return pd.DataFrame(rows)
-
-
 def labels(figure):
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
@@ -88,7 +72,6 @@ def everything_drawn():
         "channels": figures.plot_channel_errors(
             [0.1, 1.0, 10.0], {"without": [0.5, 0.5, 0.5], "with": [0.9, 0.2, 0.0]}
         ),
-        "accuracy": figures.plot_accuracy_against_macs(runs(), published()),
         "headline": figures.plot_headline(profile_runs("short", PROJECT / "results")),
     }
 
@@ -108,32 +91,13 @@ def test_every_figure_is_labelled_with_units():
             ), name
 
 
-def test_nothing_is_cut_off_or_covered():
-    for name, figure in everything_drawn().items():
-        figure.png()
-        page = figure.bbox
-        for legend in figure.legends:
-            box = legend.get_window_extent()
-            assert page.x0 <= box.x0 and box.x1 <= page.x1 + 1, name
-            assert not any(box.overlaps(ax.get_window_extent()) for ax in figure.axes), name
-        for ax in figure.axes:
-            for text in filter(Text.get_text, (ax.xaxis.label, ax.yaxis.label, *ax.texts)):
-                box = text.get_window_extent()
-                assert (
-                    page.x0 - 1 <= box.x0
-                    and box.x1 <= page.x1 + 1
-                    and page.y0 - 1 <= box.y0
-                    and box.y1 <= page.y1 + 1
-                ), (name, text.get_text())
-
-
 def test_import_sets_nothing_and_the_package_does_without_matplotlib(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")  # else reading rcParams["backend"] imports pyplot to find one
     code = (
-        "import sys, lrpet; assert 'matplotlib' not in sys.modules\n"
+        "import sys, lrpet; assert not {'matplotlib', 'seaborn'} & set(sys.modules)\n"
         "import matplotlib; before = matplotlib.rcParams.copy()\n"
         "from lrpet import figures; figures.plot_rank_sweep(__import__('torch').eye(3), 1).png()\n"
-        "assert matplotlib.rcParams == before and 'matplotlib.pyplot' not in sys.modules"
+        "assert matplotlib.rcParams == before and not sys.modules['matplotlib.pyplot'].get_fignums()"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -279,106 +243,65 @@ def test_layers_names_a_missing_column():
         figures.plot_layers(layers().drop(columns="dense_macs"))
 
 
-def test_accuracy_of_a_run_of_the_store():
+def test_layers_and_history_of_a_run_of_the_store():
     run = lrpet.run(lrpet.RunConfig(epochs=1, milestones=(), batch_size=256), progress="off")
-    assert figures.plot_accuracy_against_macs(lrpet.load_runs(run.folder.parent), published()).png()
     assert figures.plot_layers(run.layers).png()
     assert figures.plot_history(run.history).png()
 
 
-def points(ax, label):
-    line = next(line for line in ax.lines if line.get_label() == label)
-    return np.column_stack([line.get_xdata(), line.get_ydata()])
+def store(root, **accuracies):
+    """Put runs of scaled into a store: experiment → accuracy of seeds 1, 2, …; MACs as the ratio says."""
+    for name, values in accuracies.items():
+        for seed, value in enumerate(values, start=1):
+            config = experiment("scaled", f"resnet20-{name.replace('_', '-')}-s{seed}")
+            put(root, config, value, macs=int(100e6 * (1 - (config.prune_ratio or 0))), dense_macs=10**8)
+    return profile_runs("scaled", root)
 
 
-def test_accuracy_averages_over_seeds():
-    figure = figures.plot_accuracy_against_macs(runs(ratios=(0.57, 0.7)), published())
+def test_accuracy_against_macs_is_a_sweep_of_ratios_and_nothing_else(tmp_path):
+    sweep = {"lrpet": (90.0, 92.0), "lrpet_0.30": (95.0, 94.0), "lrpet_0.80": (80.0, 81.0)}
+    runs = store(tmp_path, dense=(97.0, 98.0), lrp=(89.0, 88.0), lrpet_4_epochs=(60.0,), **sweep)
+    figure = figures.plot_accuracy_against_macs(runs)
     (ax,) = figure.axes
-    np.testing.assert_allclose(points(ax, "LRPET"), [[40.0, 93.2], [56.25, 93.2]])
-    np.testing.assert_allclose(points(ax, "LRP"), [[40.0, 92.2], [56.25, 92.2]])
-    np.testing.assert_allclose(points(ax, "LRPET, published"), [[56.06, 93.27]])
-    bars = [segment for collection in ax.collections for segment in collection.get_segments() if len(segment)]
-    interval = 2 * 4.302653 * 0.1 / 3**0.5  # Student's t for three values of standard deviation 0.1
-    np.testing.assert_allclose(np.ptp(np.array(bars)[:, :, 1], axis=1), interval, rtol=1e-6)
-    assert ax.get_title(loc="left") == "last epoch, mean and 95 % interval over 3 seeds; hollow: published"
-
-
-def test_accuracy_of_equal_cost_stands_side_by_side():
-    figure = figures.plot_accuracy_against_macs(runs())
-    figure.png()
-    (ax,) = figure.axes
-    places = {}
-    for line in ax.lines:
-        if line.get_label() in ("LRP", "LRPET"):
-            places[line.get_label()] = line.get_transform().transform(
-                np.column_stack([line.get_xdata(), line.get_ydata()])
-            )[0, 0]
-    assert places["LRPET"] - places["LRP"] == pytest.approx(8 * figure.dpi / 72)
-
-
-def test_accuracy_tells_variants_and_networks_apart():
-    table = pd.concat(
-        [runs(), runs(["lrpet"], bn_rectification=False), runs(["lrpet"], seeds=[1], model="resnet110")],
-        ignore_index=True,
-    )
-    figure = figures.plot_accuracy_against_macs(table)
-    assert set(labels(figure)) == {"dense (3 seeds)", "LRP (3 seeds)", "LRPET (3 seeds)"} | {
-        "LRPET without BN rectification (3 seeds)",
-        "LRPET (1 seed)",
-    }
-    assert {text.get_text() for text in figure.axes[0].texts} == {"resnet56", "resnet110"}
-
-
-@pytest.mark.parametrize(
-    ("table", "reported"),
-    [
-        (runs(["dense"]), None),
-        (runs(["lrpet"], seeds=[1]), None),
-        (runs(seeds=[1]), published()),
-        (runs().iloc[:0], None),
-        (pd.DataFrame(), published()),
-        (runs().iloc[:0], published()),
-        (runs(dataset="digits"), published()),
-        (runs(["my_method"]), published().iloc[:0]),
-        (runs(list(figures.METHOD_STYLES)), published()),
-    ],
-)
-def test_accuracy_with_something_missing(table, reported):
-    figure = figures.plot_accuracy_against_macs(table, reported)
-    assert figure.png()
-    assert bool(labels(figure)) == bool(len(table))
-    assert [text.get_text() for text in figure.axes[0].texts] == (
-        [] if len(table) else ["no run has finished"]
+    assert labels(figure) == ["LRPET"]  # of LRP there is one ratio, which is no sweep
+    mean = next(line for line in ax.lines if line.get_label() == "LRPET")
+    np.testing.assert_allclose(mean.get_xydata(), [[20, 80.5], [43, 91], [70, 94.5]])
+    assert ax.get_title(loc="left") == "resnet20, 2 seeds a point"
+    (band,) = ax.collections
+    at = band.get_paths()[0].vertices
+    np.testing.assert_allclose(sorted(set(at[at[:, 0] == 43][:, 1])), [90, 92])  # lowest and highest seed
+    assert [text.get_text() for text in ax.texts] == ["dense, 100.0 M: 97.50 %"]
+    assert (
+        figure.finding == "resnet20: LRPET goes from 94.50 to 80.50 % as 70.0 M multiply-adds become 20.0 M"
     )
 
 
-def test_accuracy_takes_a_published_share_for_the_same_network():
-    table = runs(["dense"], model="resnet20")
-    (ax,) = figures.plot_accuracy_against_macs(table, published()).axes
-    np.testing.assert_allclose(points(ax, "baseline (TRP), published"), [[125.0, 91.74]])
-    np.testing.assert_allclose(points(ax, "TRP+nuclear (channel), published"), [[125 * (1 - 0.539), 90.50]])
-
-
-@pytest.mark.parametrize("column", ["dataset", "profile"])
-def test_accuracy_refuses_what_does_not_compare(column):
-    table = pd.concat([runs(), runs(**{column: "another"})])
-    with pytest.raises(ValueError, match=f"runs must be of one {column}"):
-        figures.plot_accuracy_against_macs(table)
+def test_published_numbers_of_the_same_network_are_hollow():
+    runs = profile_runs("paper", PROJECT / "results")
+    lrpet = runs.label.eq("LRPET") & runs.network.eq("resnet56") & runs.ratio.notna()
+    made_up = {"top1_pct": 90.0, "macs": 125e6 * (1 - runs.ratio), "dense_macs": 125e6}
+    made_up |= {"dataset": "cifar10", "scored_on": "test"}
+    figure = figures.plot_accuracy_against_macs(runs[lrpet].assign(**made_up), published())
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "LRPET, published")
+    known = published().query("dataset == 'cifar10' and model == 'resnet56' and method == 'LRPET'")
+    known = known.dropna(subset=["macs_m", "top1_pct"]).sort_values("macs_m")
+    np.testing.assert_allclose(line.get_xydata(), known[["macs_m", "top1_pct"]])
+    assert line.get_markerfacecolor() == "#FFFFFF"
 
 
 def test_saved_files_are_the_same_every_time():
     contents = []
     for figure in (
-        figures.plot_accuracy_against_macs(runs(), published()),
-        figures.plot_accuracy_against_macs(runs(), published()),
+        figures.plot_history({"lrp": [history(), history()]}),
+        figures.plot_history({"lrp": [history(), history()]}),
     ):
         for _ in range(2):
-            paths = figures.save_figure(figure, "accuracy", "smoke")
+            paths = figures.save_figure(figure, "history", "smoke")
             contents.append([path.read_bytes() for path in paths])
     assert all(content == contents[0] for content in contents)
-    assert [path.name for path in paths] == ["accuracy.png", "accuracy.svg"]
+    assert [path.name for path in paths] == ["history.png", "history.svg"]
     assert {path.parent for path in paths} == {figures_root() / "smoke"}
-    assert sorted(path.name for path in paths[0].parent.iterdir()) == ["accuracy.png", "accuracy.svg"]
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == ["history.png", "history.svg"]
     png, svg = contents[0]
     assert png.startswith(b"\x89PNG")
     assert b"matplotlib version" not in png and b"<dc:date>" not in svg
@@ -407,18 +330,29 @@ def test_save_refuses_a_place_outside(name, profile):
 def test_saved_figures_come_with_their_origin(monkeypatch, tmp_path):
     monkeypatch.setenv("LRPET_FIGURES", str(tmp_path))
     assert figures.saved_figures("smoke") == []
-    for name in ("ablations", "00_anything", "unheard_of"):
+    for name in ("ablations", "unheard_of"):
         figures.save_figure(figures.plot_rank_sweep(torch.eye(2)), name, "smoke")
     captions = {path.stem: caption for caption, path in figures.saved_figures("smoke")}
-    assert "03_ablations.ipynb" in captions["ablations"] and "00_method.ipynb" in captions["00_anything"]
-    assert captions["unheard_of"] == "**unheard_of**, "
+    assert captions["ablations"].startswith("**ablations.** Accuracy with one thing changed.")
+    assert "03_ablations.ipynb" in captions["ablations"]
+    assert captions["unheard_of"] == "**unheard_of**"
+
+
+def test_every_figure_that_a_notebook_saves_has_a_caption():
+    saved = {
+        name
+        for notebook in (PROJECT / "notebooks").glob("*.ipynb")
+        for name in re.findall(r'save_figure\(\w+, f?\\"(\w+)', notebook.read_text(encoding="utf-8"))
+    }
+    told = re.findall(r"^\| `(\w+)\*?` \|", (PROJECT / "figures/README.md").read_text(), re.MULTILINE)
+    assert len(saved) > 15 and saved == set(told)
 
 
 def test_a_setting_that_was_not_run_says_so():
     rows = [
-        ["residual factor", "0", "a", "LRPET as it is"],
-        ["residual factor", "0.3", "b", "not tested"],
-        ["residual factor", "0.6", "c", "higher"],
+        ["from", "scratch", "a", "LRPET as it is"],
+        ["from", "a trained one", "b", "not tested"],
+        ["from", "another", "c", "higher"],
         ["row_eps", "0", "a", "LRPET as it is"],
         ["row_eps", "1", "b", "not tested"],
     ]
@@ -429,12 +363,22 @@ def test_a_setting_that_was_not_run_says_so():
     figure.png()
     (first,) = figure.axes  # one setting alone is no ablation
     assert [text.get_text() for text in first.texts] == ["not run"]
-    assert sorted(x for line in first.lines for x in line.get_xdata() if line.get_marker() == "o") == [
-        90.0,
-        91.0,
-        95.0,
-    ]
-    assert [label.get_text() for label in first.get_yticklabels()] == ["0", "0.3", "0.6"]
+    dots = sorted(x for line in first.lines for x in line.get_xdata() if line.get_marker() == "o")
+    assert dots == [90.0, 91.0, 95.0]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["scratch", "a trained one", "another"]
+    assert figure.finding.startswith("1 of 1 changed settings that were run is shown to differ")
+
+
+def test_a_setting_that_is_a_number_is_a_line_with_a_band():
+    rows = [[0.57, "a", "LRPET as it is"], [0.3, "b", "higher"], [0.7, "c", "not tested"]]
+    table = pd.DataFrame(rows, columns=["setting", "experiment", "verdict"])
+    table = table.assign(question="prune ratio", setting=table.setting.astype(str))
+    runs = pd.DataFrame({"experiment": list("aabbc"), "top1_pct": [90.0, 91.0, 95.0, 96.0, None]})
+    figure = figures.plot_ablations(table, runs.assign(ratio=[0.57, 0.57, 0.3, 0.3, 0.7]))
+    (ax,) = figure.axes
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0.3, 95.5], [0.57, 90.5]])
+    assert len(ax.collections) == 1 and labels(figure) == ["LRPET"]
+    assert ax.get_xlabel() == "prune ratio\nnot run: 0.7"
 
 
 # ---------------------------------------------------------------- headline
@@ -451,8 +395,8 @@ def test_the_headline_sorts_by_mean_and_claims_only_what_is_decided(tmp_path):
     figure.png()
     (ax,) = figure.axes
     rows = [label.get_text() for label in ax.get_yticklabels()][::-1]
-    assert rows == ["dense, 40.6 M MACs", "narrow network", "LRPET", "LRP"]
-    assert figure.get_suptitle().startswith("At 18.2 M multiply-adds LRPET beats LRP; no other")
+    assert rows == ["dense (40.6 M MACs)", "narrow network", "LRPET", "LRP"]
+    assert figure.finding.startswith("At 18.2 M multiply-adds LRPET beats LRP; no other")
     told = [text.get_text() for text in ax.texts][::-1]
     assert told == ["90.10  (3 seeds)", "86.00  (1 seed)", "85.10  (3 seeds)", "80.11  (3 seeds)"]
 
@@ -481,3 +425,21 @@ def test_a_committed_headline_shows_what_the_store_holds(profile):
 def test_the_readme_shows_a_headline_that_is_compared_with_the_store():
     assert (PROJECT / "figures" / "scaled" / "headline.svg").is_file()
     assert "(figures/scaled/headline.png)" in (PROJECT / "README.md").read_text(encoding="utf-8")
+
+
+def test_plain_networks_have_a_headline_of_their_own(tmp_path):
+    for name, top1 in (("resnet20-lrpet", 90), ("plain20-lrpet", 70), ("plain20-lrp", 60)):
+        put(tmp_path, experiment("scaled", f"{name}-s1"), top1, macs=18_211_456, dense_macs=40_551_040)
+    runs = profile_runs("scaled", tmp_path)
+    rows = [
+        [label.get_text() for label in figures.plot_headline(runs, network).axes[0].get_yticklabels()]
+        for network in (None, "resnet20", "plain20")
+    ]
+    assert rows == [["LRPET"], ["LRPET"], ["LRP", "LRPET"]]
+    finding = figures.plot_headline(runs, "plain20").finding
+    assert finding == "At 18.2 M multiply-adds 1 seed of LRPET is too few for a verdict on plain20"
+
+
+def test_training_curves_are_of_the_main_methods_over_all_seeds():
+    figure = figures.plot_training(profile_runs("short", PROJECT / "results"))
+    assert labels(figure) == ["dense (3 seeds)", "LRP (3 seeds)", "LRPET (3 seeds)"]

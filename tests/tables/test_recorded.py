@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import COLOUR_BLINDNESS, TINY, lab_of, linear_rgb
+from helpers import TINY, check_layout
 
 from lrpet import RunConfig, build_model, figures, ranks_from_ratio, run
 from lrpet.experiments import load_profile
@@ -70,10 +70,8 @@ def everything_drawn(layers=7):
     some, ranks = spectra(layers)
     names = list(ranks)
     return {
-        "spectra": figures.plot_spectra(some, ranks),
-        "training": figures.plot_spectra_over_training(
-            some, [names[0], names[len(names) // 2], names[-1]], ranks
-        ),
+        "spectra": figures.plot_spectra(some, names, ranks),
+        "map": figures.plot_spectrum_map(some, names[0], ranks),
         "energy": figures.plot_energy_kept(energy_shares(some, ranks)),
         "gradients": figures.plot_gradients(gradients(layers)),
         "ratios": figures.plot_gradient_ratios(gradient_ratios(gradients(layers))),
@@ -151,8 +149,8 @@ def test_an_older_run_is_named_and_the_rest_goes_on(load, tmp_path, capsys):
 def test_nothing_recorded_is_said_and_drawn():
     shares, ratios = energy_shares({}, RANKS), gradient_ratios({})
     drawn = [
-        figures.plot_spectra({}, RANKS),
-        figures.plot_spectra_over_training({}, ["conv"], RANKS),
+        figures.plot_spectra({}, [], RANKS),
+        figures.plot_spectrum_map({}, "conv", RANKS),
         figures.plot_energy_kept(shares),
     ]
     drawn += [figures.plot_gradients({}), figures.plot_gradient_ratios(ratios)]
@@ -168,38 +166,12 @@ def test_nothing_recorded_is_said_and_drawn():
 
 
 @pytest.mark.parametrize("layers", [1, 25])
-def test_every_figure_is_labelled_and_nothing_is_cut_off(layers):
+def test_every_figure_says_what_it_shows_and_has_room_for_it(layers):
     for name, figure in everything_drawn(layers).items():
-        assert len(figure.png()) > 5000, name
-        page = figure.bbox
-
-        def beside(ax, axis):
-            return [ax, *getattr(ax, f"get_shared_{axis}_axes")().get_siblings(ax)]
-
-        for ax in figure.axes:
-            assert (
-                figure.get_supxlabel()
-                or any(a.get_xlabel() for a in beside(ax, "x"))
-                or ax.get_ylabel() == "ratio; dot: above 1"
-            ), name
-            assert figure.get_supylabel() or any(a.get_ylabel() for a in beside(ax, "y")), name
-        texts = [
-            text for ax in figure.axes for text in (ax.xaxis.label, ax.yaxis.label, ax.title, ax._left_title)
-        ]
-        for text in [*texts, *(text for text in (figure._supxlabel, figure._supylabel) if text)]:
-            box = text.get_window_extent()
-            if text.get_text():
-                assert (
-                    page.x0 - 1 <= box.x0
-                    and box.x1 <= page.x1 + 1
-                    and page.y0 - 1 <= box.y0
-                    and box.y1 <= page.y1 + 1
-                ), (name, text.get_text())
-        for legend in figure.legends:
-            box = legend.get_window_extent()
-            assert box.x1 <= page.x1 + 1 and not any(
-                box.overlaps(ax.get_window_extent()) for ax in figure.axes
-            ), name
+        check_layout(figure, name)
+        assert figure.finding, name
+        assert figure.get_supxlabel() or any(ax.get_xlabel() for ax in figure.axes), name
+        assert figure.get_supylabel() or any(ax.get_ylabel() for ax in figure.axes), name
 
 
 def test_figures_are_saved_byte_for_byte_the_same():
@@ -213,31 +185,67 @@ def test_figures_are_saved_byte_for_byte_the_same():
     assert saved[0] == saved[1]
 
 
-def test_epochs_differ_in_lightness_for_every_kind_of_sight():
-    panel = figures.plot_spectra_over_training(*spectra_of_one_layer()).axes[0]
-    colors = list(
-        dict.fromkeys(
-            line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color())
-            for line in panel.get_lines()[:-1]
-        )
+def test_telling_layers_are_the_most_alike_and_the_least_alike():
+    some, ranks = spectra(6)
+    away = {"blocks.1.conv": 3.0, "blocks.2.conv": 1.1, "blocks.3.conv": 1.2, "blocks.5.conv": 2.0}
+    some["lrpet"] = some["lrpet"].assign(s=some["lrpet"].s * some["lrpet"].layer.map(away).fillna(1.0))
+    assert figures.telling_layers(some) == [f"blocks.{k}.conv" for k in (0, 1, 4, 5)]
+
+
+def test_markers_show_a_projection_only_where_it_changes_something():
+    some, ranks = spectra(2)
+    table = some["lrpet"]
+    settled = (table.layer == "blocks.1.conv") & (table.when == "before")  # as at the end of training
+    last = table[(table.layer == "blocks.1.conv") & (table.when == "after")]
+    table.loc[settled, "s"] = last.s.to_numpy()
+    first, second = figures.plot_spectra({"lrpet": table}, list(ranks), ranks).axes
+    assert [line.get_label() for line in first.lines[:2]] == ["LRPET", "LRPET, after the projection"]
+    assert "LRPET, after the projection" not in [line.get_label() for line in second.lines]
+
+
+def test_energy_that_is_forced_is_called_so():
+    some, ranks = spectra()
+    for method in ("lrp", "lrpet"):
+        table = some[method]
+        table.loc[(table.when == "before") & (table.i > 3), "s"] = 1e-6
+    assert figures.plot_energy_kept(energy_shares(some, ranks)).finding == (
+        "Energy in the first $R$ values: LRP and LRPET forced to 100 % by projections, dense ends at 89 %"
     )
-    assert len(colors) == 4
-    for seen in COLOUR_BLINDNESS:
-        lightness = [lab_of(np.clip(np.array(seen) @ linear_rgb(color), 0, 1))[0] for color in colors]
-        assert all(a - b > 10 for a, b in zip(lightness, lightness[1:], strict=False))
+    assert "forced" not in figures.plot_energy_kept(energy_shares(*spectra())).finding
 
 
-def spectra_of_one_layer():
-    some, ranks = spectra(1)
-    return {"dense": some["dense"]}, list(ranks), ranks
+def test_gradients_are_ticked_at_one_two_and_five():
+    ax = figures.plot_gradients({"lrp": gradients()["lrp"]}).axes[0]  # from 0.1 to 0.2
+    low, high = ax.get_ylim()
+    ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
+    assert np.allclose(ticks, [0.05, 0.1, 0.2])
+
+
+def test_the_map_of_ratios_is_centred_on_one_and_reads_in_greyscale():
+    ratios = gradient_ratios(gradients(3))
+    ratios.loc[0, "gradient"] = 0.5
+    left, _, bar = figures.plot_gradient_ratios(ratios).axes
+    low, high = left.collections[0].get_clim()
+    assert low == -high  # of logarithms: the middle colour is a ratio of 1
+    dots = next(line for line in left.lines if line.get_marker() == "o")
+    assert len(dots.get_xdata()) == (ratios.gradient > 1).sum() == len(ratios) - 1
+    assert [label.get_text() for label in bar.get_yticklabels()] == [
+        "0.2",
+        "0.5",
+        "0.8",
+        "1",
+        "1.25",
+        "2",
+        "5",
+    ]
 
 
 def test_one_run_and_one_epoch_are_enough():
     some, ranks = spectra(3, epochs=(1,))
     only = {"lrpet": some["lrpet"]}
     for figure in (
-        figures.plot_spectra(only, ranks),
-        figures.plot_spectra_over_training(only, list(ranks), ranks),
+        figures.plot_spectra(only, list(ranks), ranks),
+        figures.plot_spectrum_map(only, "blocks.1.conv", ranks),
     ):
         assert len(figure.png()) > 5000
     figures.plot_energy_kept(energy_shares(only, ranks)).png()
