@@ -152,7 +152,8 @@ def load_compact(path: str | Path, model: nn.Module) -> nn.Module:
         for kind, layers in _compressions(header):
             if kind == "factorize":
                 layers = [
-                    LayerReport(name, rank, math.nan, action) for name, (rank, action) in layers.items()
+                    LayerReport(name, rank, math.nan, action, "", *unfolding)
+                    for name, (rank, action, *unfolding) in layers.items()
                 ]
             done.append((kind, layers))
         shared = header.get("shared", {})

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,15 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrpet.lowrank.arguments import check, is_whole
-from lrpet.lowrank.layers import copy_of, count_parameters, layer_type, left_out, matrix_of, unwrap
+from lrpet.lowrank.layers import (
+    copy_of,
+    count_parameters,
+    layer_type,
+    left_out,
+    matrix_of,
+    resolve_unfolding,
+    unwrap,
+)
 from lrpet.lowrank.observe import call, image_like, watching, weight_reads
 from lrpet.lowrank.ranks import resolve_ranks
 from lrpet.lowrank.table import LayerTable, size
@@ -98,15 +106,17 @@ def cost(
     ranks: Mapping[str, int] | Sequence[int] | None = None,
     *,
     example_inputs: Any = None,
+    unfolding: str | Mapping[str, str] = "rows",
 ) -> Cost:
     """Count multiply-adds and parameters of a network, dense or factorized at the given ranks.
 
     A layer of N outputs and D inputs that runs at P positions costs N·D·P multiply-adds dense and R·(N + D)·P
-    factorized; its weights N·D and R·(N + D). Convolutions and Linear layers count, as often as they run;
-    BatchNorm, pooling and activations do not (their parameters do). Attention products and recurrent cells
-    stand in ``other_macs``. The rank min(N, D) is dense. A layer that never runs has parameters and no
-    multiply-adds. Each time that another module reads the weight of a factorized layer, N·R·D are added, to
-    multiply the factors out.
+    factorized; its weights N·D and R·(N + D). With the unfolding "columns" the k×k factor costs R·N·k²·P, and
+    the 1×1 one before it R·C at each position of the input. Convolutions and Linear layers count, as often as
+    they run; BatchNorm, pooling and activations do not (their parameters do). Attention products and
+    recurrent cells stand in ``other_macs``. The rank min(N, D) is dense. A layer that never runs has
+    parameters and no multiply-adds. Each time that another module reads the weight of a factorized layer,
+    N·R·D are added, to multiply the factors out.
 
     Args:
         model: any module; it is run once on the "meta" device, which computes shapes only, or where it cannot
@@ -115,6 +125,7 @@ def cost(
         ranks: layer name → R or a list in module order; None counts the model as it is.
         example_inputs: in the place of ``input_shape``: a tensor, a tuple or a dict, counted as it is, for
             one image of batch size 1.
+        unfolding: as for :func:`lrpet.factorize`.
 
     Returns:
         Totals and one row per layer, in the order of execution.
@@ -134,11 +145,12 @@ def cost(
         check(wanted, input_shape, sizes, lambda shape: all(size > 0 for size in shape))
     if (input_shape is None) == (example_inputs is None):
         raise ValueError("give either input_shape, (C, H, W) of one image, or example_inputs=, any inputs")
-    ranks = {} if ranks is None else resolve_ranks(model, ranks)
+    unfolding = resolve_unfolding(model, unfolding)
+    ranks = {} if ranks is None else resolve_ranks(model, ranks, unfolding)
     names = {module: name for name, module in model.named_modules()}
     modules = {name: module for module, name in names.items()}
     layers, other_macs = [], {}
-    for name, (counts, positions, reads) in _run(model, input_shape, example_inputs).items():
+    for name, (counts, places, reads) in _run(model, input_shape, example_inputs).items():
         module = modules[name]
         macs = sum(macs for op, macs in counts.items() if _of_a_layer(module, op))
         other_macs |= {
@@ -147,10 +159,11 @@ def cost(
             if not _of_a_layer(module, op)
         }
         if macs or isinstance(module, (_ConvNd, nn.Linear)) or reads:
-            layers.append(_row(name, module, macs, positions, ranks.get(name), reads))
+            how = unfolding.get(name, "rows")
+            layers.append(_row(name, module, macs, places, ranks.get(name), reads, how))
     weights = {}  # of a weight that layers share → what factorizing takes from the parameters
     for name, rank in ranks.items():
-        N, D = matrix_of(modules[name]).shape
+        N, D = matrix_of(modules[name], unfolding[name]).shape
         if rank < min(N, D):
             weights[id(modules[name].weight)] = N * D - rank * (N + D)
     dense_params, saved = count_parameters(model), sum(weights.values())
@@ -164,6 +177,13 @@ def cost(
     )
 
 
+class _Places(NamedTuple):
+    """At how many positions of its input and of its output a layer runs, in all its calls."""
+
+    inputs: int
+    outputs: int
+
+
 def _of_a_layer(module: nn.Module, op: str) -> bool:
     """Tell whether a product counts as that of a convolution or Linear layer."""
     if isinstance(module, (_ConvNd, nn.Linear)) or layer_type(module):
@@ -172,27 +192,36 @@ def _of_a_layer(module: nn.Module, op: str) -> bool:
 
 
 def _row(
-    name: str, module: nn.Module, dense_macs: int, positions: int, rank: int | None, reads: int
+    name: str,
+    module: nn.Module,
+    dense_macs: int,
+    places: _Places,
+    rank: int | None,
+    reads: int,
+    unfolding: str,
 ) -> LayerCost:
     own = sum(p.numel() for p in module._parameters.values() if p is not None)
     if not isinstance(module, (_ConvNd, nn.Linear)) and not layer_type(module):
         return LayerCost(name, type(module).__name__, 0, 0, None, dense_macs, own, dense_macs, own)
     if layer_type(module):
-        N, D = matrix_of(module).shape
+        N, D = matrix_of(module, unfolding).shape
     else:
         N, D = module.weight.shape[0], module.weight[0].numel()
     rank = None if rank == min(N, D) else rank
     params, macs, factored = N * D + (0 if module.bias is None else N), dense_macs, 0
     if rank is not None:
         factored = N * D - rank * (N + D)
-        macs = dense_macs // N * rank + rank * N * positions  # the window on R channels, then N×R
+        if unfolding == "rows":
+            macs = dense_macs // N * rank + rank * N * places.outputs  # the window to R channels, then N×R
+        else:
+            macs = rank * D * places.inputs + dense_macs // D * rank  # R×C, then the window on R channels
         macs += reads * N * rank * D
     kind = type(module).__name__
     return LayerCost(name, kind, N, D, rank, macs, params - factored, dense_macs, params, reads)
 
 
-def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Counter, int, int]]:
-    """Return of each module that runs its own multiply-adds by operation, its output positions, and reads."""
+def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Counter, _Places, int]]:
+    """Return of each module that runs its own multiply-adds by operation, its positions, and reads."""
     try:
         given = image_like(model, input_shape) if example_inputs is None else example_inputs
         shadow = copy_of(model, meta=True)
@@ -210,51 +239,54 @@ def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Count
         ) from error
 
 
-def _count(model: nn.Module, given: Any) -> dict[str, tuple[Counter, int, int]]:
+def _count(model: nn.Module, given: Any) -> dict[str, tuple[Counter, _Places, int]]:
     names = {module: name for name, module in model.named_modules()}
-    outputs = {
-        module: len(matrix_of(module)) for module in names if layer_type(module) and not left_out(module)
-    }
+    matrices = {}  # layer → N and C
+    for module in names:
+        if layer_type(module) and not left_out(module):
+            matrices[module] = len(matrix_of(module)), matrix_of(module, "columns").shape[1]
     counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
-    done: dict[str, tuple[Counter, int]] = {}
+    done: dict[str, tuple[Counter, _Places]] = {}
     began = [(Counter(), Counter())]  # of running modules: the counts at their start, their children's
 
     def so_far() -> Counter:
         return Counter({op.__name__: flops for op, flops in counter.flop_counts["Global"].items()})
 
     def begin(module, _inputs):
-        done.setdefault(names[module], (Counter(), 0))  # in the order of execution
+        done.setdefault(names[module], (Counter(), _Places(0, 0)))  # in the order of execution
         began.append((so_far(), Counter()))
 
-    def end(module, _inputs, output):
+    def end(module, inputs, named, output):
         start, children = began.pop()
         mine = so_far()
         mine.subtract(start)
         began[-1][1].update(mine)
         mine.subtract(children)
-        counts, positions = done[names[module]]
+        counts, places = done[names[module]]
         for op, flops in mine.items():
             if flops:
                 counts[op] += flops // 2  # two for each multiply-add
-        if module in outputs and isinstance(output, Tensor):
-            positions += output.numel() // outputs[module]
-        done[names[module]] = (counts, positions)
+        if module in matrices and isinstance(output, Tensor):
+            x = next(iter((*inputs, *named.values())))
+            N, C = matrices[module]
+            places = _Places(places.inputs + x.numel() // C, places.outputs + output.numel() // N)
+        done[names[module]] = (counts, places)
 
     fast_path, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
     torch.backends.mkldnn.enabled = False  # its recurrent layers are not counted
     try:
-        with watching(model) as hooks, sdpa_kernel(SDPBackend.MATH), weight_reads(outputs) as reads:
+        with watching(model) as hooks, sdpa_kernel(SDPBackend.MATH), weight_reads(matrices) as reads:
             for module in names:
                 hooks.append(module.register_forward_pre_hook(begin))
-                hooks.append(module.register_forward_hook(end))
+                hooks.append(module.register_forward_hook(end, with_kwargs=True))
             with counter:
                 call(model, given)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.backends.mkldnn.enabled = onednn
     for module in reads:
-        done.setdefault(names[module], (Counter(), 0))  # read and not called
+        done.setdefault(names[module], (Counter(), _Places(0, 0)))  # read and not called
     modules = {name: module for module, name in names.items()}
     return {name: (*counted, reads[modules[name]]) for name, counted in done.items()}
 

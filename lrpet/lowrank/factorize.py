@@ -11,7 +11,15 @@ from torch import nn
 from lrpet.lowrank.arguments import renamed
 from lrpet.lowrank.factors import record, replace_layer, symmetric_padding
 from lrpet.lowrank.gains import measure_gains
-from lrpet.lowrank.layers import copy_of, layer_type, matrix_of, rows_first, unwrap, unwritable
+from lrpet.lowrank.layers import (
+    copy_of,
+    layer_type,
+    matrix_of,
+    resolve_unfolding,
+    rows_first,
+    unwrap,
+    unwritable,
+)
 from lrpet.lowrank.projection import truncated_svd
 from lrpet.lowrank.ranks import LayerReport, Report, resolve_ranks
 
@@ -27,13 +35,16 @@ def factorize(
     *,
     min_gain: float | None = None,
     example_inputs: Any = None,
+    unfolding: str | Mapping[str, str] = "rows",
 ) -> nn.Module:
     """Return a compact copy of a network: each chosen layer becomes two thinner ones.
 
     M = U·diag(s)·Vᵀ cut to R columns; a convolution turns into a k×k one from C to R channels with the weight
     diag(√s)·Vᵀ and the original stride, padding and dilation, and a 1×1 one from R to N with U·diag(√s) and
-    the bias. Exact except for rounding where the weight has rank R, the best approximation elsewhere. Layers
-    that share a weight share factors, and a layer of two names is replaced under both.
+    the bias. With the unfolding "columns", where M is N·k² × C, the 1×1 one comes first, from C to R, then
+    the k×k one from R to N with the settings and the bias. Exact except for rounding where the weight has
+    rank R, the best approximation elsewhere. Layers that share a weight share factors, and a layer of two
+    names is replaced under both.
 
     Args:
         model: the trained network; it is not changed.
@@ -43,6 +54,7 @@ def factorize(
             :func:`measure_gains` finds on this machine: 1 for "not slower". None factorizes every layer,
             whatever it costs.
         example_inputs: a batch of inputs as in use, for ``min_gain``: a tensor, a tuple or a dict.
+        unfolding: that of the projection, see :class:`lrpet.LowRankProjector`.
 
     Returns:
         A new module of the same dtype, device and mode; its attribute ``factorization`` is a
@@ -63,15 +75,16 @@ def factorize(
             "neither"
         )
     model = unwrap(model)
-    ranks = resolve_ranks(model, ranks)
+    unfolding = resolve_unfolding(model, unfolding)
+    ranks = resolve_ranks(model, ranks, unfolding)
     for name in ranks:
         if reason := unwritable(model.get_submodule(name)):
             raise ValueError(f"layer {name!r} cannot be factorized: {reason}")
-    gains = {} if min_gain is None else measure_gains(model, ranks, example_inputs)
+    gains = {} if min_gain is None else measure_gains(model, ranks, example_inputs, unfolding=unfolding)
     compact, made, reports = copy_of(model), {}, Report()
     for name, rank in ranks.items():
         layer = compact.get_submodule(name)
-        M = matrix_of(layer)  # (N, D)
+        M = matrix_of(layer, unfolding[name])  # (N, D)
         if not torch.isfinite(M).all():
             raise ValueError(f"NaN or infinity in the weight of layer {name!r}; it cannot be factorized")
         N, D = M.shape
@@ -96,11 +109,12 @@ def factorize(
         else:
             costly = rank * (N + D) >= N * D
             reason = f"factors cost {rank * (N + D) / (N * D):.2f} of the dense layer" if costly else ""
-            reports.append(LayerReport(name, rank, kept, "factorized", reason))
+            reports.append(LayerReport(name, rank, kept, "factorized", reason, unfolding[name]))
         compact = replace_layer(compact, reports[-1], made)
         if reports[-1].action == "factorized":
             first, second = compact.get_submodule(name)
             rows = rows_first(first, first.weight)
             rows.copy_((s.sqrt().unsqueeze(-1) * Vh).reshape(rows.shape))
-            second.weight.copy_((U * s.sqrt()).reshape(second.weight.shape))
+            rows = rows_first(second, second.weight).movedim(1, -1)  # (N, ..., R)
+            rows.copy_((U * s.sqrt()).reshape(rows.shape))
     return record(compact, reports)

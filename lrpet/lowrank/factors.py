@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,18 +42,33 @@ class _Factors(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """The product of the factors, in the shape of the dense layer's weight."""
-        first, second = self
-        window = first
-        while isinstance(window, _Factors):  # a factor that was factorized in its turn
-            window = window[0]
-        rows = rows_first(window, first.weight)  # (R, ...)
-        product = second.weight.flatten(1) @ rows.flatten(1)  # (N, D)
-        return rows_first(window, product.view(-1, *rows.shape[1:]))  # a transposed layer's order, and back
+        first, second = (_outputs_first(factor) for factor in self)  # (R, C, ...), (N, R, ...)
+        if self.unfolding == "rows":
+            product = (second.flatten(1) @ first.flatten(1)).view(-1, *first.shape[1:])
+        else:
+            product = (second.movedim(1, -1) @ first.flatten(1)).movedim(-1, 1)
+        return rows_first(_window(self), product)  # in a transposed layer's order
 
     @property
     def rank(self) -> int:
         """R."""
-        return self[1].weight.shape[1]
+        return len(_outputs_first(self[0]))
+
+    @property
+    def unfolding(self) -> str:
+        """ "rows" where the window is in the first factor, "columns" where it is in the second."""
+        return "columns" if math.prod(getattr(self[1], "kernel_size", ())) > 1 else "rows"
+
+
+def _window(layer: nn.Module) -> nn.Module:
+    """Return the layer of a factor, which may have been factorized in its turn, that has the window."""
+    while isinstance(layer, _Factors):
+        layer = layer[0 if layer.unfolding == "rows" else 1]
+    return layer
+
+
+def _outputs_first(factor: nn.Module) -> Tensor:
+    return rows_first(_window(factor), factor.weight)
 
 
 class LowRankLinear(_Factors):
@@ -81,20 +97,26 @@ class LowRankLinear(_Factors):
 class LowRankConv(_Factors):
     """A convolution, of any number of dimensions or transposed, as two: the window, C → R, and 1×1, R → N.
 
-    It answers ``kernel_size``, ``stride``, ``padding``, ``dilation``, ``padding_mode`` and ``in_channels`` as
-    its first factor does, and ``groups``, which is 1.
+    With the unfolding "columns" they are 1×1, C → R, and the window, R → N. It answers ``kernel_size``,
+    ``stride``, ``padding``, ``dilation`` and ``padding_mode`` as the factor with the window does, and
+    ``groups``, which is 1.
 
     >>> layer = LowRankConv(nn.Conv1d(8, 2, 3, bias=False), nn.Conv1d(2, 5, 1))
     >>> layer.weight.shape, layer.kernel_size, layer.out_channels
     (torch.Size([5, 8, 3]), (3,), 5)
     """
 
-    WINDOW = ("in_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode", "output_padding")
+    WINDOW = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "output_padding")
 
     def __getattr__(self, name: str):
-        return getattr(self[0], name) if name in self.WINDOW else super().__getattr__(name)
+        return getattr(_window(self), name) if name in self.WINDOW else super().__getattr__(name)
 
     groups = 1
+
+    @property
+    def in_channels(self) -> int:
+        """C."""
+        return self[0].in_channels
 
     @property
     def out_channels(self) -> int:
@@ -103,7 +125,7 @@ class LowRankConv(_Factors):
 
 
 class LowRankConv2d(LowRankConv):
-    """A Conv2d as two: a k_h×k_w one from C to R channels and a 1×1 one from R to N.
+    """A Conv2d as two: a k_h×k_w one from C to R channels and a 1×1 one from R to N, or 1×1 first.
 
     >>> layer = LowRankConv2d(nn.Conv2d(8, 2, 3, bias=False), nn.Conv2d(2, 5, 1))
     >>> layer.weight.shape, layer.rank
@@ -175,7 +197,11 @@ def rebuild(model: nn.Module, reports: Sequence[LayerReport]) -> nn.Module:
 def record(compact: nn.Module, reports: list[LayerReport]) -> nn.Module:
     """Note on a network that it was factorized, after whatever was done to it before; return it."""
     compact.factorization = reports
-    done = ("factorize", {report.name: [report.rank, report.action] for report in reports})
+    layers = {report.name: [report.rank, report.action] for report in reports}
+    for report in reports:
+        if report.unfolding != "rows":  # files with rows alone stay as they were before there was another
+            layers[report.name].append(report.unfolding)
+    done = ("factorize", layers)
     compact.compressions = [*getattr(compact, "compressions", ()), done]
     return compact
 
@@ -193,7 +219,7 @@ def replace_layer(model: nn.Module, report: LayerReport, made: dict[int, _Factor
         bias = old.bias if old.bias is not None else old.weight.new_zeros(old.weight.shape[0])
         new = ConstantOutput(bias, old.kernel_size, old.stride, symmetric_padding(old), old.dilation)
     else:
-        new = make_factors(old, report.rank)
+        new = make_factors(old, report.rank, report.unfolding)
         other = made.setdefault(id(old.weight), new)
         new[0].weight, new[1].weight = other[0].weight, other[1].weight
     for hooks in HOOKS:
@@ -205,7 +231,7 @@ def replace_layer(model: nn.Module, report: LayerReport, made: dict[int, _Factor
     return replace_module(model, report.name, new.train(old.training))
 
 
-def make_factors(old: nn.Module, rank: int) -> _Factors:
+def make_factors(old: nn.Module, rank: int, unfolding: str = "rows") -> _Factors:
     """Return the two layers that take the place of a dense one, uninitialized except for the bias."""
     like, kind = {"device": old.weight.device, "dtype": old.weight.dtype}, layer_type(old)
     if kind is nn.Linear:
@@ -219,8 +245,11 @@ def make_factors(old: nn.Module, rank: int) -> _Factors:
         if kind in TRANSPOSED:
             window["output_padding"] = old.output_padding
         pointwise = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(old.kernel_size) - 1]
-        first = skip_init(kind, old.in_channels, rank, old.kernel_size, bias=False, **window, **like)
-        second = skip_init(pointwise, rank, old.out_channels, 1, bias=old.bias is not None, **like)
+        window = window | {"kernel_size": old.kernel_size}
+        makers = [(kind, window), (pointwise, {"kernel_size": 1})]
+        (first, of_first), (second, of_second) = makers if unfolding == "rows" else makers[::-1]
+        first = skip_init(first, old.in_channels, rank, bias=False, **of_first, **like)
+        second = skip_init(second, rank, old.out_channels, bias=old.bias is not None, **of_second, **like)
         factors = (LowRankConv2d if kind is nn.Conv2d else LowRankConv)(first, second)
     if old.bias is not None:
         second.bias = copy.deepcopy(old.bias)

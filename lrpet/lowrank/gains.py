@@ -11,7 +11,7 @@ from torch import nn
 
 from lrpet.lowrank.arguments import renamed
 from lrpet.lowrank.factors import make_factors
-from lrpet.lowrank.layers import matrix_of, unwrap
+from lrpet.lowrank.layers import matrix_of, resolve_unfolding, unwrap
 from lrpet.lowrank.observe import call, watching
 from lrpet.lowrank.ranks import resolve_ranks
 from lrpet.lowrank.timing import side_by_side
@@ -22,7 +22,11 @@ __all__ = ["measure_gains"]
 @renamed(example="example_inputs")
 @torch.no_grad()
 def measure_gains(
-    model: nn.Module, ranks: Mapping[str, int] | Sequence[int], example_inputs: Any, rounds: int = 15
+    model: nn.Module,
+    ranks: Mapping[str, int] | Sequence[int],
+    example_inputs: Any,
+    rounds: int = 15,
+    unfolding: str | Mapping[str, str] = "rows",
 ) -> dict[str, float]:
     """Measure how many times as fast as a layer its two factors are, on its own inputs.
 
@@ -34,6 +38,7 @@ def measure_gains(
         ranks: layer name → R, or a list in module order.
         example_inputs: a batch of inputs, as in use: a tensor, a tuple or a dict.
         rounds: timed repetitions; the gain is the median of their ratios.
+        unfolding: as for :func:`lrpet.factorize`.
 
     Returns:
         Layer name → time of the layer by time of its factors, for the layers that run and have R < min(N, D).
@@ -45,7 +50,8 @@ def measure_gains(
     ['0']
     """
     model = unwrap(model)
-    ranks, inputs = resolve_ranks(model, ranks), {}
+    unfolding = resolve_unfolding(model, unfolding)
+    ranks, inputs = resolve_ranks(model, ranks, unfolding), {}
     names = {model.get_submodule(name): name for name in ranks}
 
     def record(layer, given, _output):
@@ -53,7 +59,7 @@ def measure_gains(
 
     with watching(model) as hooks:
         for layer, name in names.items():
-            if ranks[name] < min(matrix_of(layer).shape):
+            if ranks[name] < min(matrix_of(layer, unfolding[name]).shape):
                 hooks.append(layer.register_forward_hook(record))
         call(model, example_inputs)
     gains, measured = {}, {}
@@ -66,12 +72,13 @@ def measure_gains(
             layer.weight.stride(),
             *window,
             ranks[name],
+            unfolding[name],
             x.shape,
             x.stride(),
             x.dtype,
         )
         if kind not in measured:
-            factors = make_factors(layer, ranks[name])
+            factors = make_factors(layer, ranks[name], unfolding[name])
             for factor in factors:
                 factor.weight.normal_(0, factor.weight[0].numel() ** -0.5)
             if layer.weight.ndim == 4 and layer.weight.is_contiguous(memory_format=torch.channels_last):

@@ -7,15 +7,19 @@ or replaced.
 from __future__ import annotations
 
 import copy
+import fnmatch
+import math
 import re
 from collections import defaultdict
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+
+from lrpet.lowrank.arguments import check
 
 __all__ = [
     "canonical_names",
@@ -25,6 +29,7 @@ __all__ = [
     "left_out",
     "matrix_of",
     "replace_module",
+    "resolve_unfolding",
     "rows_first",
     "shared_weights",
     "unwrap",
@@ -33,6 +38,7 @@ __all__ = [
 ]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+UNFOLDINGS = ("rows", "columns")  # of a k×k weight: N × C·k², the paper's, or N·k² × C
 KINDS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 WRAPPERS = {  # class → attribute that has the network; by name, so that no package need be there
     "AveragedModel": "module",
@@ -123,13 +129,59 @@ def rows_first(layer: nn.Module, weight: Tensor) -> Tensor:
     return weight.transpose(0, 1) if transposed else weight
 
 
-def matrix_of(layer: nn.Module) -> Tensor:
+def matrix_of(layer: nn.Module, unfolding: str = "rows") -> Tensor:
     """Return the weight of a layer as a matrix, (N, D): N outputs, D inputs times kernel area.
 
-    >>> matrix_of(nn.Conv2d(3, 8, 3)).shape
-    torch.Size([8, 27])
+    Args:
+        layer: a convolution or Linear layer.
+        unfolding: "rows", or "columns" for (N·k², C): a row for each output n and place (i, j) of the window.
+
+    >>> matrix_of(nn.Conv2d(3, 8, 3)).shape, matrix_of(nn.Conv2d(3, 8, 3), "columns").shape
+    (torch.Size([8, 27]), torch.Size([72, 3]))
     """
-    return rows_first(layer, layer.weight).flatten(1)
+    rows = rows_first(layer, layer.weight)
+    return rows.flatten(1) if unfolding == "rows" else rows.movedim(1, -1).flatten(0, -2)
+
+
+def resolve_unfolding(model: nn.Module, unfolding: str | Mapping[str, str]) -> dict[str, str]:
+    """Return the unfolding of every layer; of one without a window, whose two matrices are one, "rows".
+
+    Args:
+        model: the network.
+        unfolding: "rows" or "columns" for all layers, or a map of names or patterns of names to them; a name
+            counts before a pattern, and layers that none fits are "rows".
+
+    Raises:
+        TypeError: it is neither a text nor a mapping.
+        ValueError: a name that fits no layer, another unfolding, or two patterns that say different things.
+
+    >>> resolve_unfolding(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), "columns")
+    {'0': 'columns', '1': 'rows'}
+    """
+    layers = {name: layer for name, layer in unwrap(model).named_modules() if layer_type(layer)}
+    allowed = "unfolding must be 'rows', 'columns' or a map of layer names to them"
+    check(allowed, unfolding, isinstance(unfolding, (str, Mapping)))
+    if isinstance(unfolding, str):
+        check(allowed, unfolding, right_type=True, allowed=UNFOLDINGS.__contains__)
+        stated = dict.fromkeys(layers, {unfolding})
+    else:
+        first, stated = canonical_names(unwrap(model)), {}
+        exact = {unwrapped_name(name, first): how for name, how in unfolding.items()}
+        for given, how in exact.items():
+            check(allowed, how, isinstance(how, str), UNFOLDINGS.__contains__)
+            fitting = [first[given]] if given in first else fnmatch.filter(layers, given)
+            if not layers.keys() & fitting:
+                raise ValueError(f"unfolding names {given!r}, which fits no layer of this model")
+            for name in fitting:
+                stated.setdefault(name, set()).add(how)
+        stated |= {first[name]: {how} for name, how in exact.items() if name in first}
+        if unclear := [name for name, hows in stated.items() if len(hows) > 1]:
+            raise ValueError(f"unfolding has two patterns that fit layer {unclear[0]!r} and differ; name it")
+    resolved = {}
+    for name, layer in layers.items():
+        has_window = math.prod(getattr(layer, "kernel_size", ())) > 1 and layer.groups == 1
+        resolved[name] = min(stated.get(name, {"rows"})) if has_window else "rows"
+    return resolved
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -15,11 +15,19 @@ from lrpet.lowrank.layers import (
     layer_type,
     left_out,
     matrix_of,
+    resolve_unfolding,
     shared_weights,
     unwrap,
     unwritable,
 )
-from lrpet.lowrank.ranks import foreign, matcher, rank_from_ratio, warn_of_coverage, warn_of_growth
+from lrpet.lowrank.ranks import (
+    align_rank,
+    foreign,
+    matcher,
+    rank_from_ratio,
+    warn_of_coverage,
+    warn_of_growth,
+)
 from lrpet.lowrank.table import LayerTable, size
 
 __all__ = ["Plan", "PlannedLayer", "select"]
@@ -104,6 +112,8 @@ def select(
     *,
     prune_ratio: float | None = None,
     example_inputs: Any = None,
+    multiple_of: int = 1,
+    unfolding: str | Mapping[str, str] = "rows",
 ) -> Plan:
     """Choose the layers that take part, and say of every other one why it does not.
 
@@ -115,6 +125,8 @@ def select(
         prune_ratio: ρ in [0, 1), to give each layer the rank K − K·ρ; None to choose ranks later.
         example_inputs: a tensor, tuple or dict to run the model on, for the share of multiply-adds, and to
             leave out layers whose weight another module reads and multiplies by itself.
+        multiple_of: as for :func:`lrpet.ranks_from_ratio`, where a ratio is given.
+        unfolding: "rows", "columns", or layer name → one of them, see :class:`lrpet.LowRankProjector`.
 
     Returns:
         A :class:`Plan`. Where it covers less than half of the parameters, or factors are larger than their
@@ -135,6 +147,7 @@ def select(
     shared, rows, sizes = shared_weights(model), [], {}
     counted = None if example_inputs is None else cost(model, example_inputs=example_inputs)
     costs = {} if counted is None else {row.name: row for row in counted.layers}
+    unfolding = resolve_unfolding(model, unfolding)
     for name, module in model.named_modules():
         kind, reason = layer_type(module), left_out(module)
         if kind is None and not reason:
@@ -142,7 +155,7 @@ def select(
         wanted = included(name, module) if include is not None else kind is not nn.Linear
         shape = (None, None)
         if kind is not None and (not reason or reason == "grouped"):
-            shape = matrix_of(module).shape
+            shape = matrix_of(module, unfolding.get(name, "rows")).shape
             reason = reason or unwritable(module) or _untouchable(model, module, shared.get(name, []))
         if excluded(name, module):
             reason = "excluded"
@@ -150,7 +163,9 @@ def select(
             reason = "not included"
         elif not reason and name in costs:
             reason = costs[name].note
-        rank = None if reason or prune_ratio is None else rank_from_ratio(min(shape), prune_ratio)
+        rank = None
+        if not reason and prune_ratio is not None:
+            rank = align_rank(rank_from_ratio(min(shape), prune_ratio), shape, multiple_of)
         rows.append(PlannedLayer(name, type(module).__name__, *shape, rank, not reason, reason))
         if not reason:
             sizes[name] = tuple(shape)

@@ -17,7 +17,15 @@ from torch.nn.modules.conv import _ConvNd
 from lrpet.lowrank.arguments import check, renamed
 from lrpet.lowrank.batchnorm import batchnorm_scale, find_batchnorms, is_batchnorm, resolve_batchnorms
 from lrpet.lowrank.follow import RESIDUAL_TOLERANCE, follow_basis
-from lrpet.lowrank.layers import layer_type, left_out, matrix_of, rows_first, unwrap, unwritable
+from lrpet.lowrank.layers import (
+    layer_type,
+    left_out,
+    matrix_of,
+    resolve_unfolding,
+    rows_first,
+    unwrap,
+    unwritable,
+)
 from lrpet.lowrank.norms import find_norms_before, norm_scale
 from lrpet.lowrank.projection import (
     Basis,
@@ -32,6 +40,7 @@ __all__ = ["DEAD_IN_TRAINING", "LowRankProjector"]
 logger = logging.getLogger("lrpet")
 DEAD_IN_TRAINING = 1e-4  # largest singular value under which a layer is left alone (authors' code)
 BATCH = 2**18  # entries; weights of one shape are copied together, up to so many, and multiplied at once
+PER_OUTPUT = 6  # place in the name of a group: rows of the matrix for an output, 1 or k²
 EXACT_EVERY = 10  # with fast=True, every so many projections are exact and compared with the fast one
 
 
@@ -47,6 +56,10 @@ class LowRankProjector:
         ranks: layer name → R, or one R for each compressible convolution in module order.
         energy_transfer: hand the removed energy to the kept singular values; False is "LRP".
         bn_rectification: project the weight as the BatchNorm after it scales it.
+        unfolding: "rows", the paper's, for a k×k weight as a matrix N × C·k²; "columns" for N·k² × C, which
+            ends as a 1×1 layer and a k×k one after it, faster where channels are few. For all layers, or a
+            map of names or patterns to them; 1×1 and Linear layers have one matrix. In N·k² × C each of the
+            k² rows (n, i, j) of output n is scaled by the a_n of its BatchNorm. Ours, not the paper's.
         keep_share: q in [0, 1], the share of each removed singular value that stays.
         row_eps: constant in undoing the BatchNorm scale, see :func:`lrpet.project`. Rows with a² ≤ row_eps,
             of which the undoing would lose half or more, and a BatchNorm that starts at zero all, are undone
@@ -90,10 +103,12 @@ class LowRankProjector:
         batchnorms: Mapping[str, str | None] | None = None,
         example_inputs: Any = None,
         column_scale: bool = False,
+        unfolding: str | Mapping[str, str] = "rows",
         fast: bool = True,
     ):
         self.model = unwrap(model)
-        self.ranks = resolve_ranks(model, ranks)
+        self.unfolding = resolve_unfolding(model, unfolding)
+        self.ranks = resolve_ranks(model, ranks, self.unfolding)
         check("bn_rectification must be True or False", bn_rectification, isinstance(bn_rectification, bool))
         self.settings = {"energy_transfer": energy_transfer, "keep_share": keep_share, "row_eps": row_eps}
         project_and_measure(torch.eye(2), 1, **self.settings)  # refuses bad settings here, not an epoch later
@@ -138,14 +153,18 @@ class LowRankProjector:
             if (twin := first.setdefault(id(weights[name]), name)) != name:
                 self._twins[name] = twin
                 self._batchnorms.pop(name, None), self._batchnorms.pop(twin, None)
-        self._rows = {name: _rows(layer, weights[name]) for name, layer in layers.items()}
+        self._rows = {n: _rows(layer, weights[n], self.unfolding[n]) for n, layer in layers.items()}
         self._rows |= {name: self._rows[name].mT for name in self._columns}  # whose columns are scaled
         for name, layer in layers.items():
-            (N, D), weight = matrix_of(layer).shape[:: -1 if name in self._columns else 1], weights[name]
+            M, weight = matrix_of(layer, self.unfolding[name]), weights[name]
+            N, D = M.shape[:: -1 if name in self._columns else 1]
             if self.ranks[name] < min(N, D) and weight.requires_grad and name not in self._twins:
                 where = (weight.device, weight.dtype)
-                scaled = name in self._batchnorms
-                alike = (N, D, self.ranks[name], *where, scaled, scaled and name in self._columns)
+                scaled, per_output = (
+                    name in self._batchnorms,
+                    len(M) // len(matrix_of(layer)),
+                )  # rows: 1 or k²
+                alike = (N, D, self.ranks[name], *where, scaled, per_output, scaled and name in self._columns)
                 self._groups[alike].append(name)
         self._links = _links(self.model, (*layers, *self._pairs.values()))
 
@@ -158,7 +177,7 @@ class LowRankProjector:
         Raises:
             TypeError, ValueError: ranks that do not fit the model, or other layers.
         """
-        ranks = resolve_ranks(self.model, ranks)
+        ranks = resolve_ranks(self.model, ranks, self.unfolding)
         if other := sorted(ranks.keys() ^ self.ranks.keys()):
             raise ValueError(f"ranks must be for the layers that are projected; not so {other[0]!r}")
         if ranks != self.ranks:
@@ -215,7 +234,7 @@ class LowRankProjector:
         """
         self._look_up()
         scales = {
-            group: (norm_scale if group[-1] else batchnorm_scale)(*map(self._batchnorms.get, names))
+            group: _scale(group, [self._batchnorms[name] for name in names])
             for group, names in self._groups.items()
             if names[0] in self._batchnorms
         }
@@ -227,7 +246,7 @@ class LowRankProjector:
             rows, a = [self._rows[name] for name in names], scales.get(group)
             basis, followed = self._find_basis(group, rows, a, check)
             kept = torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).tolist()
-            dead = _dead_matrices(rows, a, basis.energy)
+            dead = _dead_matrices(rows, a, basis.energy, group[PER_OUTPUT])
             own |= {name: (kept[i], followed[i], dead.get(i)) for i, name in enumerate(names)}
             if dead:
                 alive = [i for i in range(len(names)) if i not in dead]
@@ -236,13 +255,19 @@ class LowRankProjector:
             for part in _parts(rows):
                 own_a = None if a is None else a[part]
                 few = own_a.square() <= eps if any(map(small.get, names[part])) else None
-                self._project(rows[part], own_a, Basis(*(values[part] for values in basis)), few)
+                own_basis = Basis(*(values[part] for values in basis))
+                self._project(rows[part], own_a, own_basis, few, group[PER_OUTPUT])
         return Report([_report(self, name, own, small) for name in self.ranks] + self._dense)
 
     def _project(
-        self, rows: list[Tensor], a: Tensor | None, basis: Basis, undo_exactly: Tensor | None
+        self,
+        rows: list[Tensor],
+        a: Tensor | None,
+        basis: Basis,
+        undo_exactly: Tensor | None,
+        per_output: int,
     ) -> None:
-        matrices = _as_batch(rows)
+        matrices = _as_batch(rows, per_output)
         project_on_basis_(matrices, basis, row_scale=a, undo_exactly=undo_exactly, **self.settings)
         if matrices.data_ptr() != rows[0].data_ptr():
             torch._foreach_copy_(rows, [M.view(row.shape) for M, row in zip(matrices, rows, strict=True)])
@@ -252,7 +277,7 @@ class LowRankProjector:
     ) -> tuple[Basis, list[bool]]:
         """Return the directions that the layers of a group keep, and which were followed from the last."""
         rank, start = group[2], self._bases.get(group) if self.fast else None
-        grams = partial(_grams, rows, row_scale)  # (B, K, K)
+        grams = partial(_grams, rows, row_scale, group[PER_OUTPUT])  # (B, K, K)
         if start is None:
             basis = leading_basis(grams(), rank)
             followed = [False] * len(basis.kept)
@@ -275,7 +300,7 @@ class LowRankProjector:
             followed = certain.tolist()
             if not check and not all(followed):
                 left = [row for row, done in zip(rows, followed, strict=True) if not done]
-                G = _grams(left, None if row_scale is None else row_scale[~certain])
+                G = _grams(left, None if row_scale is None else row_scale[~certain], group[PER_OUTPUT])
                 for values, exact in zip(basis, leading_basis(G, rank), strict=True):
                     values[~certain] = exact
         if self.fast:
@@ -348,7 +373,7 @@ def _check(projector: LowRankProjector, name: str, layer: nn.Module) -> None:
     scales_rows = name in projector._batchnorms and name not in projector._columns
     if scales_rows and not is_batchnorm(projector._batchnorms[name]):
         raise ValueError(f"{projector._pairs[name]!r} after layer {name!r} is no BatchNorm any more")
-    N, D = matrix_of(layer).shape
+    N, D = matrix_of(layer, projector.unfolding[name]).shape
     if projector.ranks[name] > min(N, D):
         raise ValueError(f"rank of layer {name!r} is {projector.ranks[name]}, but its weight is {N}×{D} now")
 
@@ -382,16 +407,27 @@ def _state(layer: nn.Module) -> tuple:
     return (id(w), pointer, w.shape, w.stride(), w.device, w.dtype, w.requires_grad)
 
 
-def _rows(layer: nn.Module, weight: Tensor) -> Tensor:
+def _scale(group: tuple, norms: list[nn.Module]) -> Tensor:
+    """Return what scales each row of the matrices of a group, (B, N): a_n for all rows of output n."""
+    scale = (norm_scale if group[-1] else batchnorm_scale)(*norms)
+    return scale.repeat_interleave(group[PER_OUTPUT], dim=1)
+
+
+def _rows(layer: nn.Module, weight: Tensor, unfolding: str) -> Tensor:
     """Return a view of a weight, outputs first, the rest as it lies in memory: no result changes."""
     rows = rows_first(layer, weight.detach())
     in_memory = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
-    return rows.permute(0, 2, 3, 1) if in_memory else rows
+    return rows.movedim(1, -1) if in_memory or unfolding == "columns" else rows
 
 
-def _as_batch(rows: list[Tensor]) -> Tensor:
+def _as_matrix(row: Tensor, per_output: int) -> Tensor:
+    """Return what ``_rows`` returned as a matrix: N × C·k², or N·k² × C where an output has k² rows."""
+    return row.flatten(1) if per_output == 1 else row.flatten(0, -2)
+
+
+def _as_batch(rows: list[Tensor], per_output: int) -> Tensor:
     """Return weights as matrices, (B, N, D): several copied together, a single one as it lies in memory."""
-    matrices = [row.flatten(1) for row in rows]
+    matrices = [_as_matrix(row, per_output) for row in rows]
     return torch.stack(matrices) if len(rows) > 1 else matrices[0].unsqueeze(0)
 
 
@@ -401,20 +437,24 @@ def _parts(rows: list[Tensor]) -> list[slice]:
     return [slice(i, i + at_once) for i in range(0, len(rows), at_once)]
 
 
-def _grams(rows: list[Tensor], row_scale: Tensor | None, *, rounded: bool = False) -> Tensor:
+def _grams(rows: list[Tensor], row_scale: Tensor | None, per_output: int, *, rounded: bool = False) -> Tensor:
     scales = [None if row_scale is None else row_scale[part] for part in _parts(rows)]
     pairs = zip(_parts(rows), scales, strict=True)
-    return torch.cat([gram_matrices(_as_batch(rows[part]), a, rounded=rounded) for part, a in pairs])
+    return torch.cat(
+        [gram_matrices(_as_batch(rows[part], per_output), a, rounded=rounded) for part, a in pairs]
+    )
 
 
-def _dead_matrices(rows: list[Tensor], row_scale: Tensor | None, energy: Tensor) -> dict[int, float]:
+def _dead_matrices(
+    rows: list[Tensor], row_scale: Tensor | None, energy: Tensor, per_output: int
+) -> dict[int, float]:
     """Return which of the matrices diag(a)·M are dead, with their largest singular value.
 
     s_1 ≥ ‖diag(a)·M‖_F / sqrt(K), so the energies, which are there already, decide for all healthy layers.
     """
-    dead, K = {}, min(rows[0].flatten(1).shape)
+    dead, K = {}, min(_as_matrix(rows[0], per_output).shape)
     for i in (energy < DEAD_IN_TRAINING**2 * K).nonzero().flatten().tolist():
-        A = rows[i].flatten(1).double()
+        A = _as_matrix(rows[i], per_output).double()
         A = A if row_scale is None else row_scale[i].unsqueeze(1) * A
         largest = float(torch.linalg.matrix_norm(A, 2))
         if largest < DEAD_IN_TRAINING:

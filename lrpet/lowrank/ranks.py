@@ -19,6 +19,7 @@ from lrpet.lowrank.layers import (
     layer_type,
     left_out,
     matrix_of,
+    resolve_unfolding,
     shared_weights,
     unwrap,
     unwrapped_name,
@@ -38,7 +39,10 @@ Choice = str | Collection[str] | Callable  # of layers: a pattern, patterns, or 
 
 @renamed(layers="include")
 def compressible_layers(
-    model: nn.Module, include: Choice | None = None, exclude: Choice = ()
+    model: nn.Module,
+    include: Choice | None = None,
+    exclude: Choice = (),
+    unfolding: str | Mapping[str, str] = "rows",
 ) -> dict[str, tuple[int, int]]:
     """Return the layers that can be made low-rank, with the shape (N, D) of their weight as a matrix.
 
@@ -52,6 +56,7 @@ def compressible_layers(
             patterns, or a function of name and module; of all convolutions and Linear layers those that it
             fits count.
         exclude: the same, for layers to leave out.
+        unfolding: "rows", "columns", or layer name → one of them, see :class:`lrpet.LowRankProjector`.
 
     Raises:
         TypeError: an argument is something else.
@@ -61,6 +66,7 @@ def compressible_layers(
     """
     fits, unwanted = matcher(include), matcher(exclude, setting="exclude")
     shared, model = None, unwrap(model)
+    unfolding = resolve_unfolding(model, unfolding)
     shapes = {}
     for name, module in model.named_modules():
         kind = layer_type(module)
@@ -69,7 +75,7 @@ def compressible_layers(
             continue
         shared = shared_weights(model) if shared is None else shared
         if not foreign(model, shared.get(name, [])):
-            shapes[name] = tuple(matrix_of(module).shape)
+            shapes[name] = tuple(matrix_of(module, unfolding[name]).shape)
     return shapes
 
 
@@ -121,9 +127,43 @@ def rank_from_ratio(K: int, prune_ratio: float) -> int:
     return max(1, int(int(K) - int(K) * float(prune_ratio)))
 
 
+def check_multiple(multiple_of: int) -> None:
+    """Raise where ``multiple_of`` is no whole number of 1 or more."""
+    wanted = "multiple_of is what every rank shall be a multiple of, a whole number of 1 or more"
+    check(wanted, multiple_of, is_whole(multiple_of), lambda multiple: multiple >= 1)
+
+
+def align_rank(rank: int, shape: tuple[int, int], multiple_of: int) -> int:
+    """Return a rank rounded up to a multiple; min(N, D), dense, where that multiple's factors save nothing.
+
+    Args:
+        rank: R.
+        shape: (N, D).
+        multiple_of: 1 leaves every rank as it is.
+
+    Raises:
+        TypeError, ValueError: ``multiple_of`` is no whole number of 1 or more.
+
+    >>> [align_rank(rank, (64, 576), 16) for rank in (1, 27, 33, 49)]
+    [16, 32, 48, 64]
+    """
+    check_multiple(multiple_of)
+    if multiple_of == 1:
+        return rank
+    N, D = shape
+    aligned = -(-rank // multiple_of) * multiple_of
+    return aligned if aligned * (N + D) < N * D else min(N, D)
+
+
 @renamed(layers="include")
 def ranks_from_ratio(
-    model: nn.Module, prune_ratio: float, *, include: Choice | None = None, exclude: Choice = ()
+    model: nn.Module,
+    prune_ratio: float,
+    *,
+    include: Choice | None = None,
+    exclude: Choice = (),
+    multiple_of: int = 1,
+    unfolding: str | Mapping[str, str] = "rows",
 ) -> Mapping[str, int]:
     """Return the rank of every compressible layer for one prune ratio.
 
@@ -133,6 +173,9 @@ def ranks_from_ratio(
         include: None for all convolutions; else a pattern of names, for Linear layers too, as ``*.mlp.*``, a
             list of patterns, a function of name and module, or a plan of :func:`lrpet.select`.
         exclude: the same, for layers to leave out.
+        multiple_of: round each rank up to a multiple of this, 16 for speed on a CPU; a layer whose factors
+            then save nothing gets min(N, D) and stays dense.
+        unfolding: "rows", "columns", or layer name → one of them, see :class:`lrpet.LowRankProjector`.
 
     Returns:
         Layer name → R, in module order; for a plan, that plan with ranks. A warning says where the ranks
@@ -148,13 +191,15 @@ def ranks_from_ratio(
     >>> ranks_from_ratio(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3)), 0.57)
     {'0': 6, '2': 13}
     """
-    shapes = compressible_layers(model, include, exclude)
+    shapes = compressible_layers(model, include, exclude, unfolding)
     if not shapes:
         raise ValueError(
             f"{type(model).__name__} has no layer to compress: no convolution with one group, or none "
             f"whose name matches {include!r}" + (f" and not {exclude!r}" if exclude else "")
         )
-    ranks = {name: rank_from_ratio(min(shape), prune_ratio) for name, shape in shapes.items()}
+    ranks = {}
+    for name, shape in shapes.items():
+        ranks[name] = align_rank(rank_from_ratio(min(shape), prune_ratio), shape, multiple_of)
     warn_of_growth(shapes, ranks)
     if include is None:
         warn_of_coverage(sum(N * D for N, D in shapes.values()) / max(1, count_parameters(unwrap(model))))
@@ -186,13 +231,18 @@ def warn_of_coverage(share: float) -> None:
         )
 
 
-def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) -> dict[str, int]:
+def resolve_ranks(
+    model: nn.Module,
+    ranks: Mapping[str, int] | Sequence[int],
+    unfolding: str | Mapping[str, str] = "rows",
+) -> dict[str, int]:
     """Check ranks against a model; a plain list is matched to the compressible convolutions in module order.
 
     Args:
         model: the network.
         ranks: layer name → R (any subset; the others stay dense), such as a plan, or one R for each
             compressible convolution, in a list or an array.
+        unfolding: of the weights, which decides min(N, D): see :class:`lrpet.LowRankProjector`.
 
     Returns:
         Layer name → R; a module of two names appears under its first.
@@ -200,7 +250,8 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) ->
     Raises:
         TypeError: ranks, or one of them, is of another type.
         ValueError: a name that the model lacks, a layer that cannot be made low-rank, with the reason, a
-            wrong length, a rank outside 1 … min(N, D), or layers that share a weight and not the rank.
+            wrong length, a rank outside 1 … min(N, D), or layers that share a weight and not the rank or the
+            unfolding.
 
     Source: the list form is how the authors print searched ranks.
 
@@ -208,6 +259,7 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) ->
     {'0': 6}
     """
     model = unwrap(model)
+    unfolding = resolve_unfolding(model, unfolding)
     if not isinstance(ranks, Mapping):
         ranks = ranks.tolist() if hasattr(ranks, "tolist") else ranks
         if not isinstance(ranks, Sequence) or isinstance(ranks, str):
@@ -236,7 +288,7 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) ->
             raise ValueError(
                 f"layer {name!r} ({type(module).__name__}) cannot be made low-rank: {reason}; leave it out"
             )
-        K = min(matrix_of(module).shape)
+        K = min(matrix_of(module, unfolding[name]).shape)
         wanted = f"rank of layer {name!r} must be an integer from 1 to {K}"
         if rank is None and hasattr(ranks, "with_ranks"):
             wanted += (
@@ -249,6 +301,8 @@ def resolve_ranks(model: nn.Module, ranks: Mapping[str, int] | Sequence[int]) ->
         apart = [other for other in others if name in resolved and resolved.get(other) != resolved[name]]
         if apart:
             raise ValueError(f"layers {name!r} and {apart[0]!r} share one weight; give both the same rank")
+        if name in resolved and any(unfolding[name] != unfolding[other] for other in others):
+            raise ValueError(f"layer {name!r} shares its weight; give all that do the same unfolding")
     return resolved
 
 
@@ -261,6 +315,7 @@ class LayerReport:
     energy_kept: float  # Σ_{i≤R} s_i² / E before energy transfer, 0 to 1; NaN where nothing was measured
     action: str  # projected | left alone | dense | factorized | constant
     reason: str = ""  # for a projected layer "followed" where the fast path was taken
+    unfolding: str = "rows"  # of the matrix that has the rank
 
 
 class Report(LayerTable, list):

@@ -80,3 +80,21 @@ def test_a_convolution_of_one_output_has_rank_one(allocation):
     ranks = ranks_for_budget(model, (8, 8, 8), 0.5, allocation=allocation)
     assert ranks["1"] == 1 and ranks["0"] > 1
     cost(model, (8, 8, 8), ranks)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "energy"])
+def test_aligned_ranks_are_multiples_or_dense_and_within_the_budget(allocation):
+    model = build_model("resnet20")
+    ranks = ranks_for_budget(model, SHAPE, 0.3, allocation=allocation, multiple_of=16)
+    counted = cost(model, SHAPE, ranks)
+    assert counted.macs <= 0.7 * counted.dense_macs
+    full = {name: min(model.get_submodule(name).weight.flatten(1).shape) for name in ranks}
+    assert all(rank % 16 == 0 or rank == full[name] for name, rank in ranks.items())
+    assert any(rank < full[name] for name, rank in ranks.items())
+
+
+def test_a_budget_below_the_lowest_multiples_is_refused_with_what_they_save():
+    with pytest.raises(ValueError, match="the lowest multiple of 16 saves 0.3"):
+        ranks_for_budget(build_model("resnet20"), SHAPE, 0.55, multiple_of=16)
+    with pytest.raises(ValueError, match="multiple_of"):
+        ranks_for_budget(build_model("resnet20"), SHAPE, 0.3, multiple_of=0)

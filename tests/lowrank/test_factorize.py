@@ -408,7 +408,7 @@ def test_layers_that_lose_stay_dense_and_say_by_how_much(monkeypatch, tmp_path):
     monkeypatch.setattr(
         FACTORIZE,
         "measure_gains",
-        lambda *_: {"square": 0.9, "pointwise": 1.0, "tall": 1.2, "column": 1.9, "dilated": 0.5},
+        lambda *_, **__: {"square": 0.9, "pointwise": 1.0, "tall": 1.2, "column": 1.9, "dilated": 0.5},
     )
     compact = factorize(model, ZOO_RANKS, min_gain=1.0, example_inputs=x)
     report = {layer.name: layer for layer in compact.factorization}

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lrpet import build_model, ranks_from_ratio
+from lrpet import build_model, ranks_from_ratio, select
 from lrpet.lowrank.ranks import compressible_layers, rank_from_ratio, resolve_ranks
 
 
@@ -122,3 +122,13 @@ def test_bad_ranks_are_refused_with_layer_and_bounds(rank):
 def test_ranks_of_other_layers_or_lengths_are_refused(ranks, words):
     with pytest.raises(ValueError, match=words):
         resolve_ranks(Zoo(), ranks)
+
+
+def test_ranks_are_rounded_up_to_a_multiple_or_left_dense():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 16, 1))
+    assert ranks_from_ratio(model, 0.57) == {"0": 11, "1": 27, "2": 6}
+    aligned = {"0": 16, "1": 32, "2": 16}  # the last has K = 16 and is dense so
+    assert ranks_from_ratio(model, 0.57, multiple_of=16) == aligned
+    assert dict(select(model, prune_ratio=0.57, multiple_of=16)) == aligned
+    with pytest.raises(TypeError, match="multiple_of"):
+        ranks_from_ratio(model, 0.57, multiple_of=16.0)
