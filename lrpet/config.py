@@ -39,7 +39,8 @@ PROFILES = (
     *("smoke", "short", "scaled", "selection", "paper", "imagenette", "imagenet"),
     *("language", "language-choice"),
 )
-SIZE = ("prune_ratio", "ranks", "layers")  # how compact the result is; ignored by methods that do not read it
+SIZE = ("prune_ratio", "ranks", "layers", "multiple_of")  # how compact; not for methods that do not read it
+UNFOLDINGS = ("rows", "columns")  # of a k×k weight: N × C·k², the paper's, or N·k² × C
 METHOD_DEFAULTS = {  # field that only some methods read → method → its default
     field: {name: row.reads[field] for name, row in METHODS.items() if field in row.reads}
     for row in METHODS.values()
@@ -78,6 +79,12 @@ class _Network:
     )
     layers: str | None = _field(
         None, "names of layers, with *, Linear too; null: all convolutions", absent=None
+    )
+    multiple_of: int | None = _field(
+        None, "round ranks from prune_ratio up to multiples of this; null: no", low=1, high=1024, absent=None
+    )
+    unfolding: str | Mapping[str, str] | None = _field(
+        None, "of k×k weights, or name with * → it; rows, null: N × C·k²", choices=UNFOLDINGS, absent=None
     )
     bn_rectification: bool | None = _field(None, "project the weight as BatchNorm scales it, as in the paper")
     residual: float | None = _field(
@@ -288,14 +295,7 @@ class RunConfig(_Training):
             self._put(name, getattr(self, name) or None)  # false is what runs were before
         _fill_in_gradient_projection(self)
         _drop_what_is_not_read(self)
-        if self.ranks is not None:
-            if self.prune_ratio is not None:
-                self._refuse("prune_ratio", "null when ranks are given; drop one of the two")
-            if self.layers is not None:
-                self._refuse("layers", "null when ranks are given, which name their layers themselves")
-            self._put("ranks", dict(self.ranks) if isinstance(self.ranks, Mapping) else tuple(self.ranks))
-        if self.rank_rule == "stable_rank" and (self.prune_ratio, self.ranks) != (None, None):
-            self._refuse("rank_rule", "'given' when prune_ratio or ranks are; the stable rank sets its own")
+        _normalize_size(self)
         _fill_in_defaults(self)
 
     def _refuse(self, name: str, allowed: str):
@@ -375,6 +375,27 @@ def _check_data(config: RunConfig) -> None:
         if getattr(config, name) is not None:
             config._refuse(name, "left out except with task='language'")
     _check_image_size(config)
+
+
+def _normalize_size(config: RunConfig) -> None:
+    """Check and normalize the fields that decide ranks, and of which matrices."""
+    if config.ranks is not None:
+        if config.prune_ratio is not None:
+            config._refuse("prune_ratio", "null when ranks are given; drop one of the two")
+        if config.layers is not None:
+            config._refuse("layers", "null when ranks are given, which name their layers themselves")
+        is_map = isinstance(config.ranks, Mapping)
+        config._put("ranks", dict(config.ranks) if is_map else tuple(config.ranks))
+    if config.rank_rule == "stable_rank" and (config.prune_ratio, config.ranks) != (None, None):
+        config._refuse("rank_rule", "'given' when prune_ratio or ranks are; the stable rank sets its own")
+    if config.multiple_of == 1:
+        config._put("multiple_of", None)
+    if config.multiple_of is not None and (config.ranks is not None or config.rank_rule == "stable_rank"):
+        config._refuse("multiple_of", "null except with prune_ratio, whose ranks it rounds up")
+    how = config.unfolding
+    if isinstance(how, Mapping):
+        how = dict(how) if set(how.values()) - {"rows"} else None
+    config._put("unfolding", None if how == "rows" else how)
 
 
 def _check_image_size(config: RunConfig) -> None:
@@ -507,6 +528,8 @@ def _read_value(name: str, text: str, kind: str):
         return None
     if kind.startswith("tuple"):
         return _read_numbers(name, text, may_be_map="Mapping" in kind)
+    if "Mapping" in kind and (text[0], text[-1]) == ("{", "}"):
+        return _read_map(name, text)
     if kind.startswith("bool"):
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{name} must be true or false; got {text!r}")
@@ -540,11 +563,16 @@ def _read_numbers(name: str, text: str, may_be_map: bool) -> tuple[int, ...] | d
         raise ValueError(
             f"{name} must be a list, as [1, 2]{', or a map, as {conv1: 3}' * may_be_map}; got {text!r}"
         )
-    pairs = [[part.strip() for part in item.rpartition(":")[::2]] for item in items]
+    return {key: _read_whole(f"{name} of {key!r}", value) for key, value in _read_map(name, text).items()}
+
+
+def _read_map(name: str, text: str) -> dict[str, str]:
+    items = [item.strip() for item in text[1:-1].split(",")]
+    pairs = [[part.strip() for part in item.rpartition(":")[::2]] for item in items if item]
     twice = [key for key, _ in pairs if [key for key, _ in pairs].count(key) > 1]
     if twice:
         raise ValueError(f"{name} must name each layer once; got {twice[0]!r} twice")
-    return {key: _read_whole(f"{name} of {key!r}", value) for key, value in pairs}
+    return dict(pairs)
 
 
 def describe_fields() -> str:
@@ -594,8 +622,9 @@ def check_field(field: dataclasses.Field, value) -> None:
     """
     check_type(field.name, value, field.type)
     choices, bounds = field.metadata.get("choices"), _bounds(field)
-    if value is not None and choices and value not in choices:
-        raise ValueError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}")
+    for one in value.values() if isinstance(value, Mapping) else (value,):
+        if one is not None and choices and one not in choices:
+            raise ValueError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}")
     if value is not None and bounds and not _within(field, value):
         raise ValueError(f"{field.name} must be {bounds}; got {value!r}")
 
@@ -617,6 +646,10 @@ def check_type(name: str, value, annotation: str) -> None:
         return
     if annotation.startswith("tuple"):
         _check_numbers(name, value, annotation)
+        return
+    if isinstance(value, Mapping) and "Mapping" in annotation:
+        if not all(isinstance(part, str) for pair in value.items() for part in pair):
+            raise ValueError(f"{name} must be a text or a map of layer names to texts; got {value!r}")
         return
     wanted = annotation.split(" ")[0]
     kind = {"str": str, "int": int, "float": (int, float), "bool": bool}[wanted]

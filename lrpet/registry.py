@@ -34,8 +34,9 @@ class MethodRow(NamedTuple):
     )
 
 
-SIZE = {"prune_ratio": 0.57, "ranks": None, "layers": None}  # how compact the result is
+SIZE = {"prune_ratio": 0.57, "ranks": None, "layers": None, "multiple_of": None}  # how compact the result is
 PROJECTION = {
+    "unfolding": None,
     "bn_rectification": True,
     "residual": 0.0,
     "row_eps": 1e-5,

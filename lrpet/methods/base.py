@@ -32,12 +32,13 @@ def ranks_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
     {'0': 6}
     """
     if config.ranks is not None:
-        return resolve_ranks(model, config.ranks)
+        return resolve_ranks(model, config.ranks, config.unfolding or "rows")
     if config.prune_ratio is None:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # tables and layers.csv tell what a ratio costs
-        return ranks_from_ratio(model, config.prune_ratio, include=config.layers)
+        choice = {"multiple_of": config.multiple_of or 1, "unfolding": config.unfolding or "rows"}
+        return ranks_from_ratio(model, config.prune_ratio, include=config.layers, **choice)
 
 
 def target_macs(model: nn.Module, config: RunConfig) -> int:
@@ -83,7 +84,8 @@ def example_input(config: RunConfig) -> Tensor:
 
 def count_cost(model: nn.Module, config: RunConfig, ranks: dict[str, int] | None = None) -> Cost:
     """Return the multiply-adds and parameters of a network for one image, or one window of text."""
-    return cost(model, ranks=ranks, example_inputs=example_input(config))
+    unfolding = "rows" if ranks is None else config.unfolding or "rows"
+    return cost(model, ranks=ranks, example_inputs=example_input(config), unfolding=unfolding)
 
 
 def image_shape(config: RunConfig) -> tuple[int, int, int]:

@@ -44,6 +44,7 @@ class LowRankProjection(Dense):
             column_scale=bool(config.column_scale),
             fast=bool(config.fast_projection),
             example_inputs=example_input(config) if config.column_scale else None,
+            unfolding=config.unfolding or "rows",
         )
         self.config = config
         if config.matched_steps:
@@ -86,4 +87,4 @@ class LowRankProjection(Dense):
 
     def compact(self) -> nn.Module:
         """Return the factorized network."""
-        return factorize(self.model, self.ranks)
+        return factorize(self.model, self.ranks, unfolding=self.projector.unfolding)

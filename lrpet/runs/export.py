@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lrpet.config import RunConfig
-from lrpet.deploy.export import FORMATS, export
+from lrpet.deploy.export import ENDINGS, FORMATS, export
 from lrpet.files import write_file
 from lrpet.lowrank.batchnorm import fold_batchnorm
 from lrpet.lowrank.compact_file import compact_header, save_compact
@@ -44,9 +44,9 @@ def export_run(name: str, to: str, out: str | Path | None = None, half: bool = F
 
     Args:
         name: run id or folder.
-        to: "onnx", "pt2" or "safetensors" (the factors as the run kept them, BatchNorm not folded;
-            :func:`lrpet.load_compact` reads it).
-        out: the file to write; None is ``<run id>.<to>`` here.
+        to: "onnx", "openvino", "pt2" or "safetensors" (the factors as the run kept them, BatchNorm not
+            folded; :func:`lrpet.load_compact` reads it).
+        out: the file to write; None is ``<run id>.<to>`` here, ``.xml`` for OpenVINO.
         half: for safetensors, round the weights to half precision; :func:`lrpet.load_compact` gives float32
             again.
 
@@ -62,7 +62,7 @@ def export_run(name: str, to: str, out: str | Path | None = None, half: bool = F
     if half and to != "safetensors":
         raise ValueError(f"half is for safetensors; got to={to!r}, whose programs compute in float32")
     done = load_run(find_run(name))
-    path = Path(out or f"{done.config.run_id}.{to}")
+    path = Path(out or f"{done.config.run_id}{ENDINGS[to]}")
     file, network = weights_file(done.folder), load_network(done)
     shape = (3, done.config.image_size, done.config.image_size)
     if half:

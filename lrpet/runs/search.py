@@ -18,7 +18,7 @@ import pandas as pd
 from lrpet.config import RunConfig
 from lrpet.lowrank.budget import ranks_for_budget
 from lrpet.lowrank.cost import cost
-from lrpet.lowrank.ranks import compressible_layers, rank_from_ratio
+from lrpet.lowrank.ranks import align_rank, compressible_layers, rank_from_ratio
 from lrpet.models import build_model
 from lrpet.runs.run import run
 from lrpet.runs.store import load_network
@@ -57,15 +57,17 @@ def group_layers(model, per_layer: bool = False) -> dict[str, list[str]]:
     return groups
 
 
-def ranks_from_group_ratios(model, ratios: Mapping[str, float], per_layer: bool = False) -> dict[str, int]:
-    """Turn a ratio for each group into a rank for each layer.
+def ranks_from_group_ratios(
+    model, ratios: Mapping[str, float], per_layer: bool = False, multiple_of: int = 1
+) -> dict[str, int]:
+    """Turn a ratio for each group into a rank for each layer, rounded up to a multiple.
 
     >>> ranks_from_group_ratios(build_model("resnet8"), {"16-3x3": 0.5, "32-3x3": 0.5, "64-3x3": 0.5})["conv"]
     8
     """
     shapes = compressible_layers(model)
     return {
-        name: rank_from_ratio(min(shapes[name]), ratios[group])
+        name: align_rank(rank_from_ratio(min(shapes[name]), ratios[group]), shapes[name], multiple_of)
         for group, names in group_layers(model, per_layer).items()
         for name in names
     }
@@ -110,7 +112,7 @@ def search(
 
     Args:
         config: of one brief training; its ``validation_fraction`` must be above 0, its ratio and ranks are
-            replaced.
+            replaced, and its ``multiple_of`` is that of all ranks.
         trials: finished or pruned trials the study shall hold.
         objectives: 1 minimizes the paper's fitness and prunes bad trials early; 2 seeks the Pareto front of
             accuracy (percent, up) and MACs (share of dense, down).
@@ -134,6 +136,8 @@ def search(
             "validation_fraction must be above 0: ranks are chosen on images held out from the training set, "
             "never on the test set"
         )
+    if config.unfolding is not None:
+        raise ValueError(f"unfolding must be null, the paper's, in a search; got {config.unfolding!r}")
     if objectives not in (1, 2) or sampler not in ("tpe", "gp") or trials < 1:
         raise ValueError(
             "objectives must be 1 or 2, sampler tpe or gp, trials at least 1; "
@@ -170,7 +174,7 @@ class _Candidates:
         model = build_model(self.config.model)
         groups = group_layers(model, self.per_layer)
         ratios = {group: trial.suggest_float(group, LOWEST, HIGHEST, log=True) for group in groups}
-        ranks = ranks_from_group_ratios(model, ratios, self.per_layer)
+        ranks = ranks_from_group_ratios(model, ratios, self.per_layer, self.config.multiple_of or 1)
         size = self.config.image_size
         counted = cost(model, (3, size, size), ranks)
         share = counted.macs / counted.dense_macs
@@ -181,7 +185,7 @@ class _Candidates:
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        candidate = dataclasses.replace(self.config, prune_ratio=None, ranks=ranks)
+        candidate = dataclasses.replace(self.config, prune_ratio=None, multiple_of=None, ranks=ranks)
         watching = watch if self.by_fitness else None
         summary = self.do_run(candidate, progress="off", on_epoch=watching, **self.where).summary
         trial.set_user_attr("ranks", ranks)
@@ -276,17 +280,18 @@ def compare_final(study: optuna.Study, config: RunConfig, epochs: int, **where) 
         epochs=epochs,
         milestones=None,
         validation_fraction=0.0,
+        multiple_of=None,
     )
     searched = study.best_trial.user_attrs["ranks"]
     model = build_model(config.model)
     shape = (3, config.image_size, config.image_size)
     saved = cost(model, shape, searched)
-    reduction = 1 - saved.macs / saved.dense_macs
+    reduction, aligned = 1 - saved.macs / saved.dense_macs, {"multiple_of": config.multiple_of or 1}
     dense = run(dataclasses.replace(config, method="dense", prune_ratio=None), progress="off", **where)
     allocations = {
         "searched": searched,
-        "one ratio": ranks_for_budget(model, shape, reduction),
-        "by spectra": ranks_for_budget(load_network(dense), shape, reduction, allocation="energy"),
+        "one ratio": ranks_for_budget(model, shape, reduction, **aligned),
+        "by spectra": ranks_for_budget(load_network(dense), shape, reduction, allocation="energy", **aligned),
     }
     rows = []
     for name, ranks in allocations.items():

@@ -34,8 +34,10 @@ def open_study(
     """
     root = Path(results or results_root()) / config.profile / "search"
     root.mkdir(parents=True, exist_ok=True)
-    dense = dataclasses.replace(config, method="dense", prune_ratio=None, ranks=None)
+    dense = dataclasses.replace(config, method="dense", prune_ratio=None, ranks=None, multiple_of=None)
     name = f"{dense.run_id}-{sampler}-{objectives}-{'layer' if per_layer else 'stage'}"
+    if config.multiple_of is not None:
+        name += f"-{config.multiple_of}"
     seed = config.seed if alone and multiprocessing.parent_process() is None else None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():

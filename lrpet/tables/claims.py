@@ -93,6 +93,7 @@ ABLATED = {
     "from scratch or from a trained network": ("pretrain_epochs", "finetune_learning_rate"),
     "constant in undoing the BN scale": ("row_eps",),
     "residual factor": ("residual",),
+    "unfolding of k×k weights": ("unfolding",),
 }
 
 
@@ -138,7 +139,8 @@ def _settings(group: pd.DataFrame, free: tuple[str, ...], base: RunConfig) -> li
     """Return the runs of each experiment that differs from LRPET in some fields only, ordered by these."""
 
     def values(seeds: pd.DataFrame) -> list:
-        return [getattr(seeds.iloc[0].config, name) or 0 for name in reversed(free)]
+        found = [getattr(seeds.iloc[0].config, name) or 0 for name in reversed(free)]
+        return [bool(value) if "unfolding" in free else value for value in found]  # which may be a map
 
     fits = [config.method in ("lrp", "lrpet") and _same_but(free, config, base) for config in group.config]
     return sorted((seeds for _, seeds in group[fits].groupby("experiment", sort=False)), key=values)

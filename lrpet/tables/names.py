@@ -39,7 +39,9 @@ def _variant(config: RunConfig) -> list[str]:
         value = getattr(config, name)
         if value == default or name in (*SAID_ELSEWHERE, "projection_interval", "projection_unit"):
             continue
-        if name != "pretrain_epochs":
+        if name == "unfolding":  # a text, or a map of layers
+            words.append("1×1 first")
+        elif name != "pretrain_epochs":
             words.append(IN_WORDS.get((name, value), f"{name} {value}"))
         elif row.pretrained_share is None:
             words.append("from a trained network")
@@ -70,4 +72,6 @@ def setting_of(config: RunConfig, free: tuple[str, ...]) -> str:
         return f"after {config.pretrain_epochs} dense epochs, learning rate {rate:g} again"
     if "row_eps" in free:
         return f"{config.row_eps:g}" if config.row_eps else "0, the exact inverse"
+    if "unfolding" in free:
+        return "N·k² × C, 1×1 first" if config.unfolding else "N × C·k², as in the paper"
     return f"{getattr(config, free[0]):g}"

@@ -86,6 +86,7 @@ class BestEpoch:
             network = copy_of(method.model)
             network.load_state_dict(self.state["weights"])
             epoch, uncut = self.state["epoch"], self.best_score
-            cut = self.task.evaluate(factorize(network, self.state["ranks"]), batches, processes)[column]
+            compact = factorize(network, self.state["ranks"], unfolding=config.unfolding or "rows")
+            cut = self.task.evaluate(compact, batches, processes)[column]
         names = ("best_of_last_epoch", f"best_of_last_uncut_{column}", f"best_of_last_{column}")
         return dict(zip(names, (epoch, uncut, cut), strict=True))

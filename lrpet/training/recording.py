@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from lrpet.lowrank.layers import matrix_of, resolve_unfolding
 from lrpet.lowrank.ranks import compressible_layers
 
 __all__ = [
@@ -38,8 +40,15 @@ def recorded_epochs(epochs: int) -> set[int]:
     return set(np.linspace(0, epochs - 1, min(POINTS, epochs)).round().astype(int).tolist())
 
 
-def weight_matrices(model: nn.Module, include: str | None = None) -> dict[str, Tensor]:
+def weight_matrices(
+    model: nn.Module, include: str | None = None, unfolding: str | Mapping[str, str] = "rows"
+) -> dict[str, Tensor]:
     """Return the weight of each convolution, or layer of those names, as (N, D), factors multiplied out.
+
+    Args:
+        model: the network.
+        include: names of the layers, with "*"; None: all convolutions.
+        unfolding: of the layers that are not factorized, see :class:`lrpet.LowRankProjector`.
 
     >>> [tuple(M.shape) for M in weight_matrices(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 2))).values()]
     [(8, 27)]
@@ -50,8 +59,9 @@ def weight_matrices(model: nn.Module, include: str | None = None) -> dict[str, T
         for name in pairs
     }
     layers = compressible_layers(model, include)
+    unfolding = resolve_unfolding(model, unfolding)
     matrices |= {
-        name: model.get_submodule(name).weight.flatten(1)
+        name: matrix_of(model.get_submodule(name), unfolding[name])
         for name in layers
         if name.rpartition(".")[0] not in pairs
     }
@@ -91,6 +101,7 @@ class Recorder:
         epochs: of the run, which decide at which of them it records.
         steps: of an epoch.
         include: names of the layers that are recorded, with "*"; None: all convolutions.
+        unfolding: of the weights whose spectra it records.
 
     >>> recorder, model = Recorder(epochs=1, steps=1), nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> recorder.record_spectra(model, epoch=0, when="before")
@@ -98,8 +109,14 @@ class Recorder:
     ['1/before/0']
     """
 
-    def __init__(self, epochs: int, steps: int, include: str | None = None):
-        self.include = include
+    def __init__(
+        self,
+        epochs: int,
+        steps: int,
+        include: str | None = None,
+        unfolding: str | Mapping[str, str] = "rows",
+    ):
+        self.include, self.unfolding = include, unfolding
         self.at = recorded_epochs(epochs)
         self.every = -(-steps // SAMPLES)  # rounded up: SAMPLES steps at most, and the last
         # tensors, numbers and names only: it goes into the checkpoint
@@ -108,7 +125,7 @@ class Recorder:
     def record_spectra(self, model: nn.Module, epoch: int, when: str) -> None:
         """Keep all singular values, "before" or "after" the projection that ends an epoch (from 0)."""
         if epoch in self.at:
-            values = singular_values(weight_matrices(model, self.include))
+            values = singular_values(weight_matrices(model, self.include, self.unfolding))
             self.state["spectra"] |= {f"{epoch + 1}/{when}/{name}": s.half() for name, s in values.items()}
 
     @torch.no_grad()

@@ -48,7 +48,8 @@ class State:
         self.history: list[dict] = []
         self.layers: list[dict] = []
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.recorder, self.clock = Recorder(config.epochs, batches.steps, BLOCKS.get(config.model)), Clock()
+        recorded, how = BLOCKS.get(config.model), config.unfolding or "rows"
+        self.recorder, self.clock = Recorder(config.epochs, batches.steps, recorded, how), Clock()
         self.best = BestEpoch(config)
         self.new_optimizer()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lrpet import RunConfig
-from lrpet.config import METHODS, describe_fields
+from lrpet.config import METHODS, describe_fields, read_fields
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT, data_folder, figures_root, has_own_results, results_root
 from lrpet.registry import MODELS, TASKS, metric_of
@@ -75,6 +75,8 @@ OTHER = {
     "method": {"method": "lrp"},
     "prune_ratio": {"prune_ratio": 0.7},
     "ranks": {"prune_ratio": None, "ranks": [3, 4]},
+    "multiple_of": {"multiple_of": 16},
+    "unfolding": {"unfolding": {"blocks.*": "columns"}},
     "layers": {"layers": "*.conv1"},
     "bn_rectification": {"bn_rectification": False},
     "residual": {"residual": 0.1},
@@ -276,3 +278,29 @@ def test_every_method_and_network_can_be_configured(method, model):
     dataset = "cifar10" if task == "classification" else TASKS[task].datasets[0]
     config = RunConfig(task=task, dataset=dataset, method=method, model=model)
     assert config.run_id.startswith(f"{dataset}-{model}-{method}-")
+
+
+def test_aligned_ranks_and_unfolding_name_a_run_only_where_they_are_set():
+    plain = RunConfig(**LRPET)
+    same = RunConfig(**LRPET, multiple_of=1, unfolding={"conv": "rows"})  # the paper's
+    assert same.run_id == plain.run_id and (same.multiple_of, same.unfolding) == (None, None)
+    mapped = RunConfig(**LRPET, unfolding=read_fields(["unfolding={conv: columns}"])["unfolding"])
+    others = [RunConfig(**LRPET, multiple_of=16), RunConfig(**LRPET, unfolding="columns"), mapped]
+    assert len({config.run_id for config in (plain, *others)}) == 4
+    assert RunConfig.from_dict(mapped.to_dict()) == mapped
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"unfolding": "diagonal"}, "unfolding must be one of rows, columns"),
+        ({"unfolding": {"conv": "diagonal"}}, "unfolding must be one of rows, columns"),
+        ({"unfolding": {"conv": 1}}, "unfolding must be a text or a map"),
+        ({"unfolding": "columns", "method": "trp"}, "unfolding must be left out"),
+        ({"multiple_of": 0}, "multiple_of must be between"),
+        ({"multiple_of": 16, "prune_ratio": None, "ranks": [3]}, "multiple_of must be null"),
+    ],
+)
+def test_what_is_no_alignment_or_unfolding_is_refused(values, word):
+    with pytest.raises(ValueError, match=word):
+        RunConfig(**LRPET | values)

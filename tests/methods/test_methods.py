@@ -336,3 +336,22 @@ def test_a_network_without_filters_to_prune_is_refused():
 
 def test_projections_of_a_trained_network_begin_after_its_dense_epochs():
     assert projected_at(steps=1, last=20, pretrain_epochs=15) == [15, 16, 17, 18, 19, 20]
+
+
+def test_the_other_unfolding_and_aligned_ranks_reach_projection_and_deployment():
+    torch.manual_seed(0)
+    model = build_model("resnet8").eval()
+    config = RunConfig(prune_ratio=0.57, multiple_of=8, unfolding={"blocks.*": "columns"})
+    method = make_method(model, config)
+    assert (
+        set(method.ranks.values()) <= {8, 16, 24, 32, 40, 48, 56, 64} and method.ranks["blocks.1.conv1"] == 8
+    )
+    reports = method.after_step(20, 20, last=True)
+    assert {report.action for report in reports} == {"projected"}
+    compact = method.compact()
+    assert compact.blocks[1].conv1[0].kernel_size == (1, 1)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compact(x), model(x), rtol=1e-4, atol=1e-5)
+    counted = cost(build_model("resnet8"), (3, 8, 8), method.ranks, unfolding=config.unfolding)
+    assert counted.macs == cost(compact, (3, 8, 8)).macs
