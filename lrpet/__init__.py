@@ -1,7 +1,7 @@
 """Train compact networks by low-rank projection with energy transfer (LRPET, arXiv 2204.05566).
 
-This loads the library alone. ``export`` and what runs experiments (``run``, ``load_runs``, ``RunConfig``) are
-loaded when they are first asked for.
+This loads the library alone. ``export``, ``ranks_for_latency`` and what runs experiments (``run``,
+``load_runs``, ``RunConfig``) are loaded when they are first asked for.
 """
 
 from lrpet.lowrank import (
@@ -23,6 +23,7 @@ LATER = {
     "RunConfig": "lrpet.config",
     "export": "lrpet.deploy",
     "load_runs": "lrpet.runs",
+    "ranks_for_latency": "lrpet.deploy",
     "run": "lrpet.runs",
 }  # name → the module that has it
 
@@ -39,6 +40,7 @@ __all__ = [
     "load_runs",
     "project",
     "ranks_for_budget",
+    "ranks_for_latency",
     "ranks_from_ratio",
     "run",
     "save_compact",

@@ -12,6 +12,7 @@ import torch
 from lrpet.bench.inference import bench_inference
 from lrpet.bench.models import bench_models
 from lrpet.bench.projection import bench_projection
+from lrpet.bench.runtimes import bench_runtimes
 from lrpet.bench.scaling import bench_scaling
 from lrpet.bench.training import bench_training
 from lrpet.files import write_file
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "projection": bench_projection,
     "training": bench_training,
     "inference": bench_inference,
+    "runtimes": bench_runtimes,
     "scaling": bench_scaling,
     "models": bench_models,
 }

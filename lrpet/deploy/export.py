@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,12 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
+from lrpet.deploy.programs import openvino_program, require
 from lrpet.lowrank.compact_file import save_compact
 from lrpet.lowrank.layers import copy_of, unwrap
 from lrpet.lowrank.observe import call
 
 __all__ = ["FORMATS", "TOLERANCES", "export"]
-FORMATS = ("onnx", "pt2", "safetensors")
+FORMATS = ("onnx", "openvino", "pt2", "safetensors")
+ENDINGS = {name: f".{name}" for name in FORMATS} | {
+    "openvino": ".xml"
+}  # of the files; a .bin lies beside .xml
+NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 TOLERANCES = {  # largest difference of an output, relative to the largest number in it
     torch.float64: 1e-10,
     torch.float32: 1e-4,
@@ -43,7 +47,8 @@ def export(
         network: any module; it is not changed. Its outputs may be a tensor, a tuple, a dict, or a nest of
             them.
         path: the file to write; it appears only once it has been checked.
-        to: "onnx" (by the dynamo exporter; needs ``pip install lrpet[export]``), "pt2" (torch.export) or
+        to: "onnx" (by the dynamo exporter; needs ``pip install lrpet[export]``), "openvino" (from that, in
+            float32, with a .bin beside the .xml; needs ``lrpet[deploy]``), "pt2" (torch.export) or
             "safetensors" (of a compact network, see :func:`lrpet.save_compact`; needs no inputs); None for
             the one that the ending of ``path`` says.
         input_shape: (C, H, W) of one image.
@@ -73,7 +78,7 @@ def export(
         return 0.0
     network = copy_of(network).cpu().eval()
     given, other = _inputs(network, input_shape, example_inputs, dynamic_batch=dynamic_batch)
-    part = path.with_name(f"part{os.getpid()}-{path.stem}.{to}")
+    part = path.with_name(f"part{os.getpid()}-{path.stem}{ENDINGS[to]}")
     try:
         run = _write(network, part, to, given, dynamic_batch=dynamic_batch)
         differences = [_difference(_tensors(call(network, x)), run(x)) for x in (given, other)]
@@ -83,26 +88,28 @@ def export(
                 f"the {to} program differs from the network by {difference:.1e}, more than {tolerance:.0e}; "
                 "nothing was written"
             )
+        if to == "openvino":  # the weights first: without the .xml they are no program
+            os.replace(part.with_suffix(".bin"), path.with_suffix(".bin"))
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        for left in (part, part.with_suffix(".bin"), part.with_suffix(".onnx")):
+            left.unlink(missing_ok=True)
     return difference
 
 
 def _format(path: Path, to: str | None) -> str:
-    if to is None and path.suffix[1:] not in FORMATS:
-        endings = ", ".join(f".{name}" for name in FORMATS)
-        raise ValueError(f"path must end in one of {endings}, or to= name a format; got '{path}'")
-    to = path.suffix[1:] if to is None else to
+    if to is None:
+        to = next((name for name, ending in ENDINGS.items() if ending == path.suffix), None)
+        if to is None:
+            endings = ", ".join(ENDINGS.values())
+            raise ValueError(f"path must end in one of {endings}, or to= name a format; got '{path}'")
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}; got {to!r}")
     if not path.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists; there is no folder {path.parent}")
-    for name in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
-        if not importlib.util.find_spec(name):
-            raise ImportError(
-                f"ONNX needs the package {name}, which is not installed: pip install lrpet[export]"
-            )
+    if to == "openvino" and path.suffix != ".xml":
+        raise ValueError(f"path must end in .xml for OpenVINO, which looks for the .bin by it; got '{path}'")
+    require(*NEEDED.get(to, ()), extra="export" if to == "onnx" else "deploy")
     return to
 
 
@@ -121,7 +128,7 @@ def _inputs(network: nn.Module, input_shape, example_inputs: Any, *, dynamic_bat
         raise ValueError(f"example_inputs must hold a tensor; got {type(example_inputs).__name__}")
     if not dynamic_batch:
         return given, given
-    count = _batch(given)
+    count = batch_size(given)
     if count is None:
         raise ValueError(
             "the first tensor of example_inputs has no dimension to be the batch; dynamic_batch=False"
@@ -130,18 +137,18 @@ def _inputs(network: nn.Module, input_shape, example_inputs: Any, *, dynamic_bat
     def rows(
         x: Any, size: int
     ) -> Any:  # the same ones again and again, because any others might not be allowed
-        return x[torch.arange(size) % count] if _is_batched(x, count) else x
+        return x[torch.arange(size) % count] if is_batched(x, count) else x
 
     # a batch of 1 would be taken for a constant
     return tuple(tree_map(lambda x, n=n: rows(x, n), given) for n in (max(2, count), 2 * count + 1))
 
 
-def _batch(inputs: Any) -> int | None:
+def batch_size(inputs: Any) -> int | None:
     first = next(x for x in tree_leaves(inputs) if isinstance(x, Tensor))
     return first.shape[0] if first.ndim and len(first) else None
 
 
-def _is_batched(x: Any, count: int) -> bool:
+def is_batched(x: Any, count: int) -> bool:
     return isinstance(x, Tensor) and x.ndim > 0 and len(x) == count
 
 
@@ -157,8 +164,8 @@ def _write(network: nn.Module, part: Path, to: str, given: Any, *, dynamic_batch
     args, kwargs = ((), given) if named else (given if isinstance(given, tuple) else (given,), {})
     shapes = None
     if dynamic_batch:
-        batch, count = torch.export.Dim("batch"), _batch(given)
-        shapes = tree_map(lambda x: {0: batch} if _is_batched(x, count) else None, kwargs if named else args)
+        batch, count = torch.export.Dim("batch"), batch_size(given)
+        shapes = tree_map(lambda x: {0: batch} if is_batched(x, count) else None, kwargs if named else args)
     try:
         program = torch.export.export(network, args, kwargs, dynamic_shapes=shapes)
         if to == "pt2":
@@ -169,14 +176,14 @@ def _write(network: nn.Module, part: Path, to: str, given: Any, *, dynamic_batch
             warnings.simplefilter("ignore")  # of the exporter's own making
             names = _output_names(call(network, given), program.graph_signature.user_inputs)
             written = torch.onnx.export(program, output_names=names, dynamo=True, verbose=False)
-            written.save(part, external_data=False)
+            written.save(part.with_suffix(".onnx"), external_data=False)
     except Exception as error:  # whatever the network raises when it is traced
         hint = "; dynamic_batch=False fixes all shapes" if dynamic_batch else ""
         raise ValueError(
             f"{type(network).__name__} cannot be exported to {to}: {type(error).__name__}: "
             f"{str(error).strip().partition(chr(10))[0]}{hint}"
         ) from error
-    return _onnx_runner(part)
+    return _openvino_runner(part) if to == "openvino" else _onnx_runner(part)
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -224,6 +231,20 @@ def _onnx_runner(file: Path) -> Callable:
     def outputs(inputs: Any) -> list[Tensor]:
         tensors = dict(zip(names, map(_to_numpy, _tensors(inputs)), strict=True))
         return [_from_numpy(x) for x in run(None, tensors)]
+
+    return outputs
+
+
+def _openvino_runner(part: Path) -> Callable:
+    """Write an ONNX program as one of OpenVINO; return the function that runs what was written."""
+    import openvino
+
+    openvino.save_model(openvino.Core().read_model(part.with_suffix(".onnx")), part, compress_to_fp16=False)
+    run = openvino_program(openvino.Core().read_model(part), torch.get_num_threads())
+
+    def outputs(inputs: Any) -> list[Tensor]:
+        found = run([_to_numpy(x) for x in _tensors(inputs)])
+        return [_from_numpy(found[i].copy()) for i in range(len(found))]
 
     return outputs
 

@@ -19,7 +19,13 @@ from lrpet.figures.recorded import (
     plot_spectrum_map,
     telling_layers,
 )
-from lrpet.figures.speed import plot_growth, plot_inference, plot_layer_gains, plot_projection_speed
+from lrpet.figures.speed import (
+    plot_growth,
+    plot_inference,
+    plot_latency_trade,
+    plot_layer_gains,
+    plot_projection_speed,
+)
 from lrpet.figures.style import (
     METHOD_STYLES,
     STYLE,
@@ -49,6 +55,7 @@ __all__ = [
     "plot_headline",
     "plot_history",
     "plot_inference",
+    "plot_latency_trade",
     "plot_layer_gains",
     "plot_layers",
     "plot_projection_speed",

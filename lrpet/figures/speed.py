@@ -11,7 +11,13 @@ from matplotlib.ticker import NullLocator
 
 from lrpet.figures.style import INK, METHOD_STYLES, PAPER, ProjectFigure, in_style, state
 
-__all__ = ["plot_growth", "plot_inference", "plot_layer_gains", "plot_projection_speed"]
+__all__ = [
+    "plot_growth",
+    "plot_inference",
+    "plot_latency_trade",
+    "plot_layer_gains",
+    "plot_projection_speed",
+]
 
 
 @in_style()
@@ -169,6 +175,33 @@ def plot_layer_gains(layers: pd.DataFrame) -> ProjectFigure:
     slower = (layers["gain"] < 1).groupby(layers["batch"]).sum()
     told = ", ".join(f"{n} of {len(names)} at batch {batch}" for batch, n in slower.items())
     state(figure, f"Slower as two factors, of the kinds of layers: {told}", ax)
+    return figure
+
+
+@in_style()
+def plot_latency_trade(trade: pd.DataFrame, runtime: str) -> ProjectFigure:
+    """Draw which share of energy is kept at which speed-up, ranks allocated by latency beside uniform ones.
+
+    Args:
+        trade: of :class:`lrpet.deploy.LatencyPlan`, as a DataFrame: speedup, allocated, uniform.
+        runtime: in which the times were measured.
+
+    Returns:
+        One panel with a line for each.
+
+    >>> rows = pd.DataFrame({"speedup": [1.5, 2.0], "allocated": [0.9, 0.8], "uniform": [0.8, np.nan]})
+    >>> [line.get_label() for line in plot_latency_trade(rows, "openvino").axes[0].lines]
+    ['ranks by latency', 'one ratio for all layers']
+    """
+    figure = ProjectFigure(3.4)
+    ax = figure.subplots()
+    looks = {"allocated": ("ranks by latency", "lrpet"), "uniform": ("one ratio for all layers", "narrow")}
+    for column, (label, look) in looks.items():
+        style = METHOD_STYLES[look]
+        line = {"color": style.color, "marker": style.marker, "linestyle": style.linestyle}
+        ax.plot(trade["speedup"], trade[column], label=label, **line)
+    ax.set(xlabel=f"times as fast as dense, predicted ({runtime})", ylabel="energy kept, mean over layers")
+    add_legend(figure, ax)
     return figure
 
 

@@ -7,9 +7,10 @@ import torch
 from helpers import refused
 
 import lrpet.bench.inference
+import lrpet.bench.runtimes
 import lrpet.bench.scaling
 import lrpet.bench.training
-from lrpet import bench
+from lrpet import bench, build_model
 from lrpet.bench.__main__ import main
 from lrpet.bench.memory import peak_bytes
 from lrpet.lowrank.timing import side_by_side
@@ -133,3 +134,18 @@ def test_inference_benchmark_covers_every_setting(monkeypatch):
 def test_a_missing_gpu_is_one_line(capsys):
     assert main(["projection", "--device", "cuda"]) == 1
     assert "PyTorch sees no CUDA GPU" in capsys.readouterr().err
+
+
+def test_runtimes_compares_dense_with_three_compact_ones_by_their_multiply_adds(monkeypatch):
+    module = lrpet.bench.runtimes
+    network = build_model("resnet20").eval()
+    choices = module._variants(network, 0.57, None)
+    assert list(choices) == ["dense", "compact", "aligned", "columns"]
+    assert all(rank % 16 == 0 for rank, _ in choices["aligned"].values())
+    macs = {variant: module._macs(network, choice, 32) for variant, choice in choices.items()}
+    assert macs["compact"] < macs["aligned"] < macs["dense"]
+    assert "columns" not in module._variants(build_model("vit"), 0.6, "*.mlp.*")  # Linear layers alone
+    monkeypatch.setattr(module, "require", lambda *_, **__: None)
+    for arguments in ({"networks": "resnet19"}, {"device": "cuda"}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            module.bench_runtimes(**arguments)

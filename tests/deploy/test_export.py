@@ -4,7 +4,6 @@ import importlib.util
 import json
 import sys
 from collections import UserDict
-from importlib import import_module
 
 import pytest
 import torch
@@ -193,12 +192,12 @@ def test_a_program_that_computes_something_else_is_not_written(tmp_path, monkeyp
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        import_module("lrpet.deploy.export").importlib.util,
+        importlib.util,
         "find_spec",
         lambda name: None if name == "onnxscript" else sys,
     )
     given = nn.Conv2d(3, 4, 3), tmp_path / "net.onnx", "onnx", (3, 8, 8)
-    refused(lambda: export(*given), "ONNX", "onnxscript", "pip install lrpet[export]", kind=ImportError)
+    refused(lambda: export(*given), "onnxscript", "pip install lrpet[export]", kind=ImportError)
 
 
 class Branching(nn.Conv2d):
@@ -217,7 +216,7 @@ MISTAKES = {
         nn.ReLU(),
         "a.tflite",
         {"input_shape": (3, 8, 8)},
-        ["path", ".onnx, .pt2, .safetensors", "to="],
+        ["path", ".onnx, .xml, .pt2, .safetensors", "to="],
     ),
     "no inputs": (nn.ReLU(), "a.pt2", {}, ["input_shape", "example_inputs"]),
     "both": (nn.ReLU(), "a.pt2", {"input_shape": (3, 8, 8), "example_inputs": X}, ["input_shape", "either"]),
@@ -280,7 +279,7 @@ def test_mistakes_are_named(finished, tmp_path, capsys):
     assert main(["export", "nothing", "--to", "pt2"]) == 1
     assert "'nothing'" in (told := capsys.readouterr().err) and "'list' shows ids" in told
     folder, net = str(finished.folder), nn.Conv2d(3, 4, 3)
-    refused(lambda: export_run(folder, "tflite"), "to ", "onnx, pt2, safetensors", "'tflite'")
+    refused(lambda: export_run(folder, "tflite"), "to ", "onnx, openvino, pt2, safetensors", "'tflite'")
     refused(lambda: export_run(folder, "onnx", half=True), "half", "safetensors", "'onnx'")
     refused(lambda: export(net, tmp_path / "x", "tflite", (3, 8, 8)), "to ", "onnx", "'tflite'")
     other = finished.folder.parents[2] / "short" / "runs" / finished.config.run_id
@@ -289,3 +288,19 @@ def test_mistakes_are_named(finished, tmp_path, capsys):
     refused(lambda: find_run(finished.config.run_id), finished.config.run_id, "2 profiles; give its folder")
     (finished.folder / "compact.safetensors").unlink()
     refused(lambda: export_run(folder, "pt2", tmp_path / "x.pt2"), "compact.safetensors", "few runs")
+
+
+def test_a_program_of_openvino_computes_the_same_and_lies_in_two_files(tmp_path):
+    pytest.importorskip("openvino")
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
+    assert export(network, tmp_path / "net.xml", input_shape=(3, 8, 8)) < 1e-4
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.bin", "net.xml"]
+    with pytest.raises(ValueError, match="must end in .xml"):
+        export(network, tmp_path / "net.ov", "openvino", (3, 8, 8))
+
+
+def test_a_missing_runtime_is_named_with_its_extra(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
+    with pytest.raises(ImportError, match=r"openvino, which is not installed: pip install lrpet\[deploy\]"):
+        export(nn.Conv2d(3, 4, 3), tmp_path / "net.xml", input_shape=(3, 8, 8))
