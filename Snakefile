@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from lrpet.paths import PROJECT, results_root
-from lrpet.experiments import GRADIENT, MAIN, load_profile
+from lrpet.experiments import GRADIENT, MAIN, OBJECTS, load_profile
 from lrpet.files import digest
 
 # What every job inherits.
@@ -35,6 +35,9 @@ ALONE = ["00_method"] + ["02_imagenet", "06_rank_search"] * (PROFILE.name == "sm
 STORE = ["03_ablations", "04_singular_values", "05_gradient_norms", "08_tables"]
 if PROFILE.name in GRADIENT:
     STORE = ["10_gradient_projection"]
+if PROFILE.name in OBJECTS:
+    STORE = []
+TASKS = sorted({experiment.config.task for experiment in RUNS.values()} & {"detection", "segmentation"})
 WINGS = [PROJECT / "lrpet" / wing for wing in ("tables", "figures")]
 READ = [PROJECT / "paper" / "reported.csv", *(file for wing in WINGS for file in sorted(wing.glob("*.py")))]
 DIGEST = """\"$PYTHON\" -c 'import sys; from lrpet.files import digest; print(digest(sys.argv[1:]))'"""
@@ -79,11 +82,13 @@ rule all:
         SUMMARIES,  # asked for by name: tables that are there do not make up for a run that is missing
         expand(EXECUTED / "{notebook}.done", notebook=ALONE),
         expand(EXECUTED / "{notebook}.done", notebook=STORE),
+        expand(EXECUTED / "11_{task}.done", task=TASKS),
 
 
 # Times tell nothing of a run that came in an archive, or after the clock was set back. Contents do.
-for name in [] if IN_JOB else STORE:
-    mark, read = EXECUTED / f"{name}.done", [PROJECT / "notebooks" / f"{name}.ipynb", *READ, *SUMMARIES]
+MARKS = {name: name for name in STORE} | {f"11_{task}": "11_detection_segmentation" for task in TASKS}
+for name, notebook in ({} if IN_JOB else MARKS).items():
+    mark, read = EXECUTED / f"{name}.done", [PROJECT / "notebooks" / f"{notebook}.ipynb", *READ, *SUMMARIES]
     if mark.is_file() and all(map(os.path.isfile, read)) and mark.read_text().strip() != digest(read):
         mark.unlink()
 
@@ -113,11 +118,29 @@ rule store:  # notebooks that read what the runs left; what each has read stands
     log:
         EXECUTED / "{notebook}.ipynb",
     wildcard_constraints:
-        notebook="|".join(STORE),
+        notebook="|".join(STORE) or "none",
     params:
         profile=PROFILE.name,
     shell:
         "scripts/execute.sh {input[0]:q} {log:q} -p profile {params.profile}; "
+        "{DIGEST} {input:q} >{output:q}"
+
+
+rule objects:  # boxes or masks
+    input:
+        literal(PROJECT) + "/notebooks/11_detection_segmentation.ipynb",
+        *map(literal, READ),
+        SUMMARIES,
+    output:
+        EXECUTED / "11_{task}.done",
+    log:
+        EXECUTED / "11_{task}.ipynb",
+    wildcard_constraints:
+        task="detection|segmentation",
+    params:
+        profile=PROFILE.name,
+    shell:
+        "scripts/execute.sh {input[0]:q} {log:q} -p profile {params.profile} -p task {wildcards.task}; "
         "{DIGEST} {input:q} >{output:q}"
 
 

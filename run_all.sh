@@ -10,7 +10,7 @@ Trains every run of profile P that is not complete yet, then makes the tables an
 interrupted at any time: started again, it resumes each run from its last checkpoint.
 
   --profile P   a profile of experiments.yaml: smoke (default), short, scaled, selection, paper, imagenette,
-                imagenet
+                imagenet, voc, scenes
   --jobs N      runs at a time, all on the same device or devices (default: 2, or 1 on a single core);
                 on a cluster: jobs submitted at a time (default: 100)
   --data DIR    folder of the images, for profiles that need one (default: LRPET_DATA); CIFAR-10 is downloaded

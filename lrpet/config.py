@@ -33,13 +33,20 @@ DATASETS = {  # name → image size in pixels; None: text
     "imagefolder": 224,
     "topics": None,
     "text": None,
+    "voc": 600,
+    "coco": 600,
+    "digit_scenes": 64,
+    "cifar_scenes": 96,
 }
+OF_ANY_SIZE = ("imagefolder", "voc", "coco", "digit_scenes", "cifar_scenes")
+WITH_BACKBONE = r"\w+_(resnet50_fpn(_v2)?|resnet18|resnet50)"  # a ResNet of torchvision in a larger network
+WITH_BOXES_OR_MASKS = ("detection", "segmentation")
 CONTEXT = 128  # bytes that the language model reads at most
 PROFILES = (
     *("smoke", "short", "scaled", "selection", "paper", "imagenette", "imagenet"),
-    *("language", "language-choice"),
+    *("language", "language-choice", "voc", "scenes"),
 )
-SIZE = ("prune_ratio", "ranks", "layers", "multiple_of")  # how compact; not for methods that do not read it
+SIZE = ("prune_ratio", "ranks", "layers", "dense_layers", "multiple_of")  # how compact; read by some methods
 UNFOLDINGS = ("rows", "columns")  # of a k×k weight: N × C·k², the paper's, or N·k² × C
 METHOD_DEFAULTS = {  # field that only some methods read → method → its default
     field: {name: row.reads[field] for name, row in METHODS.items() if field in row.reads}
@@ -67,7 +74,7 @@ class _Network:
 
     dataset: str = _field("digits", "the images, or the text", choices=DATASETS)
     image_size: int | None = _field(
-        None, "pixels; null: the data set's own, 8, 32, 32, 224, and none of text", low=4, high=1024
+        None, "pixels; null: the data set's own, and none of text", low=4, high=1024
     )
     model: str = _field("resnet8", "the network, a name of build_model", choices=MODELS)
     method: str = _field("lrpet", "how the network becomes compact", choices=METHODS)
@@ -85,6 +92,9 @@ class _Network:
     )
     unfolding: str | Mapping[str, str] | None = _field(
         None, "of k×k weights, or name with * → it; rows, null: N × C·k²", choices=UNFOLDINGS, absent=None
+    )
+    dense_layers: str | None = _field(
+        None, "names of layers, with *, that prune_ratio leaves dense; null: none", absent=None
     )
     bn_rectification: bool | None = _field(None, "project the weight as BatchNorm scales it, as in the paper")
     residual: float | None = _field(
@@ -144,12 +154,13 @@ class _Network:
 
 @dataclass(frozen=True)
 class _Training(_Network):
-    """How it is trained."""
+    """How it is trained and scored."""
 
     epochs: int = _field(20, "in total, dense ones first included", low=1, high=100_000)
     batch_size: int = _field(64, "images per step, of all processes together", low=1, high=1_000_000)
     learning_rate: float = _field(0.1, "at the start", low=0.0, high=100.0)
     momentum: float = _field(0.9, "of SGD", low=0.0, high=0.9999)
+    nesterov: bool = _field(False, "Nesterov's momentum", absent=False)
     weight_decay: float = _field(0.0001, "of all weights", low=0.0, high=1.0)
     normalized_weight_decay: float | None = _field(
         None,
@@ -230,6 +241,12 @@ class _Training(_Network):
         "what the network does, by which it is trained and scored",
         choices=TASKS,
         absent="classification",
+    )
+    pretrained_backbone: bool = _field(
+        False,
+        "begin with the backbone in the folder of the data, resnet50.pth or the like; a detector's BatchNorms"
+        " stay as they are there",
+        absent=False,
     )
     seed: int = _field(1, "of all random numbers", low=0, high=2**31 - 1)
     sync_batchnorm: bool = _field(
@@ -361,6 +378,18 @@ def _check_task(config: RunConfig) -> None:
     for name, fitting in (("dataset", row.datasets), ("model", row.models)):
         if getattr(config, name) not in fitting:
             config._refuse(name, f"one of {', '.join(fitting)} with task={config.task!r}")
+    if config.task in WITH_BOXES_OR_MASKS:
+        if config.method in ("narrow", "filter_pruning"):
+            config._refuse("method", f"another one with task={config.task!r}: its networks have one width")
+        for name in ("normalized_weight_decay", "matched_steps"):
+            if getattr(config, name) not in (None, False):
+                config._refuse(name, f"left out with task={config.task!r}")
+        if config.recipe != "sgd":
+            config._refuse("recipe", f"'sgd' with task={config.task!r}; adamw mixes labels of whole images")
+    if config.pretrained_backbone and not re.fullmatch(WITH_BACKBONE, config.model):
+        config._refuse(
+            "pretrained_backbone", f"false with model={config.model!r}, which has no such backbone"
+        )
 
 
 def _check_data(config: RunConfig) -> None:
@@ -382,8 +411,9 @@ def _normalize_size(config: RunConfig) -> None:
     if config.ranks is not None:
         if config.prune_ratio is not None:
             config._refuse("prune_ratio", "null when ranks are given; drop one of the two")
-        if config.layers is not None:
-            config._refuse("layers", "null when ranks are given, which name their layers themselves")
+        for name in ("layers", "dense_layers"):
+            if getattr(config, name) is not None:
+                config._refuse(name, "null when ranks are given, which name their layers themselves")
         is_map = isinstance(config.ranks, Mapping)
         config._put("ranks", dict(config.ranks) if is_map else tuple(config.ranks))
     if config.rank_rule == "stable_rank" and (config.prune_ratio, config.ranks) != (None, None):
@@ -399,13 +429,15 @@ def _normalize_size(config: RunConfig) -> None:
 
 
 def _check_image_size(config: RunConfig) -> None:
-    if config.dataset != "imagefolder":
-        if config.image_size != DATASETS[config.dataset]:
-            own = f"{DATASETS[config.dataset]} for {config.dataset}"
-            config._refuse("image_size", f"{own}; another size needs dataset='imagefolder'")
-        if config.crops is not None:
-            own = "the other data sets have crops of their own"
-            config._refuse("crops", f"left out except for dataset='imagefolder'; {own}")
+    own = DATASETS[config.dataset]
+    if config.dataset not in OF_ANY_SIZE and config.image_size != own:
+        other = "another size needs dataset='imagefolder'"
+        config._refuse("image_size", f"{own} for {config.dataset}; {other}")
+    if config.dataset != "imagefolder" and config.crops is not None:
+        own = "the other data sets have crops of their own"
+        config._refuse("crops", f"left out except for dataset='imagefolder'; {own}")
+    if config.model.startswith("pspnet") and config.image_size % 32:
+        config._refuse("image_size", f"a multiple of 32 for {config.model}")
     if config.image_size < SMALLEST.get(config.model, 0):
         needed = f"{SMALLEST[config.model]} or more for {config.model}"
         config._refuse("image_size", f"{needed}; take another model or dataset")
@@ -447,6 +479,8 @@ def _check_schedule(config: RunConfig) -> None:
     if config.milestones and any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
         allowed = f"rising epochs between 1 and {config.epochs - 1}"
         config._refuse("milestones", f"{allowed}, or null for half and three quarters of epochs")
+    if config.nesterov and not (config.momentum and config.recipe == "sgd"):
+        config._refuse("nesterov", "false without a momentum of SGD")
     if config.pretrain_epochs is not None and not 1 <= config.pretrain_epochs < config.epochs:
         allowed = f"between 1 and {config.epochs - 1}, one below epochs, which counts them too"
         config._refuse("pretrain_epochs", allowed)

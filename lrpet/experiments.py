@@ -13,10 +13,14 @@ import yaml
 from lrpet.config import PROFILES, RunConfig
 from lrpet.paths import project_file
 
-__all__ = ["GRADIENT", "MAIN", "Experiment", "Profile", "load_profile", "select"]
+__all__ = ["GRADIENT", "MAIN", "OBJECTS", "Experiment", "Profile", "load_profile", "select"]
 MAIN = {"cifar10": "01_cifar10", "imagenet": "02_imagenet"}  # a main table → the notebook that shows one run
 # profiles that ask something else than the paper: tables of their own, read by 10_gradient_projection
 GRADIENT = ("language", "language-choice")
+OBJECTS = (
+    "voc",
+    "scenes",
+)  # profiles of boxes and masks alone: tables of their own, 11_detection_segmentation
 ENTRIES = {  # of a profile → type, and how the type is told
     "note": (str, "a text"),
     "cost": (str, "a text"),

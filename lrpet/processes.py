@@ -72,6 +72,14 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def gather(self, value: Any) -> list:
+        """Return the value of every process, of any type that pickles, in the order of their ranks."""
+        if self.world == 1:
+            return [value]
+        told = [None] * self.world
+        dist.all_gather_object(told, value)
+        return told
+
     def any(self, *here: bool) -> list[bool]:
         """Tell of each of some things whether it holds in at least one process."""
         if self.world == 1:

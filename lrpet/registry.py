@@ -34,7 +34,8 @@ class MethodRow(NamedTuple):
     )
 
 
-SIZE = {"prune_ratio": 0.57, "ranks": None, "layers": None, "multiple_of": None}  # how compact the result is
+SIZE = {"prune_ratio": 0.57, "ranks": None, "layers": None}  # how compact the result is
+SIZE |= {"dense_layers": None, "multiple_of": None}
 PROJECTION = {
     "unfolding": None,
     "bn_rectification": True,
@@ -46,7 +47,7 @@ PROJECTION = {
     "projection_unit": "epoch",
 }
 PRETRAINING = {"pretrain_epochs": None, "finetune_learning_rate": None}
-TRP = {"layers": None, "energy_threshold": 0.02, "nuclear_norm": 0.0003}
+TRP = {"layers": None, "dense_layers": None, "energy_threshold": 0.02, "nuclear_norm": 0.0003}
 TRP |= {"projection_interval": 20, "projection_unit": "iteration"}
 
 # Colours: Okabe and Ito's, then three that are as far from them and from each other as possible for each kind
@@ -99,6 +100,14 @@ IMAGE_MODELS = (
     *("vgg16", "googlenet", "plain20", "ghost_resnet56", "vit", "vit_small"),
     *("resnet18", "resnet34", "resnet50"),
 )
+DETECTORS = (  # two small ones, then torchvision's without masks and keypoints
+    *("fasterrcnn_resnet8_fpn", "fasterrcnn_resnet20_fpn"),
+    *("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"),
+    *("fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"),
+    *("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"),
+    *("ssd300_vgg16", "ssdlite320_mobilenet_v3_large"),
+)
+SEGMENTERS = ("fcn_resnet8", "fcn_resnet20", "pspnet_resnet18", "pspnet_resnet50")
 
 
 class Metric(NamedTuple):
@@ -152,11 +161,16 @@ TASKS = {
         *("lrpet.training.language:Language", ("topics", "text"), ("byte_transformer",)),
     ),
     "detection": TaskRow(
-        Metric("map_pct", "mAP", "%", higher_is_better=True), "lrpet.training.detection:Detection", (), ()
+        Metric("map_pct", "mAP at IoU 0.5", "%", higher_is_better=True),
+        "lrpet.training.detection:Detection",
+        ("voc", "coco", "digit_scenes", "cifar_scenes"),
+        DETECTORS,
     ),
     "segmentation": TaskRow(
         Metric("miou_pct", "mIoU", "%", higher_is_better=True),
-        *("lrpet.training.segmentation:Segmentation", (), ()),
+        "lrpet.training.segmentation:Segmentation",
+        ("voc", "digit_scenes", "cifar_scenes"),
+        SEGMENTERS,
     ),
 }
 MODELS = tuple(model for row in TASKS.values() for model in row.models)
@@ -182,6 +196,7 @@ def metric_of(table: Mapping) -> Metric:
 
 
 SMALLEST = {"vgg16": 32, "vit": 32, "vit_small": 32}  # pixels that a network needs
+SMALLEST |= {"pspnet_resnet18": 64, "pspnet_resnet50": 64}
 # network → its block matrices: attention and MLP, never embeddings, norms, head or patches
 BLOCKS = dict.fromkeys(("vit", "vit_small", "byte_transformer"), "blocks.*")
 

@@ -10,6 +10,7 @@ import torch
 
 from lrpet.config import RunConfig
 from lrpet.data.batches import Batches
+from lrpet.data.objects import ObjectBatches, ObjectData
 from lrpet.data.sets import ImageData, load_data, stored_side
 from lrpet.data.stream import StreamBatches, StreamData
 from lrpet.data.text import TextBatches, TextData, load_text
@@ -38,8 +39,10 @@ def load_images(
     *,
     device: torch.device | str = "cpu",
     streamed: bool | None = None,
-) -> ImageData | StreamData | TextData:
+) -> ImageData | StreamData | ObjectData | TextData:
     """Load the data of a configuration into memory, or only the names of its image files, to be streamed.
+
+    Images with boxes or masks are decoded, or made, when they are asked for.
 
     With ``crops="whole"`` images are streamed. With "square" they are where they do not fit into memory,
     which changes no bit of a training batch.
@@ -58,6 +61,10 @@ def load_images(
     """
     if config.task == "language":
         return load_text(config, root)
+    if config.task in ("detection", "segmentation"):
+        from lrpet.data.object_sets import load_objects
+
+        return load_objects(config, root)
     if config.dataset != "imagefolder":
         return load_data(config, root)
     folder, size = data_folder(root), config.image_size
@@ -78,14 +85,15 @@ def load_images(
 
 
 def make_batches(
-    data: ImageData | StreamData | TextData,
+    data: ImageData | StreamData | ObjectData | TextData,
     batch_size: int,
     device: str | torch.device,
     seed: int,
     rank: int = 0,
     world: int = 1,
     **augmentation: int | bool,
-) -> Batches | TextBatches:
+) -> Batches | ObjectBatches | TextBatches:
     """Return what serves the batches of a data set; see :class:`lrpet.data.batches.Batches`."""
-    kind = {StreamData: StreamBatches, TextData: TextBatches}.get(type(data), Batches)
+    kinds = {StreamData: StreamBatches, ObjectData: ObjectBatches, TextData: TextBatches}
+    kind = kinds.get(type(data), Batches)
     return kind(data, batch_size, device, seed, rank, world, **augmentation)

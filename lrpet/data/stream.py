@@ -90,7 +90,7 @@ class _Decoder(Dataset):
             return torch.empty(0), str(error)
 
 
-def _start_worker(_number: int) -> None:
+def start_worker(_number: int) -> None:
     # Ctrl-C reaches every process of a terminal; the one that trains decides
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -123,7 +123,7 @@ class StreamBatches(Batches):
             persistent_workers=True,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # not the one of the training, whose state a checkpoint keeps
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
         )
 
     def _decoded(self, jobs: list[tuple[str, list[str], list[int]]]) -> Iterator[Tensor]:

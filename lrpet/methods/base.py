@@ -11,13 +11,14 @@ from lrpet.config import RunConfig
 from lrpet.lowrank.budget import closest_share
 from lrpet.lowrank.cost import Cost, cost
 from lrpet.lowrank.ranks import LayerReport, ranks_from_ratio, resolve_ranks
-from lrpet.models import build_model
+from lrpet.models import build_model, unboxed
 
 __all__ = [
     "Dense",
     "Method",
     "build_network",
     "count_cost",
+    "dense_network",
     "example_input",
     "is_due",
     "ranks_of",
@@ -38,7 +39,8 @@ def ranks_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # tables and layers.csv tell what a ratio costs
         choice = {"multiple_of": config.multiple_of or 1, "unfolding": config.unfolding or "rows"}
-        return ranks_from_ratio(model, config.prune_ratio, include=config.layers, **choice)
+        choice |= {"include": config.layers, "exclude": config.dense_layers or ()}
+        return ranks_from_ratio(model, config.prune_ratio, **choice)
 
 
 def target_macs(model: nn.Module, config: RunConfig) -> int:
@@ -51,6 +53,20 @@ def target_macs(model: nn.Module, config: RunConfig) -> int:
     return count_cost(model, config, ranks_of(model, config)).macs
 
 
+def dense_network(config: RunConfig, num_classes: int = 10) -> nn.Module:
+    """Return the named network with fresh random weights, as wide as it is published.
+
+    >>> dense_network(RunConfig()).conv.out_channels
+    16
+    """
+    model = build_model(config.model, num_classes)
+    if config.pretrained_backbone and config.task == "detection":
+        from lrpet.models.pretrained import freeze_batchnorms
+
+        return freeze_batchnorms(model)
+    return model
+
+
 def build_network(config: RunConfig, num_classes: int = 10) -> nn.Module:
     """Return the fresh network that a run starts from: the named one; for ``narrow`` one of fewer channels.
 
@@ -60,7 +76,7 @@ def build_network(config: RunConfig, num_classes: int = 10) -> nn.Module:
     11
     """
     if config.method != "narrow":
-        return build_model(config.model, num_classes)
+        return dense_network(config, num_classes)
     state = torch.get_rng_state()  # the search draws none of the numbers that the network starts from
 
     def macs(width: float) -> int:
@@ -83,9 +99,9 @@ def example_input(config: RunConfig) -> Tensor:
 
 
 def count_cost(model: nn.Module, config: RunConfig, ranks: dict[str, int] | None = None) -> Cost:
-    """Return the multiply-adds and parameters of a network for one image, or one window of text."""
+    """Return multiply-adds and parameters for one image, of a detector without its choices, or one text."""
     unfolding = "rows" if ranks is None else config.unfolding or "rows"
-    return cost(model, ranks=ranks, example_inputs=example_input(config), unfolding=unfolding)
+    return cost(unboxed(model), ranks=ranks, example_inputs=example_input(config), unfolding=unfolding)
 
 
 def image_shape(config: RunConfig) -> tuple[int, int, int]:

@@ -48,7 +48,7 @@ class Factorized(Method):
         if config.rank_rule == "stable_rank":
             self.stable_at_start = {
                 name: _stable_rank(model.get_submodule(name))
-                for name in compressible_layers(model, config.layers)
+                for name in compressible_layers(model, config.layers, config.dense_layers or ())
             }
 
     def begin_epoch(self, epoch: int) -> bool:

@@ -11,6 +11,7 @@ from lrpet.lowrank.projector import LowRankProjector
 from lrpet.lowrank.ranks import LayerReport
 from lrpet.methods.base import Dense, example_input, is_due, ranks_of
 from lrpet.methods.matched_steps import match_steps
+from lrpet.models import unboxed
 from lrpet.processes import Processes
 
 __all__ = ["LowRankProjection"]
@@ -34,8 +35,11 @@ class LowRankProjection(Dense):
     def __init__(self, model: nn.Module, config: RunConfig):
         super().__init__(model)
         self.ranks = ranks_of(model, config)
+        # what finds boxes or pixels cannot be traced: its BatchNorms are read off one run
+        watched = config.column_scale or config.task in ("detection", "segmentation")
+        example = example_input(config).to(next(model.parameters()).device) if watched else None
         self.projector = LowRankProjector(
-            model,
+            unboxed(model),
             self.ranks,
             energy_transfer=config.method == "lrpet",
             bn_rectification=config.bn_rectification,
@@ -43,7 +47,7 @@ class LowRankProjection(Dense):
             row_eps=config.row_eps,
             column_scale=bool(config.column_scale),
             fast=bool(config.fast_projection),
-            example_inputs=example_input(config) if config.column_scale else None,
+            example_inputs=example,
             unfolding=config.unfolding or "rows",
         )
         self.config = config

@@ -32,7 +32,7 @@ class TrainedRankPruning(Method):
 
     def __init__(self, model: nn.Module, config: RunConfig):
         super().__init__(model, config)
-        names = compressible_layers(model, config.layers)
+        names = compressible_layers(model, config.layers, config.dense_layers or ())
         self.weights = {name: model.get_submodule(name).weight for name in names}
         self.subgradients: dict[str, Tensor] = {}
 

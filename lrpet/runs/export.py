@@ -14,6 +14,7 @@ from lrpet.files import write_file
 from lrpet.lowrank.batchnorm import fold_batchnorm
 from lrpet.lowrank.compact_file import compact_header, save_compact
 from lrpet.paths import results_root
+from lrpet.runs.finish import largest_difference
 from lrpet.runs.store import is_complete, load_network, load_run, read_network, weights_file
 
 __all__ = ["export_run", "find_run"]
@@ -55,7 +56,7 @@ def export_run(name: str, to: str, out: str | Path | None = None, half: bool = F
         for a copy).
 
     Raises:
-        ValueError: the run is not there, has no weights, or cannot be exported.
+        ValueError: the run is not there, has no weights, or cannot be exported, as a detector.
     """
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}; got {to!r}")
@@ -70,7 +71,13 @@ def export_run(name: str, to: str, out: str | Path | None = None, half: bool = F
     if to == "safetensors":
         write_file(path, file.read_bytes())
         return path, 0.0
-    return path, export(fold_batchnorm(network), path, to, shape)
+    if done.config.task == "detection":
+        raise ValueError(
+            "to must be safetensors for a detector, which PyTorch's exporter cannot follow where it chooses "
+            f"boxes by their values; got {to!r}. Its layers alone: lrpet.export(network.backbone, …)"
+        )
+    images = None if done.config.task == "classification" else torch.zeros(1, *shape)
+    return path, export(fold_batchnorm(network, example_inputs=images), path, to, shape)
 
 
 def _save_half(config: RunConfig, network: nn.Module, path: Path, header: dict) -> float:
@@ -79,6 +86,4 @@ def _save_half(config: RunConfig, network: nn.Module, path: Path, header: dict) 
     save_compact(copy.deepcopy(network).half(), path, **kept)
     rounded, size = read_network(config, path), config.image_size
     images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        reference, rounded = network.eval()(images), rounded.eval()(images)
-    return float((rounded - reference).abs().max() / reference.abs().max())
+    return largest_difference(rounded, network, images)

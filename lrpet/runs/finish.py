@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lrpet.config import RunConfig
 from lrpet.data.batches import Batches
@@ -18,8 +19,8 @@ from lrpet.files import write_file
 from lrpet.lowrank.compact_file import save_compact
 from lrpet.lowrank.cost import Cost
 from lrpet.lowrank.ranks import LayerReport
-from lrpet.methods.base import count_cost
-from lrpet.models import build_model
+from lrpet.methods.base import count_cost, dense_network
+from lrpet.models import unboxed
 from lrpet.runs.environment import utc_now
 from lrpet.runs.store import WEIGHTS, read_network
 from lrpet.training.state import State
@@ -52,8 +53,8 @@ def finish_run(trained: Trained) -> None:
     config, method, classes = state.config, state.method, len(trained.batches.data.classes)
     if not hasattr(compact, "factorization"):
         compact.factorization, compact.compressions = [], []  # a dense network is one with nothing factorized
-    full = build_model(config.model, classes)
-    deployed, counted = count_cost(compact, config), count_cost(full, config, method.ranks)
+    deployed = count_cost(compact, config)
+    counted = count_cost(dense_network(config, classes), config, method.ranks)
     rows = _layer_rows(counted, deployed, compact.factorization, state.layers)
     summary = _summary(trained, deployed, counted, sum(row["action"] == "constant" for row in rows))
     filters = method.structure if config.method == "filter_pruning" else None
@@ -93,7 +94,9 @@ def _summary(trained: Trained, deployed: Cost, counted: Cost, dead_layers: int) 
         f"best_{metric.column}": best[metric.column],
         "best_epoch": best["epoch"],
         **trained.scores,
-        "compact_max_relative_error": _difference(state.method.model, trained.compact, trained.batches),
+        "compact_max_relative_error": largest_difference(
+            trained.compact, state.method.model, _some_images(trained.batches)
+        ),
         "train_loss": last["train_loss"],
         "params": deployed.params,
         "macs": deployed.macs,
@@ -144,13 +147,16 @@ def _layer_rows(full, deployed, factorization, projected) -> list[dict]:
     return rows
 
 
+def _some_images(batches: Batches) -> Tensor:
+    """Return held-out images, fewer where they are large."""
+    return next(batches.test(256 if batches.data.image_size <= 224 else 4))[0]
+
+
 @torch.no_grad()
-def _difference(model, compact, batches) -> float:
-    """Return the largest difference of the two networks' logits on a batch, relative to the largest logit."""
-    x, _ = next(batches.test(256))
-    model.eval(), compact.eval()
-    reference = model(x)
-    return ((compact(x) - reference).abs().max() / reference.abs().max()).item()
+def largest_difference(network: nn.Module, reference: nn.Module, x: Tensor) -> float:
+    """Return the largest difference of an output of two networks, relative to the largest number in it."""
+    outputs = [tree_leaves(unboxed(model.eval())(x)) for model in (network, reference)]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*outputs, strict=True))
 
 
 def as_json(values: dict) -> str:

@@ -14,11 +14,13 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from lrpet.config import RunConfig
 from lrpet.data.load import load_images, make_batches
+from lrpet.data.objects import ObjectData
 from lrpet.data.sets import ImageData
 from lrpet.data.stream import StreamData
 from lrpet.files import write_file
 from lrpet.methods import make_method
 from lrpet.methods.base import Dense, build_network
+from lrpet.models.pretrained import load_backbone
 from lrpet.paths import data_folder, expanded
 from lrpet.processes import Processes, join_processes
 from lrpet.runs.device import deterministic_algorithms, device_of
@@ -32,7 +34,8 @@ from lrpet.training.step_cost import step_cost
 from lrpet.training.tasks import task_of
 
 __all__ = ["run"]
-IDENTITY = ("data_train_sha256", "data_test_sha256", "data_classes_sha256")  # of the images that a run saw
+# of the images that a run saw, and of the weights that it began with
+IDENTITY = ("data_train_sha256", "data_test_sha256", "data_classes_sha256", "backbone_sha256")
 ARGUMENTS = {  # of run: what each must be, in a test and in words
     "config": (lambda v: isinstance(v, RunConfig), "a RunConfig; RunConfig.from_dict makes one of a map"),
     "data": (lambda v: v is None or isinstance(v, (str, Path)), "the path of a folder, or None"),
@@ -177,7 +180,7 @@ def _train(job: _Job) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     where = device, config.seed, processes.rank, processes.world
     batches = make_batches(images, config.batch_size, *where, **augmentation(config))
-    method = _new_method(job, len(images.classes))
+    method = _new_method(job, images)
     verb, times = "resuming" if resumed else "training", f"{processes.world} × " * (processes.world > 1)
     length = f"{config.epochs} epochs of {batches.steps} steps"
     job.say(f"{config.run_id}: {verb} {length} on {times}{origin['device']}")
@@ -201,7 +204,7 @@ def _train(job: _Job) -> Run:
     return processes.share(lambda: load_run(job.folder))
 
 
-def _load(job: _Job) -> ImageData | StreamData:
+def _load(job: _Job) -> ImageData | StreamData | ObjectData:
     """Return the images, in memory or streamed: alike in all processes, and as a run to be resumed began."""
     processes, where = job.processes, {"device": job.device}
     streamed = processes.share(lambda: _was_streamed(job.folder))
@@ -217,7 +220,7 @@ def _load(job: _Job) -> ImageData | StreamData:
     return images
 
 
-def _begin(job: _Job, images: ImageData | StreamData) -> dict:
+def _begin(job: _Job, images: ImageData | StreamData | ObjectData) -> dict:
     """Write down what a run begins with, and return where it comes from; refuse one that began otherwise."""
     origin = environment(job.device) | {"processes": job.processes.world} | _identity(job.config, images)
     begun = job.folder / "config.json"
@@ -229,10 +232,12 @@ def _begin(job: _Job, images: ImageData | StreamData) -> dict:
     return origin
 
 
-def _new_method(job: _Job, num_classes: int) -> Dense:
+def _new_method(job: _Job, images: ImageData | StreamData | ObjectData) -> Dense:
     """Return the method around the network that it starts from."""
     torch.manual_seed(job.config.seed)  # before the model exists
-    model = build_network(job.config, num_classes)
+    model = build_network(job.config, len(images.classes))
+    if job.config.pretrained_backbone:
+        load_backbone(model, images.backbone)
     if job.config.sync_batchnorm and job.processes.world > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return make_method(model.to(job.device, memory_format=torch.channels_last), job.config)
@@ -257,7 +262,7 @@ def _same_config(folder: Path, there: RunConfig, asked: RunConfig) -> None:
         )
 
 
-def _identity(config: RunConfig, images: ImageData | StreamData) -> dict[str, str]:
+def _identity(config: RunConfig, images: ImageData | StreamData | ObjectData) -> dict[str, str]:
     """Return what tells the images of a run from others: their content and, of a tree, its classes."""
     if config.dataset != "imagefolder":
         return images.fingerprint

@@ -4,6 +4,8 @@ from lrpet.tables.accuracy import accuracy_table, imagenet_table
 from lrpet.tables.claims import ablation_table, claims_table, differences, summary_of_ablations
 from lrpet.tables.costs import cost_table
 from lrpet.tables.gradient_projection import answers_table, choice_table, projection_table, way_of
+from lrpet.tables.names import label_of
+from lrpet.tables.objects import object_tables, objects_against_paper, objects_table
 from lrpet.tables.one_run import comparison, verdict
 from lrpet.tables.pages import headline, summary_of, write_pages, write_tables
 from lrpet.tables.recorded import (
@@ -30,6 +32,10 @@ __all__ = [
     "gradient_ratios",
     "headline",
     "imagenet_table",
+    "label_of",
+    "object_tables",
+    "objects_against_paper",
+    "objects_table",
     "profile_runs",
     "projection_share",
     "projection_table",

@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import warnings
 from functools import cache
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from lrpet.experiments import Experiment, load_profile
-from lrpet.lowrank.cost import cost
+from lrpet.lowrank.cost import Cost, cost
 from lrpet.lowrank.ranks import compressible_layers, ranks_from_ratio
-from lrpet.models import MODELS, build_model
+from lrpet.models import MODELS, build_model, unboxed
 from lrpet.paths import project_file
 from lrpet.tables.rows import NUM_CLASSES, of_imagenet, published
 
 __all__ = ["cost_table"]
+COUNTED = ("macs_m", "params_m", "params_without_bn_m", "macs_reduction_pct")
+
+
+class _OtherTask(NamedTuple):
+    """A published network that finds boxes or pixels, and what its cost is counted on."""
+
+    model: str
+    classes: int
+    prune_ratio: float  # of the authors' source
+    dense_layers: str
+    input: tuple[int, int]
+    said: str
+
+
+# inputs were not published: they hardly change the share that PSPNet saves, and do change Faster R-CNN's
+OTHER_TASKS = {
+    "fasterrcnn_resnet50": _OtherTask(
+        *("fasterrcnn_resnet50_fpn", 20, 0.55, ""),
+        (800, 1066),
+        "800×1066, to which torchvision enlarges 375×500; 1000 proposals",
+    ),
+    "pspnet_resnet50": _OtherTask(
+        *("pspnet_resnet50", 21, 0.43, "encoder.layer4.2.conv3", (480, 480), "480×480")
+    ),
+}
 NOT_HERE = "not here"  # a network or method of others
 NO_RANKS = "ranks not published"  # a network whose ranks nobody can know
 COST_COLUMNS = (
@@ -31,7 +58,7 @@ COST_COLUMNS = (
     "params_without_bn_m",
     "paper_params_m",
 )
-COST_COLUMNS += ("macs_reduction_pct", "paper_macs_reduction_pct", "paper_source")
+COST_COLUMNS += ("macs_reduction_pct", "paper_macs_reduction_pct", "input", "paper_source")
 
 
 def cost_table() -> pd.DataFrame:
@@ -91,12 +118,13 @@ def _further_row(experiment: Experiment) -> dict:
 
 
 def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, reported) -> dict:
-    imagenet = dataset == "imagenet"
     row = dict.fromkeys(COST_COLUMNS, NOT_HERE)
     row |= {"network": network, "dataset": dataset, "method": method, "prune_ratio": _published(ratio)}
     for name in ("macs_m", "params_m", "macs_reduction_pct"):
         row[f"paper_{name}"] = _published(getattr(reported, name))
     row["paper_source"] = reported.source
+    if network in OTHER_TASKS and method in ("LRPET", "baseline"):
+        return row | _other_task(OTHER_TASKS[network], method)
     if network not in MODELS or method.split(",")[0] not in ("LRPET", "baseline"):
         return row
     model = build_model(network, NUM_CLASSES.get(dataset, 10))
@@ -109,14 +137,33 @@ def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, repo
             ranks = _ranks_by_pattern(model, fixed["ranks"])
         else:
             known = False  # neither ratio nor list is published
-    counted = cost(model, (3, 224, 224) if imagenet else (3, 32, 32), ranks)
+    edge = 224 if dataset == "imagenet" else 32
+    row["input"] = f"{edge}×{edge}"
+    counted = cost(model, (3, edge, edge), ranks)
+    return row | _counted(counted) if known else row | dict.fromkeys(COUNTED, NO_RANKS)
+
+
+def _counted(counted: Cost) -> dict[str, str]:
+    """Return the cells that are ours."""
     without_bn = sum(layer.params for layer in counted.layers)  # what the authors count
-    row["macs_m"] = f"{counted.macs / 1e6:.2f}" if known else NO_RANKS
-    row["params_m"] = f"{counted.params / 1e6:.3f}" if known else NO_RANKS
-    row["params_without_bn_m"] = f"{without_bn / 1e6:.3f}" if known else NO_RANKS
-    reduction = 100 * (1 - counted.macs / counted.dense_macs)
-    row["macs_reduction_pct"] = f"{reduction:.1f}" if known else NO_RANKS
-    return row
+    values = (counted.macs / 1e6, counted.params / 1e6, without_bn / 1e6)
+    cells = [f"{value:.{digits}f}" for value, digits in zip(values, (2, 3, 3), strict=True)]
+    return dict(zip(COUNTED, [*cells, f"{100 * (1 - counted.macs / counted.dense_macs):.1f}"], strict=True))
+
+
+def _other_task(network: _OtherTask, method: str) -> dict[str, str]:
+    """Return our cells of a detector or segmenter: ranks of all convolutions, at the published ratio."""
+    try:
+        model = build_model(network.model, network.classes)
+    except ImportError as error:
+        return dict.fromkeys(COUNTED, str(error).partition(",")[0])
+    ranks = None
+    if method != "baseline":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # some small layers cost more as factors
+            ranks = ranks_from_ratio(model, network.prune_ratio, exclude=network.dense_layers)
+    ratio = {"prune_ratio": "" if ranks is None else f"{network.prune_ratio:g}"}
+    return _counted(cost(unboxed(model), (3, *network.input), ranks)) | ratio | {"input": network.said}
 
 
 def _published(value: float) -> str:

@@ -10,7 +10,13 @@ USUAL_INTERVALS = {"imagenet": (250, "iteration"), "imagenette": (50, "iteration
 PUBLISHED_NAMES = {"dense": "baseline"}  # where the published tables use another word
 
 
-SAID_ELSEWHERE = ("prune_ratio", "ranks", "layers", "finetune_learning_rate")  # in columns of their own
+SAID_ELSEWHERE = (
+    "prune_ratio",
+    "ranks",
+    "layers",
+    "dense_layers",
+    "finetune_learning_rate",
+)  # in columns of their own
 IN_WORDS = {
     ("bn_rectification", False): "without BN rectification",
     ("row_eps", 0.0): "exact inverse of the scale",

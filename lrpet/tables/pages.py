@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lrpet.experiments import GRADIENT, MAIN
+from lrpet.experiments import GRADIENT, MAIN, OBJECTS
 from lrpet.files import write_file
 from lrpet.paths import has_own_results, project_file, results_root
 from lrpet.registry import metric_of
@@ -17,6 +17,7 @@ from lrpet.tables.choice import repeats_table, selection_table
 from lrpet.tables.claims import ablation_table, claims_table, differences
 from lrpet.tables.costs import NO_RANKS, NOT_HERE, cost_table
 from lrpet.tables.gradient_projection import gradient_tables
+from lrpet.tables.objects import object_tables
 from lrpet.tables.rows import NOT_RUN, profile_runs, published
 from lrpet.tables.time_spent import replication_cost
 
@@ -28,6 +29,11 @@ def headline(profile: str) -> str:
     if profile in GRADIENT:
         name, table = next(iter(gradient_tables(profile).items()))
         return f"{name} of profile {profile}:\n{_markdown(table)}"
+    if profile in OBJECTS:
+        texts = [
+            f"{name} of profile {profile}:\n{_markdown(t)}" for name, t in object_tables(profile).items()
+        ]
+        return "\n".join(texts)
     runs = profile_runs(profile)
     table = accuracy_table(runs[runs.feeds.isin(MAIN)], published())
     metric = metric_of(runs)
@@ -68,8 +74,12 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
 
 def write_tables(profile: str, results: Path | None = None) -> dict[str, pd.DataFrame]:
     """Write every table of a profile to ``results/<profile>/tables``, .md and .csv; return them by name."""
+    if profile in GRADIENT:
+        tables = gradient_tables(profile, results)
+    else:
+        tables = {"cost": cost_table()} if profile in OBJECTS else _tables(profile, results)
+    tables |= object_tables(profile, results)
     folder = (results or results_root()) / profile / "tables"
-    tables = gradient_tables(profile, results) if profile in GRADIENT else _tables(profile, results)
     for name, table in tables.items():
         write_file(folder / f"{name}.csv", table.to_csv(index=False))
         write_file(folder / f"{name}.md", _markdown(table))

@@ -23,6 +23,8 @@ NUM_CLASSES = {
     "imagenet": 1000,
     "topics": 256,
     "text": 256,
+    "voc": 20,
+    "coco": 80,
 }  # of data with other than ten classes
 WANTED = ("experiment", "feeds", "network", "label", "run_id", "ratio", "config", "task")
 MACS_TOLERANCE = 0.02  # two networks whose multiply-adds differ by less are compared as equal
@@ -100,7 +102,8 @@ def counted_cost(row: pd.Series) -> tuple[int | None, int | None, int]:
 def _expected(config: RunConfig) -> tuple[int | None, int | None, int]:
     method = config.method if config.method in ("dense", "narrow", "filter_pruning") else "low-rank"
     key = (config.task, config.model, _num_classes(config), config.image_size, method)
-    key += (config.prune_ratio, config.ranks, config.layers, config.multiple_of, str(config.unfolding))
+    key += (config.prune_ratio, config.ranks, config.layers, config.dense_layers, config.multiple_of)
+    key += (str(config.unfolding), config.dataset, config.pretrained_backbone)
     if key not in _counted:  # runs that differ in nothing but seed or schedule are counted once
         _counted[key] = _count(config)
     return _counted[key]
@@ -147,7 +150,8 @@ def of_imagenet(config: RunConfig) -> bool:
 
 
 def _num_classes(config: RunConfig) -> int:
-    return 1000 if of_imagenet(config) else NUM_CLASSES.get(config.dataset, 10)
+    ground = config.task == "segmentation"  # one class more
+    return 1000 if of_imagenet(config) else NUM_CLASSES.get(config.dataset, 10) + ground
 
 
 def as_published(done: pd.DataFrame) -> bool:

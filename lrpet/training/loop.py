@@ -189,7 +189,8 @@ def _make_step(config: RunConfig, state: State, session: Session, processes: Pro
         graphs=state.device.type == "cuda"
         and processes.world == 1
         # and a new basis of gradients is computed between kernels; Adafactor cannot be recorded
-        and not (config.matched_steps or config.gradient_projection or config.optimizer == "adafactor"),
+        and not (config.matched_steps or config.gradient_projection or config.optimizer == "adafactor")
+        and task_of(config).graphs,
         world=processes.world,
         device_batch=session.device_batch,
     )

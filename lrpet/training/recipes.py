@@ -136,7 +136,8 @@ def make_optimizer(
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.learning_rate)
     if config.recipe == "sgd" or config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
+        momentum = {"momentum": config.momentum, "nesterov": config.nesterov}
+        return torch.optim.SGD(groups, lr=config.learning_rate, fused=fused, **momentum)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, capturable=fused)
 
 

@@ -123,7 +123,7 @@ class Step:
         bf16 = self.config.precision == "bf16"
         with Bfloat16Products() if bf16 and not has_bfloat16_products(x.device) else nullcontext():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-                logits = self.model(x)
+                logits = self.task.forward(self.model, x, target)
                 # of no image the sum is 0, and so are its gradients
                 loss = self.task.loss(self.config, logits, target) if len(y) else logits.sum()
             weight = self.world * len(y) / images  # so that the mean over processes is that over all images

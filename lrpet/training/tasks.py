@@ -25,9 +25,15 @@ class Classification:
     {'train_loss': 0.5, 'train_top1_pct': 75.0}
     """
 
+    graphs = True  # a step can be recorded on a GPU: every batch makes the same kernels run
+
     def mixer(self, config: RunConfig, data: ImageData) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return what mixes a batch before a step: (x, y) to (x, target)."""
         return make_mixer(config, len(data.classes), data.mean)
+
+    def forward(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        """Return what the network gives for a batch in training."""
+        return model(x)
 
     def loss(self, config: RunConfig, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean loss of what the network gives for a batch, a scalar."""

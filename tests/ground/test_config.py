@@ -8,7 +8,7 @@ from lrpet import RunConfig
 from lrpet.config import METHODS, describe_fields, read_fields
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT, data_folder, figures_root, has_own_results, results_root
-from lrpet.registry import MODELS, TASKS, metric_of
+from lrpet.registry import IMAGE_MODELS, TASKS, metric_of
 
 LRPET = {"method": "lrpet", "prune_ratio": 0.57, "seed": 1}
 
@@ -69,6 +69,8 @@ LANGUAGE = {"task": "language", "dataset": "topics", "model": "byte_transformer"
 GALORE = LANGUAGE | {"gradient_projection": "galore", "gradient_rank": 4}
 LOTUS = GALORE | {"gradient_projection": "lotus"}
 OTHER = {
+    "dense_layers": {"dense_layers": "conv"},
+    "nesterov": {"nesterov": True},
     "dataset": {"dataset": "cifar10"},
     "image_size": {"dataset": "imagefolder", "image_size": 64},
     "model": {"model": "resnet20"},
@@ -126,7 +128,7 @@ OTHER = {
 
 
 def test_every_field_is_part_of_the_name():
-    assert set(OTHER) == {field.name for field in dataclasses.fields(RunConfig)}
+    assert {*OTHER, "pretrained_backbone"} == {field.name for field in dataclasses.fields(RunConfig)}
     ids = {RunConfig(**LRPET | change).run_id for change in OTHER.values()} | {RunConfig(**LRPET).run_id}
     assert len(ids) == len(OTHER) + 1
 
@@ -149,7 +151,7 @@ def test_bits_per_byte_alone_are_better_when_lower():
     lower = {task for task, row in TASKS.items() if row.metric.sign < 0}
     assert lower == {"language"}
     assert TASKS["language"].metric.text(2.5) == "2.500"
-    assert TASKS["detection"].metric.label == "mAP, %"
+    assert TASKS["detection"].metric.label == "mAP at IoU 0.5, %"
 
 
 def test_ranks_as_a_map_do_not_depend_on_its_order():
@@ -171,7 +173,7 @@ def test_dictionaries_go_there_and_back(change):
     config = RunConfig(**LRPET | change)
     values = config.to_dict()
     assert values == json.loads(json.dumps(values))
-    assert set(values) == set(OTHER)
+    assert set(values) == {*OTHER, "pretrained_backbone"}
     again = RunConfig.from_dict(values)
     assert again == config
     assert again.run_id == config.run_id
@@ -272,7 +274,7 @@ def test_a_home_that_is_not_known_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", IMAGE_MODELS)
 def test_every_method_and_network_can_be_configured(method, model):
     task = next(task for task, row in TASKS.items() if model in row.models)
     dataset = "cifar10" if task == "classification" else TASKS[task].datasets[0]

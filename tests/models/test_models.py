@@ -4,16 +4,18 @@ import torch.fx
 from torch import nn
 
 from lrpet import build_model
-from lrpet.models import MODELS, TORCHVISION
+from lrpet.models import DETECTORS, MODELS, SEGMENTERS, TORCHVISION
 from lrpet.models.resnet_cifar import Block, CifarResNet
 from lrpet.models.vit import Block as VitBlock
 from lrpet.models.vit import StochasticDepth
-from lrpet.registry import IMAGE_MODELS
-from lrpet.registry import MODELS as REGISTERED
+from lrpet.registry import IMAGE_MODELS, TASKS
 
 
 def test_the_registry_names_the_networks_that_can_be_built():
-    assert set(REGISTERED) == set(MODELS)
+    named = {"classification": IMAGE_MODELS, "language": ["byte_transformer"]}
+    named |= {"detection": DETECTORS, "segmentation": SEGMENTERS}
+    assert {*IMAGE_MODELS, "byte_transformer"} == set(MODELS)
+    assert {task: set(TASKS[task].models) for task in named} == {task: set(n) for task, n in named.items()}
 
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)
