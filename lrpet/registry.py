@@ -196,7 +196,7 @@ def metric_of(table: Mapping) -> Metric:
 
 
 SMALLEST = {"vgg16": 32, "vit": 32, "vit_small": 32}  # pixels that a network needs
-SMALLEST |= {"pspnet_resnet18": 64, "pspnet_resnet50": 64}
+SMALLEST |= {"pspnet_resnet18": 64, "pspnet_resnet50": 64, "ssd300_vgg16": 300}
 # network → its block matrices: attention and MLP, never embeddings, norms, head or patches
 BLOCKS = dict.fromkeys(("vit", "vit_small", "byte_transformer"), "blocks.*")
 

@@ -14,6 +14,7 @@ from lrpet.lowrank.layers import matrix_of
 from lrpet.methods import build_network, make_method
 from lrpet.models import DETECTORS, SEGMENTERS, build_model, unboxed
 from lrpet.models.pretrained import load_backbone
+from lrpet.registry import SMALLEST
 from lrpet.tables import cost_table
 
 SMALL = {"fasterrcnn_resnet8_fpn": "detection", "fcn_resnet8": "segmentation"}
@@ -36,13 +37,14 @@ def test_detectors_are_torchvisions():
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detector_takes_images_as_they_are_and_its_layers_can_be_counted(name):
     model = build_model(name, 3).eval()
-    x = torch.rand(1, 3, 128, 128)
+    edge = max(128, SMALLEST.get(name, 0))
+    x = torch.rand(1, 3, edge, edge)
     with torch.no_grad():
         (found,) = model(list(x))
-    assert (found["boxes"] <= 128).all()
+    assert (found["boxes"] <= edge).all()
     view = unboxed(model)
     assert [n for n, _ in view.named_parameters()] == [n for n, _ in model.named_parameters()]
-    counted = lrpet.cost(view, (3, 128, 128))
+    counted = lrpet.cost(view, (3, edge, edge))
     run = {layer.name for layer in counted.layers if layer.dense_macs}
     layers = {n for n, m in model.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))}
     assert run == layers and counted.params == sum(p.numel() for p in model.parameters())
