@@ -128,7 +128,10 @@ missing() {
 }
 awk '/ (not run|started)$/ { print $1 }' <<<"$state" | while read -r name; do missing "$name"; done
 readers="03_ablations 04_singular_values 05_gradient_norms 08_tables" reporter=09_report
-case $profile in language*) readers=10_gradient_projection reporter=10_gradient_projection ;; esac
+case $profile in
+    language*) readers=10_gradient_projection reporter=10_gradient_projection ;;
+    voc | scenes) readers="11_detection 11_segmentation" reporter=11_detection_segmentation ;;
+esac
 for name in 00_method $([ "$profile" != smoke ] || echo 02_imagenet 06_rank_search) $readers; do
     [ -f "$results/notebooks/$name.done" ] || missing "$name"
 done
