@@ -84,7 +84,7 @@ import sys
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT
 configs = {e.config.run_id: e.config for e in load_profile(sys.argv[1]).experiments}.values()
-here = ("digits", *(path.name for path in PROJECT.glob("data/*")))
+here = ("digits", "topics", *(path.name for path in PROJECT.glob("data/*")))
 print(sum(c.dataset not in here and not (c.folder() / "summary.json").is_file() for c in configs))' "$profile")
 draw="" hint="$lacking runs are missing and need images, so nothing is trained; give --data DIR to train them"
 [ -n "$data" ] || [ "$lacking" = 0 ] || draw=yes

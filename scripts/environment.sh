@@ -48,7 +48,8 @@ use_given_python() {
 import importlib.metadata, re, sys, tomllib
 
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
-texts = sum(project["optional-dependencies"].values(), project["dependencies"])
+extras = project["optional-dependencies"]
+texts = sum((extras[name] for name in extras.keys() - {"deploy", "segmentation"}), project["dependencies"])
 wanted = [re.match(r"[\w.-]+", text)[0] for text in texts]
 installed = {re.sub("[-_.]+", "-", found.name).lower() for found in importlib.metadata.distributions()}
 print(*(name for name in wanted if name not in installed))' "$ROOT/pyproject.toml") ||
@@ -124,7 +125,7 @@ add_zoo() {
 quiet_kernels() {
     local file=$VENV/etc/ipython/ipython_kernel_config.py
     [ ! -f "$file" ] || return 0
-    mkdir -p "$(dirname "$file")"
+    mkdir -p "${file%/*}"
     echo 'get_config().IPKernelApp.log_level = "ERROR"' >"$file"
 }
 

@@ -201,7 +201,11 @@ def plot_latency_trade(trade: pd.DataFrame, runtime: str) -> ProjectFigure:
         line = {"color": style.color, "marker": style.marker, "linestyle": style.linestyle}
         ax.plot(trade["speedup"], trade[column], label=label, **line)
     ax.set(xlabel=f"times as fast as dense, predicted ({runtime})", ylabel="energy kept, mean over layers")
-    add_legend(figure, ax)
+    state(
+        figure,
+        f"What speed costs in energy, by {runtime}: ranks by latency beside one ratio for all layers",
+        ax,
+    )
     return figure
 
 

@@ -55,7 +55,7 @@ def build_segmenter(name: str, num_classes: int) -> nn.Module:
     except ImportError as error:
         raise ImportError(
             f"{name} needs the package segmentation-models-pytorch, which is not installed: "
-            "pip install segmentation-models-pytorch"
+            "pip install 'lrpet[segmentation]', or that package"
         ) from error
     encoder = name.removeprefix("pspnet_")
     network = PSPNet(encoder, encoder_weights=None, encoder_depth=5, upsampling=STRIDE, classes=num_classes)
