@@ -39,7 +39,7 @@ HALF_WEIGHTS = "compact-half.safetensors"  # of some runs, see results/README.md
 REPEATS = "repeats"  # folder of runs that were done a second time, on another machine
 FILES = ("config.json", "environment.json", "history.csv", "layers.csv", "summary.json")
 ORIGIN = ("device", "commit", "finished", "data_train_sha256")  # of environment.json
-NUMBERS = ("run_id", "scored_on", "top1_pct", "macs")  # of summary.json; the least that is read
+NUMBERS = ("run_id", "scored_on", "macs")  # of summary.json, with the score
 
 
 class Damaged(UserWarning):
@@ -80,9 +80,9 @@ def load_run(folder: Path) -> Run:
     """
     if not is_complete(folder):
         raise FileNotFoundError(f"{folder} holds no finished run: it has no summary.json")
-    summary = read_json(folder / "summary.json", NUMBERS)
     _verify(folder)
     config = _read(folder / "config.json", lambda file: RunConfig.from_dict(read_map(file)))
+    summary = read_json(folder / "summary.json", (*NUMBERS, config.metric.column))
     environment = read_json(folder / "environment.json", ORIGIN)
     history, layers = (_read(folder / f"{name}.csv", pd.read_csv) for name in ("history", "layers"))
     return Run(config, summary, history, layers, environment, folder)
@@ -104,7 +104,7 @@ def or_leave_out(read: Callable[[Path], T], path: Path) -> T | None:
 def _verify(folder: Path) -> None:
     """Refuse a run whose files are not as ``SHA256SUMS`` says; the oldest runs have none."""
     sums = folder / "SHA256SUMS"
-    if sums.is_file():
+    if os.path.isfile(sums):
         told = _read(
             sums,
             lambda file: {line[66:]: line[:64] for line in file.read_text(encoding="utf-8").splitlines()},
