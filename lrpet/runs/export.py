@@ -26,8 +26,9 @@ def find_run(name: str) -> Path:
     Raises:
         ValueError: there is none, or several profiles have it.
     """
-    places = [Path(name), *sorted(results_root().glob(f"*/runs/{name}"))]
-    folders = [folder for folder in places if is_complete(folder)]
+    if is_complete(Path(name)):
+        return Path(name)
+    folders = [folder for folder in sorted(results_root().glob(f"*/runs/{name}")) if is_complete(folder)]
     if not folders:
         raise ValueError(
             f"{name!r} is neither the folder of a finished run nor the id of one below {results_root()}; "
