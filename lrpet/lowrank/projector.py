@@ -146,7 +146,6 @@ class LowRankProjector:
         weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
         self._layers, self._weights, self._batchnorms = layers, weights, batchnorms
         self._states = [_state(layer) for layer in layers.values()]
-        self._groups = defaultdict(list)  # layers of one shape, rank and place are decomposed at once
         self._twins, first = {}, {}  # name → name of the layer whose weight it shares
         for name, layer in layers.items():
             _check(self, name, layer)
@@ -155,17 +154,7 @@ class LowRankProjector:
                 self._batchnorms.pop(name, None), self._batchnorms.pop(twin, None)
         self._rows = {n: _rows(layer, weights[n], self.unfolding[n]) for n, layer in layers.items()}
         self._rows |= {name: self._rows[name].mT for name in self._columns}  # whose columns are scaled
-        for name, layer in layers.items():
-            M, weight = matrix_of(layer, self.unfolding[name]), weights[name]
-            N, D = M.shape[:: -1 if name in self._columns else 1]
-            if self.ranks[name] < min(N, D) and weight.requires_grad and name not in self._twins:
-                where = (weight.device, weight.dtype)
-                scaled, per_output = (
-                    name in self._batchnorms,
-                    len(M) // len(matrix_of(layer)),
-                )  # rows: 1 or k²
-                alike = (N, D, self.ranks[name], *where, scaled, per_output, scaled and name in self._columns)
-                self._groups[alike].append(name)
+        self._groups = _groups(self)
         self._links = _links(self.model, (*layers, *self._pairs.values()))
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
@@ -238,7 +227,7 @@ class LowRankProjector:
             for group, names in self._groups.items()
             if names[0] in self._batchnorms
         }
-        small, eps = self._refuse_lost_values(scales), self.settings["row_eps"]
+        small, eps = _refuse_lost_values(self, scales), self.settings["row_eps"]
         check = exact or self._steps % EXACT_EVERY == 0
         self._steps += 1
         own = {}  # name → share of energy kept, whether followed, largest singular value where dead
@@ -253,24 +242,11 @@ class LowRankProjector:
                 a, basis = None if a is None else a[alive], Basis(*(values[alive] for values in basis))
                 names, rows = [names[i] for i in alive], [rows[i] for i in alive]
             for part in _parts(rows):
-                own_a = None if a is None else a[part]
+                own_a, own_basis = None if a is None else a[part], Basis(*(v[part] for v in basis))
                 few = own_a.square() <= eps if any(map(small.get, names[part])) else None
-                own_basis = Basis(*(values[part] for values in basis))
-                self._project(rows[part], own_a, own_basis, few, group[PER_OUTPUT])
+                settings = self.settings | {"row_scale": own_a, "undo_exactly": few}
+                _project_together(rows[part], own_basis, group[PER_OUTPUT], settings)
         return Report([_report(self, name, own, small) for name in self.ranks] + self._dense)
-
-    def _project(
-        self,
-        rows: list[Tensor],
-        a: Tensor | None,
-        basis: Basis,
-        undo_exactly: Tensor | None,
-        per_output: int,
-    ) -> None:
-        matrices = _as_batch(rows, per_output)
-        project_on_basis_(matrices, basis, row_scale=a, undo_exactly=undo_exactly, **self.settings)
-        if matrices.data_ptr() != rows[0].data_ptr():
-            torch._foreach_copy_(rows, [M.view(row.shape) for M, row in zip(matrices, rows, strict=True)])
 
     def _find_basis(
         self, group: tuple, rows: list[Tensor], row_scale: Tensor | None, check: bool
@@ -308,29 +284,54 @@ class LowRankProjector:
             self._bases[group] = basis.vectors.to(torch.float32).contiguous()
         return basis, followed
 
-    def _refuse_lost_values(self, scales: Mapping[tuple, Tensor]) -> dict[str, int]:
-        """Raise where a weight or a BatchNorm is not finite; return how many rows are scaled to nothing.
 
-        All numbers are fetched at once, in one wait for a GPU.
-        """
-        weights, wide = list(self._rows.values()), torch.float32
-        for weight in weights:
-            wide = torch.promote_types(wide, weight.dtype)
-        norms = torch._foreach_norm(weights, 2, wide)
-        scaled = [name for group in scales for name in self._groups[group]]
-        numbers = [torch.stack([n.to(norms[0].device) for n in norms]).double()]
-        numbers += [a.sum(dim=1).to(numbers[0]) for a in scales.values()]
-        eps = self.settings["row_eps"]
-        numbers += [(a.square() <= eps).sum(dim=1).to(numbers[0]) for a in scales.values()]
-        numbers = torch.cat(numbers).tolist()
-        few = dict(zip(scaled, numbers[len(weights) + len(scaled) :], strict=True))
-        sums = dict(zip(scaled, numbers[len(weights) :], strict=False))
-        for name, norm in zip(self._rows, numbers, strict=False):
-            if not math.isfinite(norm + sums.get(name, 0.0)):
-                norm_there = "norm before" if name in self._columns else "BatchNorm after"
-                what = f"the {norm_there} layer" if math.isfinite(norm) else "the weight of layer"
-                raise ValueError(f"NaN, infinity or overflow in {what} {name!r}; nothing was projected")
-        return {name: int(count) for name, count in few.items() if count}
+def _refuse_lost_values(projector: LowRankProjector, scales: Mapping[tuple, Tensor]) -> dict[str, int]:
+    """Raise where a weight or a BatchNorm is not finite; return how many rows are scaled to nothing.
+
+    All numbers are fetched at once, in one wait for a GPU.
+    """
+    weights, wide = list(projector._rows.values()), torch.float32
+    for weight in weights:
+        wide = torch.promote_types(wide, weight.dtype)
+    norms = torch._foreach_norm(weights, 2, wide)
+    scaled = [name for group in scales for name in projector._groups[group]]
+    numbers = [torch.stack([n.to(norms[0].device) for n in norms]).double()]
+    numbers += [a.sum(dim=1).to(numbers[0]) for a in scales.values()]
+    eps = projector.settings["row_eps"]
+    numbers += [(a.square() <= eps).sum(dim=1).to(numbers[0]) for a in scales.values()]
+    numbers = torch.cat(numbers).tolist()
+    few = dict(zip(scaled, numbers[len(weights) + len(scaled) :], strict=True))
+    sums = dict(zip(scaled, numbers[len(weights) :], strict=False))
+    for name, norm in zip(projector._rows, numbers, strict=False):
+        if not math.isfinite(norm + sums.get(name, 0.0)):
+            norm_there = "norm before" if name in projector._columns else "BatchNorm after"
+            what = f"the {norm_there} layer" if math.isfinite(norm) else "the weight of layer"
+            raise ValueError(f"NaN, infinity or overflow in {what} {name!r}; nothing was projected")
+    return {name: int(count) for name, count in few.items() if count}
+
+
+def _project_together(rows: list[Tensor], basis: Basis, per_output: int, settings: Mapping[str, Any]) -> None:
+    matrices = _as_batch(rows, per_output)
+    project_on_basis_(matrices, basis, **settings)
+    if matrices.data_ptr() != rows[0].data_ptr():
+        torch._foreach_copy_(rows, [M.view(row.shape) for M, row in zip(matrices, rows, strict=True)])
+
+
+def _groups(projector: LowRankProjector) -> dict[tuple, list[str]]:
+    """Return the layers that are decomposed at once: those of one shape, rank and place."""
+    groups = defaultdict(list)
+    for name, layer in projector._layers.items():
+        weight, M = projector._weights[name], matrix_of(layer, projector.unfolding[name])
+        by_column, scaled = name in projector._columns, name in projector._batchnorms
+        (N, D), per_output = (
+            M.shape[:: -1 if by_column else 1],
+            len(M) // len(matrix_of(layer)),
+        )  # rows: 1 or k²
+        rank = projector.ranks[name]
+        if rank < min(N, D) and weight.requires_grad and name not in projector._twins:
+            where = (weight.device, weight.dtype)
+            groups[N, D, rank, *where, scaled, per_output, scaled and by_column].append(name)
+    return groups
 
 
 def _links(model: nn.Module, paths: Sequence[str]) -> list[tuple[dict, str, nn.Module]]:
