@@ -38,7 +38,7 @@ def plot_against_memory(runs: pd.DataFrame, column: str) -> ProjectFigure:
     Raises:
         ValueError: another column.
 
-    >>> runs = pd.DataFrame({"experiment": [], "bits_per_byte": [], "task": []})
+    >>> runs = pd.DataFrame({"experiment": [], "bits_per_byte": []})
     >>> plot_against_memory(runs, "params").axes[0].get_xlabel()
     'parameters of the result, millions'
     """

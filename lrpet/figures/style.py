@@ -112,16 +112,19 @@ class ProjectFigure(Figure):
 
     def png(self, dpi: int | str = "figure") -> bytes:
         """Return the figure as a PNG file in memory."""
-        with in_style():
-            file = io.BytesIO()
-            self.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
-            return file.getvalue()
+        return self._written(format="png", dpi=dpi, metadata={"Software": None})
 
     def svg(self) -> bytes:
         """Return the figure as an SVG file in memory."""
+        return self._written(format="svg", metadata={"Date": None, "Creator": None})
+
+    def _written(self, **settings) -> bytes:
+        for ax in self.axes:  # a layout begins where the last one ended, and would end a rounding apart
+            if ax.get_subplotspec() is not None:
+                ax.set_subplotspec(ax.get_subplotspec())
         with in_style():
             file = io.BytesIO()
-            self.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+            self.savefig(file, **settings)
             return file.getvalue()
 
     def _repr_png_(self) -> bytes:
