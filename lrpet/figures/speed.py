@@ -201,11 +201,13 @@ def plot_latency_trade(trade: pd.DataFrame, runtime: str) -> ProjectFigure:
         line = {"color": style.color, "marker": style.marker, "linestyle": style.linestyle}
         ax.plot(trade["speedup"], trade[column], label=label, **line)
     ax.set(xlabel=f"times as fast as dense, predicted ({runtime})", ylabel="energy kept, mean over layers")
-    state(
-        figure,
-        f"What speed costs in energy, by {runtime}: ranks by latency beside one ratio for all layers",
-        ax,
-    )
+    both = trade.dropna(subset=["allocated", "uniform"])
+    finding = "No speed-up is reached by both ways to choose ranks"
+    if len(both):
+        fastest = both.loc[both["speedup"].idxmax()]
+        kept = f"ranks by latency keep {fastest.allocated:.0%} of the energy, one ratio {fastest.uniform:.0%}"
+        finding = f"At {fastest.speedup:.1f} times the speed {kept}"
+    state(figure, finding, ax)
     return figure
 
 

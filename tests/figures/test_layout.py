@@ -108,6 +108,10 @@ def of_speed(monkeypatch):
         "projection": figures.plot_projection_speed([r for r in results if r["benchmark"] == "projection"]),
         "inference": figures.plot_inference(pd.DataFrame(inference["rows"]), inference["ideal"]),
         "gains": figures.plot_layer_gains(pd.DataFrame(inference["layers"])),
+        "latency": figures.plot_latency_trade(
+            pd.DataFrame({"speedup": [1.5, 2.0], "allocated": [0.9, 0.8], "uniform": [0.8, np.nan]}),
+            "openvino",
+        ),
         "growth": figures.plot_growth(pd.DataFrame(find(results, "scaling")["rows"])),
     }
 
