@@ -106,9 +106,6 @@ class ProjectFigure(Figure):
         """Draw; ticks and labels come into being only now, so the style has to hold now too."""
         with in_style():
             super().draw(renderer)
-        self.set_layout_engine(
-            "none"
-        )  # it would move panels a little at each draw, and files are to be the same
 
     def png(self, dpi: int | str = "figure") -> bytes:
         """Return the figure as a PNG file in memory."""
