@@ -35,7 +35,7 @@ def test_notebook_is_thin(path):
     assert len(code) <= 12
     assert sum(lines) <= 200
     assert max(lines) <= 40
-    assert path.stat().st_size < 2_000_000
+    assert path.stat().st_size < 2_500_000  # 09 shows every figure of a profile
 
 
 @notebooks
