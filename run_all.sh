@@ -81,10 +81,11 @@ figures=$("$PYTHON" -c 'from lrpet.paths import figures_root; print(figures_root
 # Runs without their images, which neither --data nor an earlier download gives: the others are drawn all the same.
 lacking=$("$PYTHON" -c '
 import sys
+from lrpet.config import BUNDLED
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT
 configs = {e.config.run_id: e.config for e in load_profile(sys.argv[1]).experiments}.values()
-here = ("digits", "topics", *(path.name for path in PROJECT.glob("data/*")))
+here = (*BUNDLED, *(path.name for path in PROJECT.glob("data/*")))
 print(sum(c.dataset not in here and not (c.folder() / "summary.json").is_file() for c in configs))' "$profile")
 draw="" hint="$lacking runs are missing and need images, so nothing is trained; give --data DIR to train them"
 [ -n "$data" ] || [ "$lacking" = 0 ] || draw=yes

@@ -38,6 +38,7 @@ DATASETS = {  # name → image size in pixels; None: text
     "digit_scenes": 64,
     "cifar_scenes": 96,
 }
+BUNDLED = ("digits", "topics", "digit_scenes")  # in packages that are installed anyway: no folder is needed
 OF_ANY_SIZE = ("imagefolder", "voc", "coco", "digit_scenes", "cifar_scenes")
 WITH_BACKBONE = r"\w+_(resnet50_fpn(_v2)?|resnet18|resnet50)"  # a ResNet of torchvision in a larger network
 WITH_BOXES_OR_MASKS = ("detection", "segmentation")

@@ -72,14 +72,10 @@ def profile_runs(profile: str, results: Path | None = None, task: str = "classif
         columns=WANTED,
     )
     column = TASKS[task].metric.column
-    columns = (
-        store
-        if len(store)
-        else pd.DataFrame(
-            columns=["run_id", column, f"best_{column}", "macs", "params", "dense_macs", "train_seconds"]
-        )
-    )
-    return wanted.merge(columns, on="run_id", how="left")
+    known = ["run_id", column, f"best_{column}", "macs", "params", "dense_macs", "train_seconds"]
+    missing = [name for name in known if name not in store]  # of which no run has finished
+    store = store.reindex(columns=[*store.columns, *missing])
+    return wanted.merge(store, on="run_id", how="left")
 
 
 def spread(values: pd.Series, digits: int = 2) -> str:

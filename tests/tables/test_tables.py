@@ -546,3 +546,9 @@ def test_every_column_of_every_table_has_a_header_for_people():
     for file in (PROJECT / "results").glob("*/tables/*.csv"):
         for header in tables.show(pd.read_csv(file, dtype=str).head(1)).data:
             assert not re.search(r"_|[^,] (pct|m|ms|seconds|hours|minutes)$", header), (file, header)
+
+
+def test_a_task_of_which_nothing_has_finished_is_shown_beside_one_that_has(tmp_path):
+    put(tmp_path, experiment("smoke", "resnet8-lrpet-s1"), 90.0)
+    assert tables.profile_runs("smoke", tmp_path, "detection").map_pct.isna().all()
+    assert {"detection", "segmentation"} <= tables.write_tables("smoke", tmp_path).keys()
