@@ -190,8 +190,8 @@ def put(results, config, top1_pct, **more):
     summary = {
         "run_id": config.run_id,
         "scored_on": "test",
-        "top1_pct": top1_pct,
-        "best_top1_pct": top1_pct + 0.5,
+        config.metric.column: top1_pct,
+        f"best_{config.metric.column}": top1_pct + 0.5,
         "macs": 56_058_496,
     }
     summary |= {

@@ -27,6 +27,10 @@ class Language:
         """Return what leaves a batch as it is."""
         return lambda x, y: (x, y)
 
+    def forward(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        """Return the logits of a batch of windows, (B, T, 256)."""
+        return model(x)
+
     def loss(self, config: RunConfig, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean cross-entropy of logits (B, T, 256) and bytes (B, T), in nats."""
         return F.cross_entropy(output.flatten(0, 1), target.flatten())

@@ -20,7 +20,8 @@ from lrpet import (
     select,
 )
 from lrpet.lowrank.batchnorm import batchnorm_scale, find_batchnorms, resolve_batchnorms
-from lrpet.models import MODELS, TORCHVISION
+from lrpet.models import TORCHVISION
+from lrpet.registry import IMAGE_MODELS
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -73,7 +74,7 @@ def difference(model, other, x):
         return ((other(x) - reference).abs().max() / reference.abs().max()).item()
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", sorted(IMAGE_MODELS))
 def test_a_run_shows_the_pairs_that_the_graph_shows(name):
     model = build_model(name)
     x = torch.rand(1, 3, *((64, 64) if name in TORCHVISION else (32, 32)))

@@ -31,7 +31,7 @@ from lrpet.__main__ import INTERRUPTED, main
 from lrpet.data.sets import load_data
 from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT
-from lrpet.runs.store import is_complete, load_network, load_run
+from lrpet.runs.store import Damaged, is_complete, load_network, load_run
 from lrpet.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 
 KILLS = int(
@@ -359,17 +359,15 @@ def test_damage_to_a_finished_run_is_found_and_named(
     folder = CONFIG.folder(tmp_path)
     shutil.copytree(undisturbed[CONFIG].folder, folder)
     (folder / name).write_bytes(damage((folder / name).read_bytes()))
-    for load in (
-        lambda: load_run(folder),
-        lambda: load_runs(tmp_path),
-        lambda: run(CONFIG, results=tmp_path),
-    ):
+    for load in (lambda: load_run(folder), lambda: run(CONFIG, results=tmp_path)):
         with pytest.raises(ValueError) as caught:
             load()
         assert str(folder / name) in str(caught.value) or (
             name == "SHA256SUMS" and "SHA256SUMS beside it" in str(caught.value)
         )
         assert "move the folder away to run it anew" in str(caught.value)
+    with pytest.warns(Damaged, match=re.escape(str(folder))):
+        assert len(load_runs(tmp_path)) == 0
     monkeypatch.setenv("LRPET_RESULTS", str(tmp_path))
     assert main(["train", *fields(CONFIG)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {folder}")

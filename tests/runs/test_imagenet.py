@@ -256,8 +256,9 @@ def test_the_notebooks_parameters_are_fields_and_a_valid_run():
     _, values = parameters(PROJECT / "notebooks" / "02_imagenet.ipynb")
     assert (values.pop("data"), values.pop("device")) == (None, "auto")
     of_every_method = {field.name for field in dataclasses.fields(RunConfig) if field.default is not None} - {
-        "sync_batchnorm"
-    }  # one process
+        "sync_batchnorm",  # one process
+        "nesterov",  # of boxes and masks
+    }
     assert of_every_method <= set(values)
     config = RunConfig.from_dict(values)
     assert (config.profile, config.model, config.dataset, config.crops) == (
