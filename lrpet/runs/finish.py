@@ -149,7 +149,7 @@ def _layer_rows(full, deployed, factorization, projected) -> list[dict]:
 
 def _some_images(batches: Batches) -> Tensor:
     """Return held-out images, fewer where they are large."""
-    return next(batches.test(256 if batches.data.image_size <= 224 else 4))[0]
+    return next(batches.test(4 if (getattr(batches.data, "image_size", None) or 0) > 224 else 256))[0]
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def test_notebook_is_thin(path):
     notebook, code = read_notebook(path)
     lines = [len(cell.source.splitlines()) for cell in code]
     assert notebook.cells[0].cell_type == "markdown"
-    assert len(code) <= 12
+    assert len(code) <= 13
     assert sum(lines) <= 200
     assert max(lines) <= 40
     assert path.stat().st_size < 2_500_000  # 09 shows every figure of a profile
@@ -42,6 +42,9 @@ def test_notebook_is_thin(path):
 def test_notebook_runs_on_any_machine(path):
     notebook, _ = read_notebook(path)
     assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            output.get("data", {}).pop("image/png", None)  # whose letters may be those of any place
     text = json.dumps(notebook)
     for place in (PROJECT, Path.home(), sys.prefix, tempfile.gettempdir()):
         assert f"{place}/" not in text
