@@ -20,15 +20,21 @@ from lrpet.training.loop import Session, train
 SMOKE = {
     e.name.removesuffix(f"-s{e.config.seed}"): e.config for e in reversed(load_profile("smoke").experiments)
 }  # one of each kind
-smoke = pytest.mark.parametrize("config", SMOKE.values(), ids=SMOKE)
+smoke = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, marks=[pytest.mark.slow] if config.task != "classification" else [], id=name)
+        for name, config in SMOKE.items()
+    ],
+)
 
 
 def shortened(config):
     """The same run in two epochs, or as few as it can be."""
-    dense_first = {"pretrain_epochs": 1} if config.pretrain_epochs else {}
-    return dataclasses.replace(
-        config, epochs=2, milestones=(1,) if config.recipe == "sgd" else (), batch_size=256, **dense_first
-    )
+    changed = {"pretrain_epochs": 1} if config.pretrain_epochs else {}
+    changed |= {"batch_size": 256} if config.task == "classification" else {}
+    changed |= {"steps_per_epoch": 10} if config.task == "language" else {}
+    return dataclasses.replace(config, epochs=2, milestones=(1,) if config.recipe == "sgd" else (), **changed)
 
 
 # ---------------------------------------------------------------- determinism
