@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from lrpet.config import RunConfig
 from lrpet.data.objects import ObjectBatches
 from lrpet.processes import ALONE, Processes
-from lrpet.training.tasks import Classification
+from lrpet.training.tasks import Task
 
 __all__ = ["Detection", "targets_of"]
 
 
-class Detection(Classification):
+class Detection(Task):
     """Boxes with labels and scores; see :func:`lrpet.training.tasks.task_of`.
 
     Source: Ren et al., arXiv 1506.01497, for the losses of Faster R-CNN.
@@ -28,14 +28,6 @@ class Detection(Classification):
     def loss(self, config: RunConfig, output: Tensor, target: Tensor) -> Tensor:
         """Return their sum."""
         return output.sum()
-
-    def correct(self, output: Tensor, y: Tensor) -> Tensor:
-        """Return 0: boxes are counted on held-out images alone."""
-        return output.new_zeros(())
-
-    def training_scores(self, loss_sum: float, correct: float, seen: float) -> dict[str, float]:
-        """Return ``train_loss``."""
-        return {"train_loss": loss_sum / max(seen, 1)}
 
     @torch.no_grad()
     def evaluate(

@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrpet.config import RunConfig
-from lrpet.data.text import TextBatches, TextData
+from lrpet.data.text import TextBatches
 from lrpet.processes import ALONE, Processes
+from lrpet.training.tasks import Task
 
 __all__ = ["Language"]
 
 
-class Language:
-    """The next byte; the functions are those of :class:`lrpet.training.tasks.Classification`.
+class Language(Task):
+    """The next byte: logits (B, T, 256) against bytes (B, T); see :func:`lrpet.training.tasks.task_of`.
 
     >>> Language().training_scores(loss_sum=2 * math.log(2), correct=0.0, seen=1.0)["train_bits_per_byte"]
     2.0
     """
 
-    def mixer(self, config: RunConfig, data: TextData) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Return what leaves a batch as it is."""
-        return lambda x, y: (x, y)
-
-    def forward(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-        """Return the logits of a batch of windows, (B, T, 256)."""
-        return model(x)
-
     def loss(self, config: RunConfig, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean cross-entropy of logits (B, T, 256) and bytes (B, T), in nats."""
         return F.cross_entropy(output.flatten(0, 1), target.flatten())
 
-    def correct(self, output: Tensor, y: Tensor) -> Tensor:
-        """Return 0: no byte is counted as right or wrong."""
-        return output.new_zeros(())
-
     def training_scores(self, loss_sum: float, correct: float, seen: float) -> dict[str, float]:
         """Return ``train_loss``, in nats, and ``train_bits_per_byte`` from the sums of an epoch."""
-        loss = loss_sum / max(seen, 1)
-        return {"train_loss": loss, "train_bits_per_byte": loss / math.log(2)}
+        scores = super().training_scores(loss_sum, correct, seen)
+        return scores | {"train_bits_per_byte": scores["train_loss"] / math.log(2)}
 
     @torch.no_grad()
     def evaluate(

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from lrpet.config import RunConfig
 from lrpet.data.objects import IGNORED, ObjectBatches
 from lrpet.processes import ALONE, Processes
-from lrpet.training.tasks import Classification
+from lrpet.training.tasks import Task
 
 __all__ = ["Segmentation"]
 
 
-class Segmentation(Classification):
+class Segmentation(Task):
     """Logits (B, classes, H, W) against labels (B, H, W); see :func:`lrpet.training.tasks.task_of`."""
 
     def loss(self, config: RunConfig, output: Tensor, target: Tensor) -> Tensor:
@@ -22,14 +22,6 @@ class Segmentation(Classification):
         return F.cross_entropy(output, target, ignore_index=IGNORED, reduction="sum") / max(
             1, (target != IGNORED).sum()
         )
-
-    def correct(self, output: Tensor, y: Tensor) -> Tensor:
-        """Return 0: intersections are counted on held-out images alone."""
-        return output.new_zeros(())
-
-    def training_scores(self, loss_sum: float, correct: float, seen: float) -> dict[str, float]:
-        """Return ``train_loss``."""
-        return {"train_loss": loss_sum / max(seen, 1)}
 
     @torch.no_grad()
     def evaluate(
