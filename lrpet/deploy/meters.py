@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -177,7 +176,7 @@ class TorchMeter(Meter):
         """See :class:`Meter`."""
         variant = self._variant(choice)
         if self.compiled:
-            variant = torch.compile(copy.deepcopy(variant))
+            variant = torch.compile(variant)
 
         @torch.inference_mode()
         def run() -> None:
@@ -189,7 +188,7 @@ class TorchMeter(Meter):
         """See :class:`Meter`."""
         variant = self._variant(choice)
         names, began, runs = {variant.get_submodule(name): name for name in self.layers}, {}, []
-        clock = _cuda_clock if self.device.type == "cuda" else _clock
+        clock = _cuda_clock if self.device.type == "cuda" else time.perf_counter
 
         def begin(layer, *_):
             began[layer] = clock()
@@ -211,10 +210,6 @@ class TorchMeter(Meter):
                     run[name] += stop - start if isinstance(stop, float) else start.elapsed_time(stop) / 1e3
                 runs.append(run)
         return _least(runs[WARM_UP:], self.layers)
-
-
-def _clock() -> float:
-    return time.perf_counter()
 
 
 def _cuda_clock():

@@ -41,8 +41,8 @@ def plot_accuracy_against_macs(runs: pd.DataFrame, published: pd.DataFrame | Non
 
     Returns:
         A panel per network: top-1 accuracy of the last epoch in %, or the metric of another task, against
-        MACs in millions. The line is the
-        mean over seeds, the band goes from the lowest seed to the highest, each seed is a dot.
+        MACs in millions. The line is the mean over seeds, the band goes from the lowest seed to the highest,
+        each seed is a dot. Without such a network one line says so, and ``finding`` is empty.
 
     Source: the figures of this kind in arXiv 2204.05566.
 

@@ -14,6 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 from lrpet.config import PROFILES
 from lrpet.files import write_file
@@ -108,8 +109,11 @@ class ProjectFigure(Figure):
             super().draw(renderer)
 
     def png(self, dpi: int | str = "figure") -> bytes:
-        """Return the figure as a PNG file in memory."""
-        return self._written(format="png", dpi=dpi, metadata={"Software": None})
+        """Return the figure as a PNG file in memory, of 256 colours, which takes a third of the bytes."""
+        written = Image.open(io.BytesIO(self._written(format="png", dpi=dpi, metadata={"Software": None})))
+        few, file = written.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE), io.BytesIO()
+        few.save(file, "png", optimize=True, dpi=written.info["dpi"])
+        return file.getvalue()
 
     def svg(self) -> bytes:
         """Return the figure as an SVG file in memory."""

@@ -19,9 +19,8 @@ class Segmentation(Task):
 
     def loss(self, config: RunConfig, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean cross-entropy of the pixels that count; 0 where there is none."""
-        return F.cross_entropy(output, target, ignore_index=IGNORED, reduction="sum") / max(
-            1, (target != IGNORED).sum()
-        )
+        pixels = (target != IGNORED).sum().clamp(min=1)  # no wait for a GPU, as max() would make one
+        return F.cross_entropy(output, target, ignore_index=IGNORED, reduction="sum") / pixels
 
     @torch.no_grad()
     def evaluate(

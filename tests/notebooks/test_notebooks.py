@@ -32,10 +32,10 @@ def test_notebook_is_thin(path):
     notebook, code = read_notebook(path)
     lines = [len(cell.source.splitlines()) for cell in code]
     assert notebook.cells[0].cell_type == "markdown"
-    assert len(code) <= 13
+    assert len(code) <= 12
     assert sum(lines) <= 200
     assert max(lines) <= 40
-    assert path.stat().st_size < 2_500_000  # 09 shows every figure of a profile
+    assert path.stat().st_size < 1_000_000
 
 
 @notebooks
