@@ -87,7 +87,7 @@ def test_run_notebook_has_the_librarys_fields_and_defaults():
     assert (values.pop("data"), values.pop("device")) == (None, "auto")
     of_every_method = {field.name for field in dataclasses.fields(RunConfig) if field.default is not None}
     # a notebook is one process, and this one is about images and their classes
-    of_every_method -= {"sync_batchnorm", "task", "nesterov", "pretrained_backbone"}
+    of_every_method -= {"sync_batchnorm", "task", "pretrained_backbone"}
     assert of_every_method <= set(values) <= set(RunConfig().to_dict())
     assert RunConfig.from_dict(values) == RunConfig()
 

@@ -257,7 +257,7 @@ def test_the_notebooks_parameters_are_fields_and_a_valid_run():
     assert (values.pop("data"), values.pop("device")) == (None, "auto")
     of_every_method = {field.name for field in dataclasses.fields(RunConfig) if field.default is not None} - {
         "sync_batchnorm",  # one process
-        *("task", "nesterov", "pretrained_backbone"),  # of other tasks
+        *("task", "pretrained_backbone"),  # of other tasks
     }
     assert of_every_method <= set(values)
     config = RunConfig.from_dict(values)
