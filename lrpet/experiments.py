@@ -49,7 +49,7 @@ class Profile:
     experiments: tuple[Experiment, ...]
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class _UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # in C ten times as fast
     """A safe loader that refuses a key that stands twice, where YAML would keep the last one silently."""
 
     def construct_mapping(self, node, deep=False):

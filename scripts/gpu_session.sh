@@ -29,7 +29,9 @@ once() {
     [ -e "$file" ] || [ "$(left)" -lt 60 ] || timeout "$(($(left) / 4))" "$@" >"$file" 2>&1 ||
         echo "status $?: $*" | tee -a "$file"
 }
+device=auto
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    device=cuda # where the GPU fails, a run must fail, too, and not go on on the CPU
     once cuda-tests.log "$PYTHON" -m pytest -q -p no:cacheprovider tests/lowrank tests/training/test_step.py
     for model in resnet56 resnet18 resnet50; do
         once "projection-$model.log" "$PYTHON" -m lrpet.bench projection --model "$model" --device cuda
@@ -53,7 +55,7 @@ fi
 export OMP_NUM_THREADS=1 # of many processes
 
 status=0
-"$PYTHON" -m lrpet run --profile "$profile" --jobs "$jobs" --data "$data" \
+"$PYTHON" -m lrpet run --profile "$profile" --jobs "$jobs" --data "$data" --device "$device" \
     --time-budget "$(($(left) > 30 ? $(left) - 30 : 0))" || status=$?
 rm -f "$LRPET_RESULTS/$profile"/runs/*/checkpoint.previous # half of the bytes; the newer one is whole
 tar -cf "$archive.part" -C "$LRPET_RESULTS" .

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -145,12 +146,28 @@ def cost(
         check(wanted, input_shape, sizes, lambda shape: all(size > 0 for size in shape))
     if (input_shape is None) == (example_inputs is None):
         raise ValueError("give either input_shape, (C, H, W) of one image, or example_inputs=, any inputs")
+    return cost_of_run(model, counted_run(model, input_shape, example_inputs), ranks, unfolding)
+
+
+def cost_of_run(
+    model: nn.Module,
+    run: dict[str, tuple[Counter, _Places, int]],
+    ranks: Mapping[str, int] | Sequence[int] | None = None,
+    unfolding: str | Mapping[str, str] = "rows",
+) -> Cost:
+    """Return the cost of a network that :func:`counted_run` has run, at any ranks: arithmetic alone.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> run = counted_run(model, example_inputs=torch.ones(1, 8))
+    >>> [cost_of_run(model, run, {"0": rank}).macs for rank in (1, 2)]
+    [16, 32]
+    """
     unfolding = resolve_unfolding(model, unfolding)
     ranks = {} if ranks is None else resolve_ranks(model, ranks, unfolding)
     names = {module: name for name, module in model.named_modules()}
     modules = {name: module for module, name in names.items()}
     layers, other_macs = [], {}
-    for name, (counts, places, reads) in _run(model, input_shape, example_inputs).items():
+    for name, (counts, places, reads) in run.items():
         module = modules[name]
         macs = sum(macs for op, macs in counts.items() if _of_a_layer(module, op))
         other_macs |= {
@@ -220,11 +237,20 @@ def _row(
     return LayerCost(name, kind, N, D, rank, macs, params - factored, dense_macs, params, reads)
 
 
-def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Counter, _Places, int]]:
-    """Return of each module that runs its own multiply-adds by operation, its positions, and reads."""
+def counted_run(
+    model: nn.Module, input_shape: Sequence[int] | None = None, example_inputs: Any = None
+) -> dict[str, tuple[Counter, _Places, int]]:
+    """Return of each module that runs its own multiply-adds by operation, its positions, and reads.
+
+    >>> counted_run(nn.Linear(2, 3), example_inputs=torch.ones(1, 2))[""][0]
+    Counter({'addmm': 6})
+    """
     try:
         given = image_like(model, input_shape) if example_inputs is None else example_inputs
         shadow = copy_of(model, meta=True)
+        for module in shadow.modules():
+            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+                module.forward = partial(_shape_alone, module)
         try:
             return _count(shadow, tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given))
         except Exception:  # it looks at values, or keeps tensors of its own on a device
@@ -237,6 +263,14 @@ def _run(model: nn.Module, input_shape, example_inputs) -> dict[str, tuple[Count
         raise ValueError(
             f"{type(model).__name__} does not run on {on}: {type(error).__name__}: {error}{todo}"
         ) from error
+
+
+def _shape_alone(bn: nn.Module, x: Tensor) -> Tensor:
+    """Check what a BatchNorm takes and return it: on "meta" PyTorch needs half of all time for them."""
+    bn._check_input_dim(x)
+    if x.shape[1] != bn.num_features:
+        raise ValueError(f"a BatchNorm of {bn.num_features} channels does not take {x.shape[1]}")
+    return x
 
 
 def _count(model: nn.Module, given: Any) -> dict[str, tuple[Counter, _Places, int]]:

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 from lrpet.experiments import Experiment, load_profile
-from lrpet.lowrank.cost import Cost, cost
+from lrpet.lowrank.cost import Cost, cost_of_run
 from lrpet.lowrank.ranks import compressible_layers, ranks_from_ratio
-from lrpet.models import MODELS, build_model, unboxed
+from lrpet.models import MODELS
 from lrpet.paths import project_file
-from lrpet.tables.rows import NUM_CLASSES, of_imagenet, published
+from lrpet.tables.rows import NUM_CLASSES, network_and_run, of_imagenet, published
 
 __all__ = ["cost_table"]
 COUNTED = ("macs_m", "params_m", "params_without_bn_m", "macs_reduction_pct")
@@ -127,7 +127,8 @@ def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, repo
         return row | _other_task(OTHER_TASKS[network], method)
     if network not in MODELS or method.split(",")[0] not in ("LRPET", "baseline"):
         return row
-    model = build_model(network, NUM_CLASSES.get(dataset, 10))
+    edge = 224 if dataset == "imagenet" else 32
+    model, run = network_and_run(network, NUM_CLASSES.get(dataset, 10), (3, edge, edge))
     fixed = json.loads(project_file("paper/fixed_ranks.json").read_text()).get(network)
     known = True
     if ranks is None and method != "baseline":
@@ -137,9 +138,8 @@ def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, repo
             ranks = _ranks_by_pattern(model, fixed["ranks"])
         else:
             known = False  # neither ratio nor list is published
-    edge = 224 if dataset == "imagenet" else 32
     row["input"] = f"{edge}×{edge}"
-    counted = cost(model, (3, edge, edge), ranks)
+    counted = cost_of_run(model, run, ranks)
     return row | _counted(counted) if known else row | dict.fromkeys(COUNTED, NO_RANKS)
 
 
@@ -154,7 +154,7 @@ def _counted(counted: Cost) -> dict[str, str]:
 def _other_task(network: _OtherTask, method: str) -> dict[str, str]:
     """Return our cells of a detector or segmenter: ranks of all convolutions, at the published ratio."""
     try:
-        model = build_model(network.model, network.classes)
+        model, run = network_and_run(network.model, network.classes, (3, *network.input))
     except ImportError as error:
         return dict.fromkeys(COUNTED, str(error).partition(",")[0])
     ranks = None
@@ -163,7 +163,7 @@ def _other_task(network: _OtherTask, method: str) -> dict[str, str]:
             warnings.simplefilter("ignore", UserWarning)  # some small layers cost more as factors
             ranks = ranks_from_ratio(model, network.prune_ratio, exclude=network.dense_layers)
     ratio = {"prune_ratio": "" if ranks is None else f"{network.prune_ratio:g}"}
-    return _counted(cost(unboxed(model), (3, *network.input), ranks)) | ratio | {"input": network.said}
+    return _counted(cost_of_run(model, run, ranks)) | ratio | {"input": network.said}
 
 
 def _published(value: float) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
+import torch
+from torch import nn
 
 from lrpet.config import RunConfig
 from lrpet.experiments import MAIN, load_profile
-from lrpet.methods.base import build_network, count_cost, ranks_of, target_macs
-from lrpet.models import build_model
+from lrpet.lowrank.cost import cost_of_run, counted_run
+from lrpet.methods.base import build_network, count_cost, example_input, ranks_of
+from lrpet.models import build_model, unboxed
+from lrpet.models.pretrained import freeze_batchnorms
 from lrpet.paths import project_file, results_root
 from lrpet.registry import TASKS, metric_of
 from lrpet.runs.store import load_runs
@@ -110,27 +115,43 @@ _counted: dict[tuple, tuple[int | None, int | None, int]] = {}
 
 def _count(config: RunConfig) -> tuple[int | None, int | None, int]:
     classes = _num_classes(config)
-    model = build_model(config.model, classes)
-    dense = count_cost(model, config).macs
-    known = (
-        config.method in ("dense", "narrow")
-        or config.ranks is not None
-        or (config.prune_ratio is not None and config.method != "filter_pruning")
-    )
-    if not known:
-        return None, None, dense
-    ranks = None if config.method == "narrow" else ranks_of(model, config)
-    counted = count_cost(build_network(config, classes), config, ranks)
-    return counted.macs, counted.params, dense
+    frozen = config.task == "detection" and bool(config.pretrained_backbone)
+    model, run = network_and_run(config.model, classes, tuple(example_input(config).shape[1:]), frozen=frozen)
+    ranks = {} if config.method == "narrow" else ranks_of(model, config)
+    counted = cost_of_run(model, run, ranks, config.unfolding or "rows")
+    if config.method == "narrow":
+        with torch.device("meta"):
+            narrow = count_cost(build_network(config, classes), config)
+        return narrow.macs, narrow.params, counted.macs
+    known = config.method == "dense" or config.ranks is not None or config.prune_ratio is not None
+    if not known or config.method == "filter_pruning":
+        return None, None, counted.dense_macs
+    return counted.macs, counted.params, counted.dense_macs
+
+
+@cache
+def network_and_run(
+    network: str, classes: int, shape: tuple[int, ...], *, frozen: bool = False
+) -> tuple[nn.Module, dict]:
+    """Return a network of shapes alone, and one run of it; costs at any ranks are arithmetic on these.
+
+    Args:
+        network: as for :func:`lrpet.models.build_model`.
+        classes: width of the classifier.
+        shape: (C, H, W) of an image, or (T,) of a text.
+        frozen: with the BatchNorms of a pretrained detector.
+    """
+    with torch.device("meta"):
+        model = build_model(network, classes)
+        model = unboxed(freeze_batchnorms(model) if frozen else model)
+    x = torch.zeros(1, *shape, dtype=torch.int64 if len(shape) == 1 else None)
+    return model, counted_run(model, example_inputs=x)
 
 
 def lrpet_targets(runs: pd.DataFrame) -> dict[str, int]:
     """Return the multiply-adds of each network's LRPET at the main ratio, which competitors aim at."""
     mains = runs[runs.feeds.isin(MAIN) & (runs.label == "LRPET")].drop_duplicates("network")
-    return {
-        row.network: target_macs(build_model(row.config.model, _num_classes(row.config)), row.config)
-        for row in mains.itertuples()
-    }
+    return {row.network: _expected(row.config)[0] for row in mains.itertuples()}
 
 
 def off_target(feeds: str, macs: int | None, target: int | None) -> str:

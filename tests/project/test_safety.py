@@ -87,7 +87,7 @@ def test_the_search_finds_what_it_looks_for(source):
 def test_the_loader_of_experiments_is_a_safe_one():
     from lrpet.experiments import _UniqueKeys
 
-    assert issubclass(_UniqueKeys, yaml.SafeLoader)
+    assert issubclass(_UniqueKeys, yaml.constructor.SafeConstructor)
 
 
 # ---------------------------------------------------------------- files from elsewhere
