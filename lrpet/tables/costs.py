@@ -124,7 +124,7 @@ def _cost_row(network: str, dataset: str, method: str, ratio: float, ranks, repo
         row[f"paper_{name}"] = _published(getattr(reported, name))
     row["paper_source"] = reported.source
     if network in OTHER_TASKS and method in ("LRPET", "baseline"):
-        return row | _other_task(OTHER_TASKS[network], method)
+        return row | _other_task(network, method)
     if network not in MODELS or method.split(",")[0] not in ("LRPET", "baseline"):
         return row
     edge = 224 if dataset == "imagenet" else 32
@@ -151,12 +151,19 @@ def _counted(counted: Cost) -> dict[str, str]:
     return dict(zip(COUNTED, [*cells, f"{100 * (1 - counted.macs / counted.dense_macs):.1f}"], strict=True))
 
 
-def _other_task(network: _OtherTask, method: str) -> dict[str, str]:
-    """Return our cells of a detector or segmenter: ranks of all convolutions, at the published ratio."""
+def _other_task(name: str, method: str) -> dict[str, str]:
+    """Return our cells of a detector or segmenter: ranks of all convolutions, at the published ratio.
+
+    A network whose package is not installed keeps the cells that are committed.
+    """
+    network = OTHER_TASKS[name]
     try:
         model, run = network_and_run(network.model, network.classes, (3, *network.input))
-    except ImportError as error:
-        return dict.fromkeys(COUNTED, str(error).partition(",")[0])
+    except ImportError:
+        file = project_file("results/paper/tables/cost.csv")
+        committed = pd.read_csv(file, dtype=str, keep_default_na=False)
+        row = committed[(committed.network == name) & (committed.method == method)].iloc[0]
+        return {column: row[column] for column in ("prune_ratio", "input", *COUNTED)}
     ranks = None
     if method != "baseline":
         with warnings.catch_warnings():

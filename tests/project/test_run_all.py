@@ -33,8 +33,8 @@ def run_all(*arguments, root=PROJECT, **environment):
 @pytest.mark.parametrize(
     "profile", [pytest.param(name, marks=[pytest.mark.slow] if name != "smoke" else []) for name in PROFILES]
 )
-def test_dry_run_plans_every_run(profile):
-    planned = run_all("--profile", profile, "--dry-run")
+def test_dry_run_plans_every_run(profile, tmp_path):
+    planned = run_all("--profile", profile, "--dry-run", LRPET_DATA=str(tmp_path))
     assert planned.returncode == 0, planned.stderr
     jobs = {
         line.split()[0]
@@ -102,7 +102,9 @@ smoke:
 
 
 def start(project, *arguments):
-    return run_all(*arguments, root=project, LRPET_RESULTS="", LRPET_FIGURES="")
+    images = project.parent / "no images"  # with no folder at all nothing would be trained
+    images.mkdir(exist_ok=True)
+    return run_all(*arguments, root=project, LRPET_RESULTS="", LRPET_FIGURES="", LRPET_DATA=str(images))
 
 
 ONE_RUN = TWO_RUNS[: TWO_RUNS.index("    bad: ")]
@@ -114,6 +116,7 @@ def small_project(root, experiments):
         shutil.copytree(PROJECT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Snakefile", "run_all.sh", "pyproject.toml"):
         shutil.copy(PROJECT / name, root)
+    shutil.copytree(PROJECT / "results" / "short", root / "results" / "short")  # of which 01 shows a run
     (root / "notebooks").mkdir()
     shutil.copy(PROJECT / "notebooks" / "01_cifar10.ipynb", root / "notebooks")
     alone = dict.fromkeys(("00_method", "02_imagenet", "06_rank_search"), "1 + 1")

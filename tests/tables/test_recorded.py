@@ -1,9 +1,12 @@
 """What is read off recorded runs is right by hand; figures are whole; missing records are named."""
 
+from io import BytesIO
+
 import numpy as np
 import pandas as pd
 import pytest
 from helpers import TINY, check_layout
+from PIL import Image
 
 from lrpet import RunConfig, build_model, figures, ranks_from_ratio, run
 from lrpet.experiments import load_profile
@@ -156,7 +159,7 @@ def test_nothing_recorded_is_said_and_drawn():
     drawn += [figures.plot_gradients({}), figures.plot_gradient_ratios(ratios)]
     for figure in drawn:
         assert {text.get_text() for ax in figure.axes for text in ax.texts} == {"not recorded"}
-        assert len(figure.png()) > 3000
+        assert len(Image.open(BytesIO(figure.png())).getcolors()) > 2
     assert "weights not in the store" in [
         text.get_text() for ax in figures.plot_gradient_bound({"trained": {}}).axes for text in ax.texts
     ]
