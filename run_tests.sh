@@ -34,7 +34,7 @@ if [ -n "$notebooks" ]; then
     export LRPET_FIGURES
     trap 'rm -rf "$LRPET_FIGURES"' EXIT
     # those that train nothing; 01, 02 and 06 are executed with smoke parameters by tests
-    step notebooks "$PYTHON" -m pytest --nbval --nbval-current-env notebooks/0[0345789]_*.ipynb
+    step notebooks "$PYTHON" -m pytest --nbval --nbval-current-env notebooks/{0[0345789],10}_*.ipynb
 fi
 
 seconds=$(took)
