@@ -280,7 +280,7 @@ def _draw_setting_sweep(ax, name: str, table: pd.DataFrame, runs: pd.DataFrame) 
             missing |= dict.fromkeys(part.setting[~part.experiment.isin(mine.experiment)])
     ax.set_xscale(scale)
     if scale == "log":
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_locator(NullLocator())
     ax.set(title=name, xlabel=label, ylabel=metric_of(runs).label)

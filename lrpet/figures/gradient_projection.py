@@ -57,9 +57,10 @@ def plot_against_memory(runs: pd.DataFrame, column: str) -> ProjectFigure:
         say_in_panel(ax, "no run has finished")
         return figure
     points = _points(done, column, metric.column)
-    trained = points[points.kind != CUT].y
-    room = 0.12 * max(trained.max() - trained.min(), 1e-9)
-    low, high = trained.min() - room, trained.max() + room
+    trained = points[points.kind != CUT]
+    low, high = (trained.y - trained.half.fillna(0)).min(), (trained.y + trained.half.fillna(0)).max()
+    room = max(0.12 * (high - low), 0.01 * abs(high))
+    low, high = low - room, high + room
     ax.set(xscale=scale, ylim=(low, high))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.margins(x=0.1)
@@ -68,8 +69,8 @@ def plot_against_memory(runs: pd.DataFrame, column: str) -> ProjectFigure:
         of = points[points.kind == kind]
         look = {"color": color, "linestyle": "none", "markersize": 11 if marker == "*" else 6}
         if len(of):
-            y, half = drawn[of.index], of.half.fillna(0)
-            ax.errorbar(of.x, y, yerr=half, marker=marker, label=kind, elinewidth=1.0, clip_on=False, **look)
+            half = of.half.where(of.kind != CUT).fillna(0)  # what lies beyond the panel has no interval in it
+            ax.errorbar(of.x, drawn[of.index], yerr=half, marker=marker, label=kind, elinewidth=1.0, **look)
     _names_beside(ax, points, drawn, metric)
     better = "higher" if metric.higher_is_better else "lower"
     ax.set_title(f"{better} and further left is better", color="#555555")

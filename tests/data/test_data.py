@@ -309,6 +309,7 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
         load_data(CIFAR10)
 
 
+@pytest.mark.slow
 def test_real_cifar10(cifar10, monkeypatch):
     monkeypatch.setenv("LRPET_CACHE", str(cifar10 / "cache"))
     data = load_data(CIFAR10, cifar10)

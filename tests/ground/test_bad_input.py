@@ -368,7 +368,7 @@ YAML = [  # what is replaced, by what
     *(((ROW, f"a: {value}"), A, "map, as {feeds: cifar10") for value in ("", "3", "[1]", "text")),
     *(
         ((ROW, f"a: {{method: dense{value}}}"), "feeds of " + A, "name of the table")
-        for value in ("", ", feeds: 3", ", feeds:")
+        for value in ("", ", feeds: 3", ", feeds: ")
     ),
     *(
         ((ROW, f"{name}: {{feeds: x}}"), "name of an experiment" + OF, "letters, digits", "rename it")

@@ -8,7 +8,9 @@ from lrpet.lowrank.budget import ranks_for_budget
 SHAPE = (3, 32, 32)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet56", "vgg16", "ghost_resnet56"])
+@pytest.mark.parametrize(
+    "name", ["resnet20", "resnet56", pytest.param("vgg16", marks=pytest.mark.slow), "ghost_resnet56"]
+)
 @pytest.mark.parametrize("allocation", ["uniform", "energy"])
 @pytest.mark.parametrize("reduction", [0.3, 0.55, 0.8])
 def test_budget_is_met_within_one_percent_and_never_exceeded(name, allocation, reduction):

@@ -197,6 +197,7 @@ def test_what_the_authors_constant_costs_is_what_its_formula_says():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+@pytest.mark.slow
 def test_memory_stays_flat_over_two_hundred_epochs(tmp_path):
     """The smoke configuration on 64 of its images, so that 200 epochs take seconds."""
     config = RunConfig(epochs=200, milestones=(100, 150), batch_size=32)

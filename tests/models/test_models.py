@@ -45,7 +45,13 @@ def test_parameter_counts(name, params):
     assert sum(p.numel() for p in build_model(name).parameters()) == params
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vgg16", "googlenet", "ghost_resnet56", "vit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet20", "vgg16", "vit"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("googlenet", "ghost_resnet56")),
+    ],
+)
 def test_compiled_network_is_one_graph_and_computes_the_same(name):
     torch._dynamo.reset()
     model = build_model(name).eval()

@@ -106,7 +106,7 @@ def test_the_smallest_held_out_score_is_chosen_once_all_are_there():
 def test_pictures_have_a_point_for_each_way_that_was_run(column):
     figure = plot_against_memory(made_up({"adamw": [3.0, 3.1, 3.2], "lrpet-galore": 3.1}), column)
     (ax,) = figure.axes
-    assert {text.get_text() for text in ax.texts} == {"AdamW", "LRPET + GaLore, r = 32, T = 50"}
+    assert {text.get_text() for text in ax.texts} == {"3.100  AdamW", "3.100  LRPET + GaLore"}
     assert ax.get_ylabel() == "bits per byte" and "lower" in ax.get_title(loc="left")
     assert figure.png()
     empty = plot_against_memory(made_up({}), column)
