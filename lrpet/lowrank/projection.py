@@ -296,14 +296,14 @@ def project_on_basis_(
             left, right = undo * left, a * right
         if undo_exactly is not None:
             row.masked_fill_(undo_exactly.unsqueeze(-1), 1.0)
-            if N <= D:
-                _undo_exactly_(left, undo_exactly, factor - keep_share, matrices, right)
-    U, V = left.to(thin), right.to(thin).mT
     with unrounded(matrices):
-        M = matrices.to(thin)
+        M, V = matrices.to(thin), right.to(thin).mT
         if N <= D:
             V = V @ M  # (B, R, D)
-        else:
+            if row_scale is not None and undo_exactly is not None:
+                _undo_exactly_(left, undo_exactly, factor - keep_share, M, V)
+        U = left.to(thin)
+        if N > D:
             U = M @ U if row is None else row * (M @ U)  # (B, N, R)
         if keep_share and row is not None:
             M.mul_(row)
@@ -312,20 +312,20 @@ def project_on_basis_(
             matrices.copy_(M)
 
 
-def _undo_exactly_(left: Tensor, which: Tensor, factor: Tensor, matrices: Tensor, right: Tensor) -> None:
+def _undo_exactly_(left: Tensor, which: Tensor, factor: Tensor, matrices: Tensor, kept: Tensor) -> None:
     """Set the chosen rows of left so that left·V is ``factor`` times their part in the space of the kept.
 
-    That space is spanned by the rows of V = rightᵀ·M, (R, D), and least squares find C with C·V next to M's
+    That space is spanned by the rows of V, ``kept``, (R, D), and least squares find C with C·V next to M's
     rows. No row is divided by its scale.
     """
     some = which.any(dim=1).nonzero().flatten()
-    which, M = which[some], matrices[some].to(torch.float64)
+    which, V = which[some], kept[some].to(torch.float64)
     order = which.int().topk(int(which.sum(dim=1).max())).indices.unsqueeze(-1)  # (b, k, 1)
-    V = right[some].mT @ M
+    M = matrices[some].take_along_dim(order, 1).to(torch.float64)  # (b, k, D)
     G = V @ V.mT
-    diagonal = G.diagonal(dim1=-2, dim2=-1)  # its shift: for less than R values that are not 0
-    diagonal.add_(1e-15 * diagonal.sum(dim=-1, keepdim=True) + torch.finfo(G.dtype).tiny)
-    C = torch.linalg.solve(G, V @ M.take_along_dim(order, 1).mT).mT * factor[some, None, None]  # (b, k, R)
+    diagonal = G.diagonal(dim1=-2, dim2=-1)  # its shift: V may have less than R rows
+    diagonal.add_(1e-14 * diagonal.sum(dim=-1, keepdim=True) + torch.finfo(G.dtype).tiny)
+    C = torch.linalg.solve(G, V @ M.mT).mT * factor[some, None, None]  # (b, k, R)
     old = left[some]
     C = torch.where(which.unsqueeze(-1).take_along_dim(order, 1), C, old.take_along_dim(order, 1))
     left[some] = old.scatter(1, order.expand_as(C), C)

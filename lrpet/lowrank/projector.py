@@ -7,8 +7,8 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +154,9 @@ class LowRankProjector:
                 self._batchnorms.pop(name, None), self._batchnorms.pop(twin, None)
         self._rows = {n: _rows(layer, weights[n], self.unfolding[n]) for n, layer in layers.items()}
         self._rows |= {name: self._rows[name].mT for name in self._columns}  # whose columns are scaled
-        self._groups = _groups(self)
+        self._groups, self._decomposed = _groups(self), defaultdict(list)
+        for N, D, rank, device, *place in self._groups:  # of one size are the Gram matrices, and go together
+            self._decomposed[min(N, D), rank, device].append((N, D, rank, device, *place))
         self._links = _links(self.model, (*layers, *self._pairs.values()))
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
@@ -182,8 +184,8 @@ class LowRankProjector:
         """
         bases = {
             name: vectors
-            for group, stacked in self._bases.items()
-            for name, vectors in zip(self._groups[group], stacked, strict=True)
+            for key, stacked in self._bases.items()
+            for name, vectors in zip(self._names_of(key), stacked, strict=True)
         }
         return {"steps": self._steps, "fast": self.fast, "bases": bases}
 
@@ -200,11 +202,16 @@ class LowRankProjector:
             raise ValueError(f"state must be what state_dict() of a projector returned; got {state!r:.80}")
         self._look_up()
         self._steps, self.fast = state["steps"], state["fast"]
-        self._bases = {
-            group: torch.stack([state["bases"][name] for name in names]).to(self._rows[names[0]].device)
-            for group, names in self._groups.items()
-            if all(name in state["bases"] for name in names)
-        }
+        self._bases = {}
+        for key in self._decomposed:
+            names = self._names_of(key)
+            if all(name in state["bases"] for name in names):
+                stacked = torch.stack([state["bases"][name] for name in names])
+                self._bases[key] = stacked.to(self._rows[names[0]].device)
+
+    def _names_of(self, key: tuple) -> list[str]:
+        """Return the layers that are decomposed at once, in their order."""
+        return [name for group in self._decomposed[key] for name in self._groups[group]]
 
     @torch.no_grad()
     def step(self, *, exact: bool = False) -> Report:
@@ -227,40 +234,32 @@ class LowRankProjector:
             for group, names in self._groups.items()
             if names[0] in self._batchnorms
         }
-        small, eps = _refuse_lost_values(self, scales), self.settings["row_eps"]
+        small = _refuse_lost_values(self, scales)
         check = exact or self._steps % EXACT_EVERY == 0
         self._steps += 1
         own = {}  # name → share of energy kept, whether followed, largest singular value where dead
-        for group, names in self._groups.items():
-            rows, a = [self._rows[name] for name in names], scales.get(group)
-            basis, followed = self._find_basis(group, rows, a, check)
-            kept = torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).tolist()
-            dead = _dead_matrices(rows, a, basis.energy, group[PER_OUTPUT])
-            own |= {name: (kept[i], followed[i], dead.get(i)) for i, name in enumerate(names)}
-            if dead:
-                alive = [i for i in range(len(names)) if i not in dead]
-                a, basis = None if a is None else a[alive], Basis(*(values[alive] for values in basis))
-                names, rows = [names[i] for i in alive], [rows[i] for i in alive]
-            for part in _parts(rows):
-                own_a, own_basis = None if a is None else a[part], Basis(*(v[part] for v in basis))
-                few = own_a.square() <= eps if any(map(small.get, names[part])) else None
-                settings = self.settings | {"row_scale": own_a, "undo_exactly": few}
-                _project_together(rows[part], own_basis, group[PER_OUTPUT], settings)
+        for key, groups in self._decomposed.items():
+            named = [(self._groups[group], group) for group in groups]
+            together = [
+                _Weights(group[PER_OUTPUT], names, [self._rows[name] for name in names], scales.get(group))
+                for names, group in named
+            ]
+            basis, followed = self._find_basis(key, together, check)
+            for weights, here in _places(together):
+                here_basis = Basis(*(values[here] for values in basis))
+                own |= _project_group(weights, here_basis, followed[here], small, self.settings)
         return Report([_report(self, name, own, small) for name in self.ranks] + self._dense)
 
-    def _find_basis(
-        self, group: tuple, rows: list[Tensor], row_scale: Tensor | None, check: bool
-    ) -> tuple[Basis, list[bool]]:
-        """Return the directions that the layers of a group keep, and which were followed from the last."""
-        rank, start = group[2], self._bases.get(group) if self.fast else None
-        grams = partial(_grams, rows, row_scale, group[PER_OUTPUT])  # (B, K, K)
+    def _find_basis(self, key: tuple, together: list[_Weights], check: bool) -> tuple[Basis, list[bool]]:
+        """Return the directions that some layers keep, in their order, and which were followed."""
+        rank, start = key[1], self._bases.get(key) if self.fast else None
         if start is None:
-            basis = leading_basis(grams(), rank)
+            basis = leading_basis(_grams(together), rank)
             followed = [False] * len(basis.kept)
         else:
-            basis, certain = follow_basis(grams(rounded=True), start)
+            basis, certain = follow_basis(_grams(together, rounded=True), start)
             if check:
-                G = grams()
+                G = _grams(together)
                 exact = leading_basis(G, rank)
                 kept = ((G @ basis.vectors) * basis.vectors).sum(dim=(1, 2))  # tr QᵀGQ
                 allowed = 3 * RESIDUAL_TOLERANCE * (exact.energy - exact.kept) + 1e-11 * exact.energy
@@ -269,20 +268,44 @@ class LowRankProjector:
                     # a library.
                     logger.warning(
                         "the fast projection kept too little energy (%s); all are exact from here on",
-                        self._groups[group],
+                        [name for weights in together for name in weights.names],
                     )
                     self.fast = False
                 basis, certain = exact, torch.zeros_like(certain)
             followed = certain.tolist()
             if not check and not all(followed):
-                left = [row for row, done in zip(rows, followed, strict=True) if not done]
-                G = _grams(left, None if row_scale is None else row_scale[~certain], group[PER_OUTPUT])
-                for values, exact in zip(basis, leading_basis(G, rank), strict=True):
+                left = [
+                    weights.only([not done for done in followed[at]]) for weights, at in _places(together)
+                ]
+                for values, exact in zip(basis, leading_basis(_grams(left), rank), strict=True):
                     values[~certain] = exact
         if self.fast:
             # contiguous, as load_state_dict has them: the bits of a product depend on that
-            self._bases[group] = basis.vectors.to(torch.float32).contiguous()
+            self._bases[key] = basis.vectors.to(torch.float32).contiguous()
         return basis, followed
+
+
+class _Weights(NamedTuple):
+    """Layers of one shape, rank and place."""
+
+    per_output: int  # rows of a matrix for an output, 1 or k²
+    names: list[str]
+    rows: list[Tensor]  # each weight, as _rows returns it
+    scale: Tensor | None  # of each row of the matrices, (B, N)
+
+    def only(self, chosen: list[bool]) -> _Weights:
+        """Return some of them."""
+        places = [i for i, is_chosen in enumerate(chosen) if is_chosen]
+        scale = None if self.scale is None else self.scale[places]
+        return _Weights(
+            self.per_output, [self.names[i] for i in places], [self.rows[i] for i in places], scale
+        )
+
+
+def _places(together: list[_Weights]) -> list[tuple[_Weights, slice]]:
+    """Return where in what is decomposed at once each group of layers has its matrices."""
+    ends = list(accumulate(len(weights.names) for weights in together))
+    return [(w, slice(end - len(w.names), end)) for w, end in zip(together, ends, strict=True)]
 
 
 def _refuse_lost_values(projector: LowRankProjector, scales: Mapping[tuple, Tensor]) -> dict[str, int]:
@@ -310,15 +333,33 @@ def _refuse_lost_values(projector: LowRankProjector, scales: Mapping[tuple, Tens
     return {name: int(count) for name, count in few.items() if count}
 
 
-def _project_together(rows: list[Tensor], basis: Basis, per_output: int, settings: Mapping[str, Any]) -> None:
-    matrices = _as_batch(rows, per_output)
-    project_on_basis_(matrices, basis, **settings)
-    if matrices.data_ptr() != rows[0].data_ptr():
-        torch._foreach_copy_(rows, [M.view(row.shape) for M, row in zip(matrices, rows, strict=True)])
+def _project_group(
+    weights: _Weights,
+    basis: Basis,
+    followed: list[bool],
+    small: Mapping[str, int],
+    settings: Mapping[str, Any],
+) -> dict[str, tuple]:
+    """Project layers of one shape, and return of each what :func:`_report` tells."""
+    kept = torch.where(basis.energy > 0, basis.kept / basis.energy, 1.0).tolist()
+    dead = _dead_matrices(weights, basis.energy)
+    own = {name: (kept[i], followed[i], dead.get(i)) for i, name in enumerate(weights.names)}
+    if dead:
+        alive = [i not in dead for i in range(len(kept))]
+        weights, basis = weights.only(alive), Basis(*(values[alive] for values in basis))
+    for part in _parts(weights.rows):
+        rows, a = weights.rows[part], None if weights.scale is None else weights.scale[part]
+        few = a.square() <= settings["row_eps"] if any(map(small.get, weights.names[part])) else None
+        matrices = _as_batch(rows, weights.per_output)
+        own_basis = Basis(*(values[part] for values in basis))
+        project_on_basis_(matrices, own_basis, **settings, row_scale=a, undo_exactly=few)
+        if matrices.data_ptr() != rows[0].data_ptr():
+            torch._foreach_copy_(rows, [M.view(row.shape) for M, row in zip(matrices, rows, strict=True)])
+    return own
 
 
 def _groups(projector: LowRankProjector) -> dict[tuple, list[str]]:
-    """Return the layers that are decomposed at once: those of one shape, rank and place."""
+    """Return the layers that are multiplied at once: those of one shape, rank and place."""
     groups = defaultdict(list)
     for name, layer in projector._layers.items():
         weight, M = projector._weights[name], matrix_of(layer, projector.unfolding[name])
@@ -438,25 +479,27 @@ def _parts(rows: list[Tensor]) -> list[slice]:
     return [slice(i, i + at_once) for i in range(0, len(rows), at_once)]
 
 
-def _grams(rows: list[Tensor], row_scale: Tensor | None, per_output: int, *, rounded: bool = False) -> Tensor:
-    scales = [None if row_scale is None else row_scale[part] for part in _parts(rows)]
-    pairs = zip(_parts(rows), scales, strict=True)
-    return torch.cat(
-        [gram_matrices(_as_batch(rows[part], per_output), a, rounded=rounded) for part, a in pairs]
-    )
+def _grams(together: list[_Weights], *, rounded: bool = False) -> Tensor:
+    """Return the smaller Gram matrices of layers that may differ in their larger dimension, (B, K, K)."""
+    grams = []
+    for weights in together:
+        for part in _parts(weights.rows):
+            a = None if weights.scale is None else weights.scale[part]
+            matrices = _as_batch(weights.rows[part], weights.per_output)
+            grams.append(gram_matrices(matrices, a, rounded=rounded))
+    return torch.cat(grams)
 
 
-def _dead_matrices(
-    rows: list[Tensor], row_scale: Tensor | None, energy: Tensor, per_output: int
-) -> dict[int, float]:
+def _dead_matrices(weights: _Weights, energy: Tensor) -> dict[int, float]:
     """Return which of the matrices diag(a)·M are dead, with their largest singular value.
 
     s_1 ≥ ‖diag(a)·M‖_F / sqrt(K), so the energies, which are there already, decide for all healthy layers.
     """
+    rows, per_output = weights.rows, weights.per_output
     dead, K = {}, min(_as_matrix(rows[0], per_output).shape)
     for i in (energy < DEAD_IN_TRAINING**2 * K).nonzero().flatten().tolist():
         A = _as_matrix(rows[i], per_output).double()
-        A = A if row_scale is None else row_scale[i].unsqueeze(1) * A
+        A = A if weights.scale is None else weights.scale[i].unsqueeze(1) * A
         largest = float(torch.linalg.matrix_norm(A, 2))
         if largest < DEAD_IN_TRAINING:
             dead[i] = largest
