@@ -82,6 +82,7 @@ project=$work/project
 mkdir -p "$project/notebooks"
 cp -r "$ROOT"/{lrpet,profiles,scripts,paper,Snakefile,run_all.sh,pyproject.toml} "$project"
 cp "$ROOT/notebooks/01_cifar10.ipynb" "$project/notebooks"
+mkdir "$project/results" && cp -r "$ROOT/results/short" "$project/results" # of which 01 shows a run
 "$PYTHON" - "$ROOT" "$project" <<'TEXT'
 import sys
 from pathlib import Path
