@@ -41,6 +41,7 @@ logger = logging.getLogger("lrpet")
 DEAD_IN_TRAINING = 1e-4  # largest singular value under which a layer is left alone (authors' code)
 BATCH = 2**18  # entries; weights of one shape are copied together, up to so many, and multiplied at once
 PER_OUTPUT = 6  # place in the name of a group: rows of the matrix for an output, 1 or k²
+SMALL = 128  # rows of a Gram matrix up to which those of several shapes are decomposed at once
 EXACT_EVERY = 10  # with fast=True, every so many projections are exact and compared with the fast one
 
 
@@ -155,8 +156,9 @@ class LowRankProjector:
         self._rows = {n: _rows(layer, weights[n], self.unfolding[n]) for n, layer in layers.items()}
         self._rows |= {name: self._rows[name].mT for name in self._columns}  # whose columns are scaled
         self._groups, self._decomposed = _groups(self), defaultdict(list)
-        for N, D, rank, device, *place in self._groups:  # of one size are the Gram matrices, and go together
-            self._decomposed[min(N, D), rank, device].append((N, D, rank, device, *place))
+        for group in self._groups:  # small Gram matrices of one size go together, large ones by themselves
+            K, rank, device = min(group[:2]), *group[2:4]
+            self._decomposed[K, rank, device, *(group if K > SMALL else ())].append(group)
         self._links = _links(self.model, (*layers, *self._pairs.values()))
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
