@@ -35,8 +35,8 @@ def plot_against_memory(runs: pd.DataFrame, column: str) -> ProjectFigure:
 
     Returns:
         One panel: mean of the last epoch's metric, a point a way, and from three seeds on its 95 % interval
-        by Student's t. Beside it their names and scores, best first; settings that most ways share are left
-        out of the names. What was only cut at the end may lie beyond the panel: it stands at its edge.
+        by Student's t. Beside it their names and scores, highest first, without the settings that most share.
+        What was only cut at the end may lie beyond the panel: it stands at its edge.
         What is good in both pictures trains small and leaves a small network.
 
     Raises:

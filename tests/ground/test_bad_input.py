@@ -370,6 +370,7 @@ YAML = [  # what is replaced, by what
         ((ROW, f"a: {{method: dense{value}}}"), "feeds of " + A, "name of the table")
         for value in ("", ", feeds: 3", ", feeds: ")
     ),
+    ((ROW, "a: {method: dense, feeds:}"), NOT_YAML),
     *(
         ((ROW, f"{name}: {{feeds: x}}"), "name of an experiment" + OF, "letters, digits", "rename it")
         for name in ("1", "null", "''", "'a b'", "a/b", "'../a'", "-a")
