@@ -1,8 +1,9 @@
 """Open the notebooks as a reader does: in JupyterLab with its token, in Chromium, which moves the slider.
 
-browser_check.py FOLDER writes a screenshot of each notebook there; exit status 0 means that no cell failed
-and that the slider changed the picture. Needs playwright and an installed Chromium or Chrome, whose path
-CHROMIUM may give.
+browser_check.py FOLDER [NAME…] runs all cells of the notebooks of these names, as 00_method, or of every one,
+and writes a screenshot of each to the folder. Those that train do so briefly. Exit status 0 means that no
+cell failed, that no table is cut off, and that the slider changed the picture. Needs playwright and an
+installed Chromium or Chrome, whose path CHROMIUM may give.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,12 +26,17 @@ import nbformat
 from playwright.sync_api import Page, sync_playwright
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-SHORT = {"epochs": 2, "milestones": [1], "batch_size": 256, "seed": 7}  # parameters of 01_cifar10
+SHORT = {  # parameters of the notebooks that train
+    "01_cifar10": {"epochs": 2, "milestones": [1], "batch_size": 256, "seed": 7},
+    "02_imagenet": {"epochs": 2, "milestones": [1], "seed": 7},
+    "06_rank_search": {"trials": 2, "search_epochs": 1, "final_epochs": 2, "seed": 7},
+}
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are on the page, too
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
-MINUTES = 60_000  # in the milliseconds that playwright counts
+WIDTH = 1400  # pixels of the window, of which a notebook has some 1000
+LONGEST = 1200  # seconds that a notebook may run
 
 
 def chromium() -> str | None:
@@ -60,6 +66,7 @@ def jupyterlab(folder: Path) -> Iterator[tuple[str, str]]:
         "JUPYTERLAB_SETTINGS_DIR": str(place / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(place),
         "JUPYTER_PREFER_ENV_PATH": "1",
+        "LRPET_FIGURES": os.environ.get("LRPET_FIGURES", str(folder / "figures")),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH")])),
     }
     with open(place / "log", "w") as log:
@@ -77,7 +84,11 @@ def jupyterlab(folder: Path) -> Iterator[tuple[str, str]]:
         yield where["url"], token
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:  # it waits for a kernel that does not end
+            server.kill()
+            server.wait()
 
 
 def _status(url: str) -> int:
@@ -92,32 +103,56 @@ def _status(url: str) -> int:
     raise SystemExit(f"nothing answers at {url}")
 
 
+def ask(url: str, token: str, method: str = "GET") -> list | None:
+    """Ask JupyterLab's server with the token; return what it answers."""
+    request = urllib.request.Request(url, headers={"Authorization": f"token {token}"}, method=method)
+    with urllib.request.urlopen(request) as answer:
+        return json.loads(answer.read() or "null")
+
+
+def within(seconds: float, happened: Callable[[], object]) -> bool:
+    """Wait until something has happened; tell whether it has in time."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
 def run_all_cells(page: Page, url: str, token: str, notebook: Path) -> None:
     """Open a notebook, run all cells, and raise where one has failed."""
     page.goto(f"{url}lab/tree/{notebook.name}?token={token}&reset")
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=2 * MINUTES)
-    kernels = f"(await (await fetch('{url}api/kernels')).json())"
-    idle = f"{kernels}.every(kernel => kernel.execution_state === 'idle' && kernel.connections)"
-    ready = f"async () => document.querySelector('[data-status=idle]') && {idle}"
-    page.wait_for_function(ready, timeout=2 * MINUTES)
-    page.wait_for_timeout(3000)  # the menu is there before it acts on the notebook
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.wait_for_timeout(1000)
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.wait_for_timeout(1000)
-    if page.locator("dialog.jp-Dialog").count():
-        raise SystemExit(f"JupyterLab asks: {page.locator('dialog.jp-Dialog').inner_text()}")
-    found = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
-    prompts = f"{found}.map(prompt => prompt.innerText.trim())"
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
+
+    def ready() -> bool:
+        try:
+            kernels = ask(f"{url}api/kernels", token)
+        except urllib.error.HTTPError:  # while the last notebook's kernel ends
+            return False
+        idle = [kernel["execution_state"] == "idle" and kernel["connections"] for kernel in kernels]
+        return bool(kernels) and all(idle) and page.locator("[data-status=idle]").count() > 0
+
+    if not within(120, ready):
+        raise SystemExit(f"{notebook.name}: the kernel is not ready")
+
+    def prompts() -> list[str]:
+        return [text.strip() for text in page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()]
+
+    for _ in range(6):  # the menu is there before it acts on the notebook
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        if page.locator("dialog.jp-Dialog").count():
+            raise SystemExit(f"JupyterLab asks: {page.locator('dialog.jp-Dialog').inner_text()}")
+        if within(10, lambda: set(prompts()) != {"[ ]:"}):
+            break
     stream = ".jp-CodeCell [data-mime-type='application/vnd.jupyter"  # a traceback is in red, on stderr
     error = page.locator(f"{stream}.stderr']:has(.ansi-red-fg), {stream}.error']")
-    number = re.compile(r"\[\d+\]:")
-    while not error.count() and not all(number.fullmatch(prompt) for prompt in page.evaluate(prompts)):
-        page.wait_for_timeout(200)
+    through = within(LONGEST, lambda: error.count() or all(re.fullmatch(r"\[\d+\]:", p) for p in prompts()))
     if error.count():
         raise SystemExit(f"a cell of {notebook.name} failed: {error.first.inner_text()[-500:]}")
-    seen = page.evaluate(prompts)
-    if seen != [f"[{i + 1}]:" for i in range(len(seen))]:
+    seen = prompts()
+    if not through or seen != [f"[{i + 1}]:" for i in range(len(seen))]:
         raise SystemExit(f"{notebook.name} did not run to its end, in order: {seen}")
     print(f"{notebook.name}: {len(seen)} cells, none failed")
 
@@ -133,42 +168,61 @@ def move_slider(page: Page) -> None:
     for name, act in {"slider": lambda: handle.press("ArrowRight"), "energy transfer": box.click}.items():
         before = page.evaluate(look)
         act()
-        page.wait_for_function(f"before => ({look})()[0] !== before", arg=before[0], timeout=MINUTES)
+        within(60, lambda before=before: page.evaluate(look)[0] != before[0])
         after = page.evaluate(look)
-        if after[1] == before[1]:
-            raise SystemExit(f"{name}: the text changed and the picture stayed as it was")
+        if after[0] == before[0] or after[1] == before[1]:
+            raise SystemExit(f"{name}: the text or the picture stayed as it was")
         print(f"{name}: {before[0][:45]!r} became {after[0][:45]!r}, and the picture another one")
 
 
-def main(folder: Path) -> None:
-    """Check both notebooks; leave them and their screenshots in a folder."""
+def refuse_what_is_cut_off(page: Page, name: str) -> None:
+    """Raise where a table or a picture is wider than its place on the page."""
+    wide = """[...document.querySelectorAll('.jp-OutputArea-output')]
+        .filter(output => output.scrollWidth > output.clientWidth + 1).map(output => output.innerText)"""
+    if found := page.evaluate(wide):
+        raise SystemExit(f"{name}: cut off at {WIDTH} pixels: {found[0][:200]!r}")
+
+
+def prepare(name: str, folder: Path) -> Path:
+    """Copy a notebook into the folder, without outputs and with the parameters of a brief run."""
+    path = folder / f"{name}.ipynb"
+    parameters = [text for key, value in SHORT.get(name, {}).items() for text in ("-y", f"{key}: {value}")]
+    papermill = [sys.executable, "-m", "papermill", "--prepare-only", *parameters]
+    subprocess.run([*papermill, NOTEBOOKS / path.name, path], check=True, capture_output=True)
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.execution_count, cell.outputs = None, []
+    nbformat.write(notebook, path)
+    return path
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Check notebooks; leave them and their screenshots in a folder."""
     path = chromium()
     if path is None:
         raise SystemExit("no Chromium or Chrome found; install one, or set CHROMIUM to its path")
     folder.mkdir(parents=True, exist_ok=True)
-    method = nbformat.read(NOTEBOOKS / "00_method.ipynb", as_version=4)
-    for cell in method.cells:
-        if cell.cell_type == "code":
-            cell.execution_count, cell.outputs = None, []
-    nbformat.write(method, folder / "00_method.ipynb")
-    parameters = [text for name, value in SHORT.items() for text in ("-y", f"{name}: {value}")]
-    papermill = [sys.executable, "-m", "papermill", "--prepare-only"]
-    notebooks = [NOTEBOOKS / "01_cifar10.ipynb", folder / "01_cifar10.ipynb"]
-    subprocess.run([*papermill, *notebooks, *parameters], check=True, capture_output=True)
+    notebooks = [prepare(name, folder) for name in names]
     with jupyterlab(folder) as (url, token), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path)
-        page = browser.new_page(viewport={"width": 1400, "height": 1200})
+        page = browser.new_page(viewport={"width": WIDTH, "height": 1200})
         try:
-            run_all_cells(page, url, token, folder / "00_method.ipynb")
-            move_slider(page)
-            page.screenshot(path=folder / "00_method.png")
-            run_all_cells(page, url, token, folder / "01_cifar10.ipynb")
+            for notebook in notebooks:
+                run_all_cells(page, url, token, notebook)
+                refuse_what_is_cut_off(page, notebook.name)
+                if notebook.stem == "00_method":
+                    move_slider(page)
+                page.screenshot(path=notebook.with_suffix(".png"))
+                for kernel in ask(f"{url}api/kernels", token):
+                    ask(f"{url}api/kernels/{kernel['id']}", token, "DELETE")
         finally:
-            page.screenshot(path=folder / "last.png")  # of 01_cifar10, or of where it failed
+            page.screenshot(path=folder / "last.png")  # of the last notebook, or of where it failed
             browser.close()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         raise SystemExit(__doc__)
-    main(Path(sys.argv[1]).absolute())
+    every = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    main(Path(sys.argv[1]).absolute(), sys.argv[2:] or every)

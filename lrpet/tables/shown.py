@@ -77,23 +77,25 @@ HEADERS = {
     "train_seconds": "training, s",
     "update_ms": "update, ms",
 }
-NAMES = ("question", "claim", "network", "matrix", "on", "method", "metric", "pair", "setting", "quantity")
+NAMES = ("question", "claim", "network", "matrix", "on", "method", "way", "metric", "pair", "setting")
+NAMES += ("quantity",)
 MEASURED = (  # after what names the row; each with the published value and the difference beside it
     ("top1_pct", "paper_top1_pct", "difference_pct", "top1_difference_pct"),
     ("top5_pct", "paper_top5_pct", "top5_difference_pct"),
     ("published", "ours", "ours − published"),
     ("map_pct", "miou_pct", "paper_pct", "ours_pct"),
+    ("bits_per_byte",),
     ("difference", "ci95", "verdict"),
     ("macs_m", "paper_macs_m"),
     ("params_without_bn_m", "paper_params_m"),
     ("macs_reduction_pct", "paper_macs_reduction_pct"),
 )
 CSS = [
-    {"selector": "", "props": "max-width: 1000px; font-variant-numeric: tabular-nums"},
+    {"selector": "", "props": "max-width: 960px; font-size: 12px; font-variant-numeric: tabular-nums"},
     {"selector": "caption", "props": "caption-side: bottom; text-align: left"},
     {
         "selector": "th, td",
-        "props": "text-align: left; vertical-align: top; white-space: normal; padding: 0.2em 0.5em",
+        "props": "text-align: left; vertical-align: top; white-space: normal; padding: 0.2em 0.35em",
     },
 ]
 

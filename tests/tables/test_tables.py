@@ -537,7 +537,7 @@ def test_a_table_is_shown_for_people():
     html = shown._repr_html_()
     assert "In all rows, network: resnet20." in html
     assert "row_heading" not in html and "<th" in html
-    assert "max-width: 1000px" in html
+    assert "max-width: 960px" in html
     assert repr(shown) == repr(tables.show(table))  # nbval compares it: no address in it
 
 
