@@ -10,7 +10,9 @@ import sys
 import torch
 
 from lrpet.bench.inference import bench_inference
+from lrpet.bench.latency import bench_latency
 from lrpet.bench.models import bench_models
+from lrpet.bench.optimizers import bench_optimizers
 from lrpet.bench.projection import bench_projection
 from lrpet.bench.runtimes import bench_runtimes
 from lrpet.bench.scaling import bench_scaling
@@ -25,6 +27,8 @@ BENCHMARKS = {
     "training": bench_training,
     "inference": bench_inference,
     "runtimes": bench_runtimes,
+    "latency": bench_latency,
+    "optimizers": bench_optimizers,
     "scaling": bench_scaling,
     "models": bench_models,
 }

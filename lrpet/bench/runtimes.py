@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from lrpet.deploy.programs import (
     onnxruntime_task,
     openvino_program,
     openvino_task,
+    quantized,
     require,
 )
 from lrpet.lowrank.batchnorm import fold_batchnorm
@@ -36,15 +38,16 @@ BATCHES, THREADS = (1, 32), (1, 2)
 
 
 def bench_runtimes(
-    networks: str = ",".join(NETWORKS), device: str = "cpu", rounds: int = 7, seconds: float = 2
+    networks: str = ",".join(NETWORKS), device: str = "cpu", rounds: int = 51, seconds: float = 2
 ) -> dict:
     """Compare runtimes, dense and compact, with BatchNorm folded and random weights.
 
     The variants of a network are "dense"; "compact", at the ranks of its ratio; "aligned", these rounded up
     to multiples of 16, layers whose factors would save nothing left dense; and "columns", at the ranks of the
     ratio by the other unfolding. Each is timed beside the others. Eager PyTorch is in channels_last.
-    bfloat16 is measured in OpenVINO alone, since ONNX Runtime has it not on a CPU; compiled networks by
-    :func:`lrpet.bench.inference.bench_inference`, since compiling takes longer than all of this.
+    bfloat16 is measured in OpenVINO alone, since ONNX Runtime has it not on a CPU; int8 in ONNX Runtime at
+    batch 1, statically quantized by one random input, which tells times and nothing of accuracy; compiled
+    networks by :func:`lrpet.bench.inference.bench_inference`, since compiling takes longer than all of this.
 
     Args:
         networks: names, with commas between.
@@ -54,7 +57,7 @@ def bench_runtimes(
 
     Returns:
         ``rows``: one per network, runtime, precision, batch, threads and variant: its seconds, ``gain`` over
-        dense, ``ideal`` by multiply-adds, and ``share``, gain by ideal.
+        dense in the same runtime and precision, ``ideal`` by multiply-adds, and ``share``, gain by ideal.
 
     Raises:
         ValueError: an unknown network, or another device.
@@ -87,9 +90,12 @@ def _bench_network(name: str, rounds: int, seconds: float) -> list[dict]:
         for batch in BATCHES:
             x = torch.randn(batch, 3, size, size)
             program = LayeredProgram(folded, x, list(choices["compact"]))
+            programs = {("fp32", v): program.variant(choice) for v, choice in choices.items()}
+            if batch == 1:
+                programs |= {("int8", v): quantized(programs["fp32", v], program.feeds) for v in choices}
             for threads in THREADS:
                 torch.set_num_threads(threads)
-                for where, tasks in _tasks(folded, program, x, choices, threads):
+                for where, tasks in _tasks(folded, programs, program.feeds, x, choices, threads):
                     timings = side_by_side(tasks, rounds, x.device, seconds=seconds)
                     for variant, timing in timings.items():
                         gain, ideal = 1 / timing["ratio_to_first"], macs["dense"] / macs[variant]
@@ -126,23 +132,23 @@ def _macs(network: nn.Module, choice: Choice, size: int) -> int:
 
 
 def _tasks(
-    folded: nn.Module, program: LayeredProgram, x: torch.Tensor, choices: Mapping[str, Choice], threads: int
+    folded: nn.Module,
+    programs: Mapping[tuple[str, str], bytes],
+    feeds: Sequence[np.ndarray],
+    x: torch.Tensor,
+    choices: Mapping[str, Choice],
+    threads: int,
 ) -> Iterator[tuple[dict, dict]]:
     """Yield each runtime and precision, with the tasks of all variants in it."""
     network = copy_of(folded).to(memory_format=torch.channels_last)
     meter = TorchMeter(network, x.to(memory_format=torch.channels_last), [], threads)
     where = {"runtime": "eager", "precision": "fp32"}
     yield where, {variant: meter.task(choice) for variant, choice in choices.items()}
-    programs = {variant: program.variant(choice) for variant, choice in choices.items()}
-    yield (
-        {"runtime": "onnxruntime", "precision": "fp32"},
-        {v: onnxruntime_task(onnxruntime_session(p, threads), program.feeds) for v, p in programs.items()},
-    )
+    for precision in dict.fromkeys(precision for precision, _ in programs):
+        sessions = {v: onnxruntime_session(programs[precision, v], threads) for v in choices}
+        tasks = {v: onnxruntime_task(session, feeds) for v, session in sessions.items()}
+        yield {"runtime": "onnxruntime", "precision": precision}, tasks
     for precision, hint in {"fp32": "f32", "bf16": "bf16"}.items():
-        yield (
-            {"runtime": "openvino", "precision": precision},
-            {
-                v: openvino_task(openvino_program(p, threads, hint), program.feeds)
-                for v, p in programs.items()
-            },
-        )
+        compiled = {v: openvino_program(programs["fp32", v], threads, hint) for v in choices}
+        tasks = {v: openvino_task(program, feeds) for v, program in compiled.items()}
+        yield {"runtime": "openvino", "precision": precision}, tasks

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["LayeredProgram", "layer_in", "onnxruntime_session", "openvino_program", "require"]
+__all__ = [
+    "LayeredProgram",
+    "layer_in",
+    "onnxruntime_session",
+    "onnxruntime_task",
+    "openvino_program",
+    "openvino_task",
+    "quantized",
+    "require",
+]
 SWAPPED = ("Conv", "Gemm", "MatMul")
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the modules that a node comes from
 
@@ -54,6 +65,35 @@ def onnxruntime_session(program: bytes, threads: int, **options: Any):
     for name, value in options.items():
         setattr(settings, name, value)
     return onnxruntime.InferenceSession(program, settings, providers=["CPUExecutionProvider"])
+
+
+def quantized(program: bytes, feeds: Sequence[np.ndarray]) -> bytes:
+    """Return a program whose weights and activations are int8, by ONNX Runtime's static quantization.
+
+    Args:
+        program: a serialized ONNX model.
+        feeds: its inputs, on one run of which the ranges of the activations are read.
+
+    Raises:
+        ImportError: onnxruntime is missing.
+    """
+    require("onnx", "onnxruntime", extra="deploy")
+    import onnx
+    from onnxruntime import quantization
+
+    model = onnx.load_model_from_string(program)
+    names = [value.name for value in model.graph.input]
+
+    class OneRun(quantization.CalibrationDataReader):
+        runs = iter([dict(zip(names, feeds, strict=True))])
+
+        def get_next(self):
+            return next(self.runs, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        quantization.quantize_static(model, path, OneRun(), quant_format=quantization.QuantFormat.QDQ)
+        return path.read_bytes()
 
 
 def openvino_program(program: Any, threads: int, precision: str = "f32", **properties: Any):

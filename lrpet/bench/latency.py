@@ -1,0 +1,82 @@
+"""Whether ranks for a latency reach it: planned, then measured anew beside the dense network."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from torch import nn
+
+from lrpet.deploy.latency import ranks_for_latency
+from lrpet.deploy.meters import make_meter
+from lrpet.lowrank.batchnorm import fold_batchnorm
+from lrpet.lowrank.ranks import compressible_layers
+from lrpet.lowrank.timing import side_by_side
+from lrpet.models import build_model
+from lrpet.paths import results_root
+from lrpet.training.recording import load_spectra
+
+__all__ = ["bench_latency"]
+SPEEDUPS = (1.5, 2.0)
+
+
+def bench_latency(
+    model: str = "resnet18",
+    device: str = "cpu",
+    runtimes: str = "openvino,onnxruntime,eager",
+    threads: int = 1,
+    spectra_of: str = "imagenette/runs/imagefolder-resnet18-dense-s1-5dd5e7",
+    rounds: int = 15,
+    seconds: float = 10,
+) -> dict:
+    """Plan ranks for speed-ups of 1.5 and 2.0 in each runtime, and measure each plan once more.
+
+    The planned energies are those of weights with the singular values of a trained network, in random
+    directions: the store keeps a run's spectra and not its dense weights. Batch 1 at 224 pixels.
+
+    Args:
+        model: a name of ``build_model``.
+        device: "cpu", or "cuda" for eager and compiled networks.
+        runtimes: names, with commas between.
+        threads: of one inference.
+        spectra_of: folder of the run whose last singular values are taken, among the results.
+        rounds: timed repetitions of the second measurement; fewer, but two at least, where they take longer
+            than ``seconds``.
+        seconds: see ``rounds``.
+
+    Returns:
+        ``rows``: one per runtime and speed-up asked for: ``predicted`` from the profile, ``measured`` by the
+        plan, ``again`` measured by this function, ``energy_kept``, ``dense_layers`` left as they are, and
+        ``trade``, energy kept at each speed-up, allocated and uniform.
+
+    Raises:
+        ImportError: a package of the extra ``deploy`` is missing.
+    """
+    torch.manual_seed(0)
+    where = torch.device(device)
+    network = build_model(model, num_classes=10).to(where).eval()
+    take_spectra(network, load_spectra(results_root() / spectra_of))
+    x, rows = torch.randn(1, 3, 224, 224, device=where), []
+    for runtime in runtimes.split(","):
+        for asked in SPEEDUPS:
+            plan = ranks_for_latency(network, x, asked, runtime, threads=threads)
+            meter = make_meter(runtime, fold_batchnorm(network), x, list(plan.ranks), threads)
+            choice = {name: (rank, plan.unfolding[name]) for name, rank in plan.ranks.items()}
+            tasks = {"dense": meter.task({}), "planned": meter.task(choice)}
+            timing = side_by_side(tasks, rounds, where, seconds=seconds)["planned"]
+            row = {"runtime": runtime, "threads": threads, "asked": asked, "predicted": plan.predicted}
+            row |= {"measured": plan.measured, "again": 1 / timing["ratio_to_first"], "n": timing["n"]}
+            row |= {"energy_kept": plan.energy_kept, "dense_layers": len(plan.layers) - len(plan.ranks)}
+            rows.append(row | {"layers": len(plan.layers), "trade": plan.trade})
+    return {"rows": rows, "spectra_of": spectra_of}
+
+
+@torch.no_grad()
+def take_spectra(network: nn.Module, spectra: pd.DataFrame) -> None:
+    """Give each layer random directions and the singular values of a table of ``load_spectra``, in place."""
+    last = spectra[spectra.epoch == spectra.epoch.max()]
+    for name, (N, D) in compressible_layers(network).items():
+        s = torch.tensor(last[last.layer == name].s.to_numpy(), dtype=torch.float32)
+        if len(s):
+            U, _, Vh = torch.linalg.svd(torch.randn(N, D), full_matrices=False)
+            weight = network.get_submodule(name).weight
+            weight.copy_(((U * s) @ Vh).reshape(weight.shape))
