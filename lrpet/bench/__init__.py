@@ -6,19 +6,31 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from lrpet.bench.deployed import judged, latency_table, optimizers_table, runtimes_table
 from lrpet.paths import results_root
 from lrpet.runs.store import or_leave_out, read_map
 
-__all__ = ["TARGETS", "describe", "find", "load_results", "projection_table", "training_table", "verdicts"]
+__all__ = [
+    "TARGETS",
+    "describe",
+    "find",
+    "latency_table",
+    "load_results",
+    "optimizers_table",
+    "projection_table",
+    "runtimes_table",
+    "training_table",
+    "verdicts",
+]
 TARGETS = {
-    "cpu": {"resnet56": 8, "resnet18": 10, "resnet50": 8},
+    "cpu": {"resnet56": 6, "resnet18": 10, "resnet50": 8},
     "cuda": {"resnet56": 20, "resnet18": 20, "resnet50": 20},
-}  # times one SVD per layer
+}  # times one thin SVD per layer, which is what the authors' code computes
 TRAINING_TARGETS = {"cpu": 1.5, "cuda": 10}  # times the throughput of a plain loop, ResNet-56 at batch 128
 EPOCH_SECONDS_TARGET = 1.5  # of ResNet-56 on one H200
 SHARES = {
     "after every epoch": (391, "exact", 1),
-    "every ten iterations": (10, "fast", 10),
+    "every 16 iterations": (16, "fast", 1),
 }  # steps between two, path, target in % of the time
 MEMORY_TARGET = 2.2  # model, bases and what a projection takes for a while, by the model
 
@@ -76,26 +88,16 @@ def projection_table(results: Sequence[dict]) -> pd.DataFrame:
                 rows.append(row | {"n": "not run", "target": target})
                 continue
             t, memory = result["timings"], result["memory"]
+            row |= {"n": t["svd_thin"]["n"], "threads": result["threads"]}
+            row |= {f"{way}_ms": 1e3 * t[way]["median_seconds"] for way in ("svd_thin", "exact", "fast")}
+            thin = t["svd_thin"]["ratio_to_first"]
             row |= {
-                "n": t["svd"]["n"],
-                "threads": result["threads"],
-                "svd_ms": 1e3 * t["svd"]["median_seconds"],
-            }
-            row |= {
-                "exact_ms": 1e3 * t["exact"]["median_seconds"],
-                "fast_ms": 1e3 * t["fast"]["median_seconds"],
-            }
-            row |= {
-                "speedup_exact": 1 / t["exact"]["ratio_to_first"],
-                "speedup": 1 / t["fast"]["ratio_to_first"],
+                "speedup_exact": thin / t["exact"]["ratio_to_first"],
+                "speedup": thin / t["fast"]["ratio_to_first"],
                 "target": target,
             }
-            row |= {"speedup_thin": t["svd_thin"]["ratio_to_first"] / t["fast"]["ratio_to_first"]}
-            row |= {
-                "speedup_torchao": t["torchao"]["ratio_to_first"] / t["fast"]["ratio_to_first"]
-                if "torchao" in t
-                else None
-            }
+            torchao = t["torchao"]["ratio_to_first"] / t["fast"]["ratio_to_first"] if "torchao" in t else None
+            row |= {"speedup_torchao": torchao}
             row |= {"followed": f"{result['followed']} of {result['layers']}"}
             for way in ("exact", "fast"):
                 row[f"memory_{way}"] = (
@@ -107,13 +109,12 @@ def projection_table(results: Sequence[dict]) -> pd.DataFrame:
         "on",
         "n",
         "threads",
-        "svd_ms",
+        "svd_thin_ms",
         "exact_ms",
         "fast_ms",
         "speedup_exact",
         "speedup",
         "target",
-        "speedup_thin",
         "speedup_torchao",
         "followed",
         "memory_exact",
@@ -165,7 +166,9 @@ def verdicts(results: Sequence[dict]) -> pd.DataFrame:
 
     for row in projection_table(results).to_dict("records"):
         name, run = f"projection of {row['network']} on {row['on']}", row["n"] != "not run"
-        judge(f"{name}, times as fast as one SVD each", row["speedup"] if run else None, "≥", row["target"])
+        judge(
+            f"{name}, times as fast as one thin SVD each", row["speedup"] if run else None, "≥", row["target"]
+        )
         memory = 1 + max(row["memory_exact"], row["memory_fast"]) if run else None
         judge(f"{name}, memory by that of the model, model included", memory, "≤", MEMORY_TARGET)
     for kind, target in TRAINING_TARGETS.items():
@@ -201,4 +204,6 @@ def verdicts(results: Sequence[dict]) -> pd.DataFrame:
                 "≤",
                 share,
             )
+    for what in judged(results):
+        judge(*what)
     return pd.DataFrame(rows)

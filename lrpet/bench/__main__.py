@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from lrpet.bench.equal_latency import bench_equal_latency
 from lrpet.bench.inference import bench_inference
 from lrpet.bench.latency import bench_latency
 from lrpet.bench.models import bench_models
@@ -28,6 +29,7 @@ BENCHMARKS = {
     "inference": bench_inference,
     "runtimes": bench_runtimes,
     "latency": bench_latency,
+    "equal-latency": bench_equal_latency,
     "optimizers": bench_optimizers,
     "scaling": bench_scaling,
     "models": bench_models,

@@ -10,7 +10,6 @@ from lrpet.deploy.latency import ranks_for_latency
 from lrpet.deploy.meters import make_meter
 from lrpet.lowrank.batchnorm import fold_batchnorm
 from lrpet.lowrank.ranks import compressible_layers
-from lrpet.lowrank.timing import side_by_side
 from lrpet.models import build_model
 from lrpet.paths import results_root
 from lrpet.training.recording import load_spectra
@@ -25,8 +24,6 @@ def bench_latency(
     runtimes: str = "openvino,onnxruntime,eager",
     threads: int = 1,
     spectra_of: str = "imagenette/runs/imagefolder-resnet18-dense-s1-5dd5e7",
-    rounds: int = 15,
-    seconds: float = 10,
 ) -> dict:
     """Plan ranks for speed-ups of 1.5 and 2.0 in each runtime, and measure each plan once more.
 
@@ -39,9 +36,6 @@ def bench_latency(
         runtimes: names, with commas between.
         threads: of one inference.
         spectra_of: folder of the run whose last singular values are taken, among the results.
-        rounds: timed repetitions of the second measurement; fewer, but two at least, where they take longer
-            than ``seconds``.
-        seconds: see ``rounds``.
 
     Returns:
         ``rows``: one per runtime and speed-up asked for: ``predicted`` from the profile, ``measured`` by the
@@ -61,10 +55,9 @@ def bench_latency(
             plan = ranks_for_latency(network, x, asked, runtime, threads=threads)
             meter = make_meter(runtime, fold_batchnorm(network), x, list(plan.ranks), threads)
             choice = {name: (rank, plan.unfolding[name]) for name, rank in plan.ranks.items()}
-            tasks = {"dense": meter.task({}), "planned": meter.task(choice)}
-            timing = side_by_side(tasks, rounds, where, seconds=seconds)["planned"]
+            dense, planned = meter.compare([{}, choice])
             row = {"runtime": runtime, "threads": threads, "asked": asked, "predicted": plan.predicted}
-            row |= {"measured": plan.measured, "again": 1 / timing["ratio_to_first"], "n": timing["n"]}
+            row |= {"measured": plan.measured, "again": dense / planned}
             row |= {"energy_kept": plan.energy_kept, "dense_layers": len(plan.layers) - len(plan.ranks)}
             rows.append(row | {"layers": len(plan.layers), "trade": plan.trade})
     return {"rows": rows, "spectra_of": spectra_of}

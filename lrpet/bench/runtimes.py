@@ -20,6 +20,7 @@ from lrpet.deploy.programs import (
     require,
 )
 from lrpet.lowrank.batchnorm import fold_batchnorm
+from lrpet.lowrank.budget import ranks_for_budget
 from lrpet.lowrank.cost import cost
 from lrpet.lowrank.layers import copy_of, matrix_of, resolve_unfolding
 from lrpet.lowrank.ranks import ranks_from_ratio
@@ -42,9 +43,10 @@ def bench_runtimes(
 ) -> dict:
     """Compare runtimes, dense and compact, with BatchNorm folded and random weights.
 
-    The variants of a network are "dense"; "compact", at the ranks of its ratio; "aligned", these rounded up
-    to multiples of 16, layers whose factors would save nothing left dense; and "columns", at the ranks of the
-    ratio by the other unfolding. Each is timed beside the others. Eager PyTorch is in channels_last.
+    The variants of a network are "dense"; "compact", at the ranks of its ratio; "aligned", at multiples of 16
+    within the same multiply-adds, or where its channels are too few for that, at the ranks of the ratio
+    rounded up; and "columns", at the ranks of the ratio by the other unfolding. Each is timed beside the
+    others. Eager PyTorch is in channels_last.
     bfloat16 is measured in OpenVINO alone, since ONNX Runtime has it not on a CPU; int8 in ONNX Runtime at
     batch 1, statically quantized by one random input, which tells times and nothing of accuracy; compiled
     networks by :func:`lrpet.bench.inference.bench_inference`, since compiling takes longer than all of this.
@@ -82,7 +84,7 @@ def _bench_network(name: str, rounds: int, seconds: float) -> list[dict]:
     size, ratio, layers = NETWORKS[name]
     torch.manual_seed(0)
     network = build_model(name).eval()
-    choices = _variants(network, ratio, layers)
+    choices = _variants(network, size, ratio, layers)
     macs = {variant: _macs(network, choice, size) for variant, choice in choices.items()}
     folded, rows = fold_batchnorm(network), []
     with warnings.catch_warnings():
@@ -105,24 +107,32 @@ def _bench_network(name: str, rounds: int, seconds: float) -> list[dict]:
     return rows
 
 
-def _variants(network: nn.Module, ratio: float, layers: str | None) -> dict[str, Choice]:
+def _variants(network: nn.Module, size: int, ratio: float, layers: str | None) -> dict[str, Choice]:
     """Return what is compared, dense first; layers at full rank are in no choice."""
     choices: dict[str, Choice] = {"dense": {}}
-    ways = {"compact": (1, "rows"), "aligned": (16, "rows"), "columns": (1, "columns")}
-    for variant, (multiple_of, how) in ways.items():
-        unfolding = resolve_unfolding(network, how)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the rows tell what a ratio costs
-            how_many = {"include": layers, "multiple_of": multiple_of, "unfolding": how}
-            ranks = ranks_from_ratio(network, ratio, **how_many)
-        choice = {
-            name: (rank, unfolding[name])
-            for name, rank in ranks.items()
-            if rank < min(matrix_of(network.get_submodule(name), unfolding[name]).shape)
-        }
-        if how == "rows" or any(one == how for _, one in choice.values()):  # Linear layers have one matrix
-            choices[variant] = choice
+    ranks = ranks_from_ratio(network, ratio, include=layers)
+    choices["compact"] = _below_full(network, ranks, resolve_unfolding(network, "rows"))
+    budget = 1 - _macs(network, choices["compact"], size) / _macs(network, {}, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the rows tell what a ratio costs
+        try:
+            aligned = ranks_for_budget(network, (3, size, size), budget, include=layers, multiple_of=16)
+        except ValueError:  # too few channels
+            aligned = ranks_from_ratio(network, ratio, include=layers, multiple_of=16)
+        choices["aligned"] = _below_full(network, aligned, resolve_unfolding(network, "rows"))
+        columns = resolve_unfolding(network, "columns")
+        if any(columns[name] == "columns" for name in choices["compact"]):  # Linear layers have one matrix
+            ranks = ranks_from_ratio(network, ratio, include=layers, unfolding="columns")
+            choices["columns"] = _below_full(network, ranks, columns)
     return choices
+
+
+def _below_full(network: nn.Module, ranks: Mapping[str, int], unfolding: Mapping[str, str]) -> Choice:
+    return {
+        name: (rank, unfolding[name])
+        for name, rank in ranks.items()
+        if rank < min(matrix_of(network.get_submodule(name), unfolding[name]).shape)
+    }
 
 
 def _macs(network: nn.Module, choice: Choice, size: int) -> int:

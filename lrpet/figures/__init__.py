@@ -20,11 +20,13 @@ from lrpet.figures.recorded import (
     telling_layers,
 )
 from lrpet.figures.speed import (
+    plot_equal_latency,
     plot_growth,
     plot_inference,
     plot_latency_trade,
     plot_layer_gains,
     plot_projection_speed,
+    plot_runtimes,
 )
 from lrpet.figures.style import (
     METHOD_STYLES,
@@ -48,6 +50,7 @@ __all__ = [
     "plot_by_depth",
     "plot_channel_errors",
     "plot_energy_kept",
+    "plot_equal_latency",
     "plot_gradient_bound",
     "plot_gradient_ratios",
     "plot_gradients",
@@ -61,6 +64,7 @@ __all__ = [
     "plot_projection_speed",
     "plot_rank_search",
     "plot_rank_sweep",
+    "plot_runtimes",
     "plot_spectra",
     "plot_spectrum",
     "plot_spectrum_map",

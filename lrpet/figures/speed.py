@@ -12,17 +12,19 @@ from matplotlib.ticker import NullLocator
 from lrpet.figures.style import INK, METHOD_STYLES, PAPER, ProjectFigure, in_style, state
 
 __all__ = [
+    "plot_equal_latency",
     "plot_growth",
     "plot_inference",
     "plot_latency_trade",
     "plot_layer_gains",
     "plot_projection_speed",
+    "plot_runtimes",
 ]
 
 
 @in_style()
 def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
-    """Draw how many times as fast as one SVD per layer each way to project a network is.
+    """Draw how many times as fast as one thin SVD per layer each way to project a network is.
 
     Args:
         results: JSON of ``python -m lrpet.bench projection``, one a network and device.
@@ -32,19 +34,19 @@ def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
         layers.
 
     >>> slow, fast = ({"median_seconds": seconds, "ratio_to_first": seconds} for seconds in (1.0, 0.1))
-    >>> result = {"model": "resnet20", "device": "CPU", "threads": 2, "timings": {"svd": slow, "fast": fast}}
+    >>> timings = {"svd_thin": slow, "fast": fast}
+    >>> result = {"model": "resnet20", "device": "CPU", "threads": 2, "timings": timings}
     >>> figure = plot_projection_speed([result])
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['1,000 ms', '100 ms']
     """
     labels = {
-        "svd": "SVD per layer",
         "svd_thin": "thin SVD per layer",
         "torchao": "torchao SVDGrouper",
         "exact": "ours, exact",
-        "fast": "ours, fast",
+        "fast": "ours, followed",
     }
-    colors = dict(zip(labels, ("#BBBBBB", "#888888", "#E69F00", "#56B4E9", "#0072B2"), strict=True))
+    colors = dict(zip(labels, ("#888888", "#E69F00", "#56B4E9", "#0072B2"), strict=True))
     figure = ProjectFigure(1.2 + 1.15 * max(1, len(results)))
     ax = figure.subplots()
     ax.grid(axis="x"), ax.grid(visible=False, axis="y")
@@ -53,11 +55,11 @@ def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
         ways = [way for way in labels if way in result["timings"]]
         for way in ways:
             timing = result["timings"][way]
-            ax.barh(y, 1 / timing["ratio_to_first"], 0.8, color=colors[way], label=labels[way])
+            ax.barh(y, _times_thin(result, way), 0.8, color=colors[way], label=labels[way])
             ms = 1e3 * timing["median_seconds"]
             ax.annotate(
                 f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms",
-                (1 / timing["ratio_to_first"], y),
+                (_times_thin(result, way), y),
                 (3, 0),
                 textcoords="offset points",
                 va="center",
@@ -67,19 +69,24 @@ def plot_projection_speed(results: Sequence[Mapping]) -> ProjectFigure:
         ticks[y - (len(ways) + 1) / 2] = f"{result['model']}\n{result['device']}, {result['threads']} threads"
         y += 0.8
     ax.set(
-        xlabel="times as fast as one SVD per layer\nat a bar: median time to project all layers",
+        xlabel="times as fast as one thin SVD per layer\nat a bar: median time to project all layers",
         yticks=list(ticks),
         yticklabels=list(ticks.values()),
     )
     ax.invert_yaxis()
     ax.margins(x=0.12, y=0.02)
-    gains = [1 / r["timings"]["fast"]["ratio_to_first"] for r in results if "fast" in r["timings"]]
+    gains = [_times_thin(result, "fast") for result in results if "fast" in result["timings"]]
     finding = "Projections have not been measured"
     if gains:
         spread = f"{min(gains):.1f} to {max(gains):.1f}" if len(gains) > 1 else f"{gains[0]:.1f}"
-        finding = f"Our fast projection is {spread} times as fast as one SVD per layer"
+        finding = f"Following the last basis is {spread} times as fast as a thin SVD per layer"
     state(figure, finding, ax)
     return figure
+
+
+def _times_thin(result: Mapping, way: str) -> float:
+    timings = result["timings"]
+    return timings["svd_thin"]["ratio_to_first"] / timings[way]["ratio_to_first"]
 
 
 @in_style()
@@ -179,6 +186,51 @@ def plot_layer_gains(layers: pd.DataFrame) -> ProjectFigure:
 
 
 @in_style()
+def plot_runtimes(table: pd.DataFrame) -> ProjectFigure:
+    """Draw how many times as fast as dense a network is in each runtime, beside what multiply-adds promise.
+
+    Args:
+        table: of :func:`lrpet.bench.runtimes_table`: network, runtime, precision, compact, aligned, columns,
+            ideal.
+
+    Returns:
+        One panel with a line for each network, runtime and precision, and a point for each way to choose
+        ranks.
+
+    >>> row = {"network": "vgg16", "runtime": "openvino", "precision": "fp32", "compact": 1.5}
+    >>> row |= {"aligned": 1.9, "columns": np.nan, "ideal": 2.0}
+    >>> plot_runtimes(pd.DataFrame([row])).axes[0].get_yticklabels()[0].get_text()
+    'vgg16, openvino'
+    """
+    table = table[table.precision == "fp32"].reset_index(drop=True)
+    figure = ProjectFigure(1.6 + 0.24 * len(table))
+    ax = figure.subplots()
+    names = [f"{row.network}, {row.runtime}" for row in table.itertuples()]
+    bars = {"color": "#D55E00", "markersize": 11, "markeredgewidth": 2}
+    ax.plot(table["ideal"], table.index, "|", label="multiply-adds promise, aligned", **bars)
+    looks = {
+        "compact": ("ranks of a ratio", "o", "#888888"),
+        "aligned": ("at multiples of 16", "s", "#0072B2"),
+        "columns": ("other unfolding", "^", "#009E73"),
+    }
+    for column, (label, marker, color) in looks.items():
+        ax.plot(table[column], table.index, marker, color=color, label=label)
+    ax.axvline(1, color=INK, linewidth=0.8)
+    ax.set(
+        xlabel="times as fast as the dense network in the same runtime", yticks=table.index, yticklabels=names
+    )
+    ax.invert_yaxis()
+    ax.grid(axis="x")
+    finding = "Runtimes have not been measured"
+    if len(table):
+        best = table.loc[(table["aligned"] / table["ideal"]).idxmax()]
+        share = f"{best.aligned / best.ideal:.0%} of what multiply-adds promise"
+        finding = f"At aligned ranks {best.network} gets {share} in {best.runtime}"
+    state(figure, finding, ax)
+    return figure
+
+
+@in_style()
 def plot_latency_trade(trade: pd.DataFrame, runtime: str) -> ProjectFigure:
     """Draw which share of energy is kept at which speed-up, ranks allocated by latency beside uniform ones.
 
@@ -207,6 +259,43 @@ def plot_latency_trade(trade: pd.DataFrame, runtime: str) -> ProjectFigure:
         fastest = both.loc[both["speedup"].idxmax()]
         kept = f"ranks by latency keep {fastest.allocated:.0%} of the energy, one ratio {fastest.uniform:.0%}"
         finding = f"At {fastest.speedup:.1f} times the speed {kept}"
+    state(figure, finding, ax)
+    return figure
+
+
+@in_style()
+def plot_equal_latency(table: pd.DataFrame) -> ProjectFigure:
+    """Draw accuracy against measured time, of networks made to be equally fast and of the dense one.
+
+    Args:
+        table: of :func:`lrpet.tables.equal_latency_table`: way, milliseconds, seed, top1_pct.
+
+    Returns:
+        One panel with a point per seed and a bar at each mean.
+
+    >>> row = {"way": "dense", "milliseconds": 4.0, "speedup": 1.0, "seed": 1, "top1_pct": 69.0}
+    >>> len(plot_equal_latency(pd.DataFrame([row])).axes[0].collections)
+    1
+    """
+    looks = {"dense": "dense", "by latency": "lrpet", "uniform": "lrp", "narrow": "narrow"}
+    labels = {
+        "by latency": "LRPET, ranks by latency",
+        "uniform": "LRPET, one ratio",
+        "narrow": "narrow network",
+    }
+    figure = ProjectFigure(3.4)
+    ax, means = figure.subplots(), {}
+    for way, rows in table.dropna(subset=["top1_pct"]).groupby("way", sort=False):
+        style, means[way] = METHOD_STYLES[looks[way]], rows.top1_pct.mean()
+        point = {"color": style.color, "marker": style.marker, "label": labels.get(way, way)}
+        ax.scatter(rows.milliseconds, rows.top1_pct, **point, facecolors="none")
+        ax.plot(rows.milliseconds.iloc[0], means[way], "_", color=style.color, markersize=18)
+    ax.set(xlabel="milliseconds for one image, measured", ylabel="top-1 accuracy, %", xlim=(0, None))
+    finding = "Networks of equal latency have not been trained"
+    fast = {way: mean for way, mean in means.items() if way != "dense"}
+    if fast:
+        best = max(fast, key=fast.get)
+        finding = f"In equal time {labels[best]} comes to {fast[best]:.1f} %"
     state(figure, finding, ax)
     return figure
 

@@ -10,6 +10,7 @@ from torch import nn
 from lrpet.models.byte_transformer import ByteTransformer
 from lrpet.models.ghost_resnet_cifar import GhostResNet
 from lrpet.models.googlenet_cifar import CifarGoogLeNet
+from lrpet.models.narrow_resnet import narrow_resnet
 from lrpet.models.plain_cifar import CifarPlain
 from lrpet.models.resnet_cifar import CifarResNet
 from lrpet.models.unboxed import unboxed
@@ -30,7 +31,7 @@ BUILDERS = {f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 20, 3
 }
 FIXED = ("ghost_resnet56", "vit", "vit_small", "byte_transformer")
 # those that build_model can make narrower
-SCALABLE = tuple(name for name in BUILDERS if name not in FIXED)
+SCALABLE = (*(name for name in BUILDERS if name not in FIXED), *TORCHVISION)
 MODELS = (*BUILDERS, *TORCHVISION)  # that classify
 DETECTORS = (
     *("fasterrcnn_resnet8_fpn", "fasterrcnn_resnet20_fpn"),
@@ -52,8 +53,8 @@ def build_model(name: str, num_classes: int = 10, width: float = 1.0) -> nn.Modu
             those of :func:`lrpet.models.detectors.build_detector` and
             :func:`lrpet.models.segmenters.build_segmenter`.
         num_classes: width of the classifier; of a detector the kinds of objects.
-        width: factor on the number of channels of every layer, for the CIFAR ResNets, VGG-16, GoogLeNet and
-            the plain network.
+        width: factor on the number of channels of every layer, for the ResNets, VGG-16, GoogLeNet and the
+            plain network.
 
     Returns:
         A module that maps (B, 3, H, W) float images to (B, num_classes) logits; a segmenter to
@@ -79,6 +80,8 @@ def build_model(name: str, num_classes: int = 10, width: float = 1.0) -> nn.Modu
     if name in BUILDERS:
         return BUILDERS[name](num_classes=num_classes, **({} if width == 1.0 else {"width": width}))
     if name in TORCHVISION:
+        if width != 1.0:
+            return narrow_resnet(name, num_classes, width)
         import torchvision  # 2 s to import, so only where it is asked for
 
         return getattr(torchvision.models, name)(num_classes=num_classes)
