@@ -45,12 +45,16 @@ def _variant(config: RunConfig) -> list[str]:
         value = getattr(config, name)
         if value == default or name in (*SAID_ELSEWHERE, "projection_interval", "projection_unit"):
             continue
-        if name == "unfolding":  # a text, or a map of layers
+        if name == "multiple_of":
+            words.append(f"ranks at multiples of {value}")
+        elif name == "unfolding":  # a text, or a map of layers
             words.append("1×1 first")
         elif name != "pretrain_epochs":
             words.append(IN_WORDS.get((name, value), f"{name} {value}"))
         elif row.pretrained_share is None:
             words.append("from a trained network")
+    if isinstance(config.ranks, dict):
+        words.append("a rank for each layer")
     own = (row.reads.get("projection_interval"), row.reads.get("projection_unit"))
     interval = (config.projection_interval, config.projection_unit)
     if config.projection_unit is not None and interval != USUAL_INTERVALS.get(config.profile, own):

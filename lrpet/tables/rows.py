@@ -103,7 +103,7 @@ def counted_cost(row: pd.Series) -> tuple[int | None, int | None, int]:
 def _expected(config: RunConfig) -> tuple[int | None, int | None, int]:
     method = config.method if config.method in ("dense", "narrow", "filter_pruning") else "low-rank"
     key = (config.task, config.model, _num_classes(config), config.image_size, method)
-    key += (config.prune_ratio, config.ranks, config.layers, config.dense_layers, config.multiple_of)
+    key += (config.prune_ratio, str(config.ranks), config.layers, config.dense_layers, config.multiple_of)
     key += (str(config.unfolding), config.dataset, config.pretrained_backbone)
     if key not in _counted:  # runs that differ in nothing but seed or schedule are counted once
         _counted[key] = _count(config)

@@ -49,6 +49,7 @@ HEADERS = {
     "map_pct": "mAP at IoU 0.5, %",
     "memory_exact": "memory, exact / model",
     "memory_fast": "memory, followed / model",
+    "milliseconds": "measured, ms",
     "miou_pct": "mIoU, %",
     "n": "n",
     "name": "layer",
