@@ -121,7 +121,7 @@ def show(table: pd.DataFrame, *, index: bool = False) -> ShownTable:
     """Return a table as people read it.
 
     What names a row comes first, then accuracy, published value and difference beside each other. A column
-    that is the same in all rows is told below the table instead.
+    that is the same in all rows is told below the table instead, but for the verdict.
 
     Args:
         table: as of any function of :mod:`lrpet.tables`; it stays as it is.
@@ -141,7 +141,8 @@ def show(table: pd.DataFrame, *, index: bool = False) -> ShownTable:
         table = table.rename(columns={"difference": "ours − published"})
     text = table.map(_written)
     same = [c for c in text.columns if len(text) > 1 and text[c].nunique() == 1]
-    same = [c for c in same if c not in (*MEASURED[0], "published") or text[c].iloc[0] == "–"]
+    kept = (*MEASURED[0], "published", "verdict")
+    same = [c for c in same if c not in kept or text[c].iloc[0] == "–"]
     said = [f"{header(c)}: {text[c].iloc[0]}" for c in same if text[c].iloc[0] != "–"]
     order = [c for c in (*NAMES, *(c for group in MEASURED for c in group)) if c in text.columns]
     order += [c for c in text.columns if c not in order]
