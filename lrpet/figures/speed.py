@@ -283,7 +283,7 @@ def plot_equal_latency(table: pd.DataFrame) -> ProjectFigure:
     Returns:
         One panel with a point per seed and a bar at each mean.
 
-    >>> row = {"way": "dense", "milliseconds": 4.0, "speedup": 1.0, "seed": 1, "top1_pct": 69.0}
+    >>> row = {"way": "dense", "milliseconds": 4.0, "seed": 1, "top1_pct": 69.0}
     >>> len(plot_equal_latency(pd.DataFrame([row])).axes[0].collections)
     1
     """

@@ -79,6 +79,7 @@ HEADERS = {
     "state_mb": "optimizer state, MB",
     "svd_thin_ms": "one thin SVD per layer, ms",
     "times_adamw": "times AdamW",
+    "times_dense": "times dense",
     "top1_difference_pct": "ours − published top-1, points",
     "top1_pct": "top-1, %",
     "top5_difference_pct": "ours − published top-5, points",
