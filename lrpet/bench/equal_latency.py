@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from lrpet.bench.deployed import COMPILED
-from lrpet.bench.latency import take_spectra
+from lrpet.bench.latency import choice_of, take_spectra
+from lrpet.bench.runtimes import below_full
 from lrpet.config import RunConfig
 from lrpet.deploy.latency import ranks_for_latency
 from lrpet.deploy.meters import Choice, Meter, make_meter
 from lrpet.lowrank.batchnorm import fold_batchnorm
-from lrpet.lowrank.layers import matrix_of
+from lrpet.lowrank.layers import resolve_unfolding
 from lrpet.lowrank.ranks import ranks_from_ratio
 from lrpet.lowrank.timing import side_by_side
 from lrpet.methods.base import build_network
@@ -89,10 +90,7 @@ def bench_equal_latency(
     settings["uniform"] = {"prune_ratio": ratios["uniform"], "multiple_of": 16}
     settings["narrow"] = {"method": "narrow", "prune_ratio": ratios["narrow"]}
     meter, choice = narrow(ratios["narrow"])
-    tasks = {"dense": dense.task({})}
-    tasks["by latency"] = dense.task(
-        {name: (rank, plan.unfolding[name]) for name, rank in plan.ranks.items()}
-    )
+    tasks = {"dense": dense.task({}), "by latency": dense.task(choice_of(plan))}
     tasks |= {"uniform": dense.task(_uniform(network, ratios["uniform"])), "narrow": meter.task(choice)}
     timings = side_by_side(tasks, rounds, x.device, seconds=seconds)
     rows = [
@@ -108,8 +106,7 @@ def _uniform(network: nn.Module, ratio: float) -> Choice:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of layers that stay dense
         ranks = ranks_from_ratio(network, ratio, multiple_of=16)
-    shapes = {name: matrix_of(network.get_submodule(name)).shape for name in ranks}
-    return {name: (R, "rows") for name, R in ranks.items() if R * sum(shapes[name]) < shapes[name].numel()}
+    return below_full(network, ranks, resolve_unfolding(network, "rows"))
 
 
 def _ratio(make: Callable[[float], tuple[Meter, Choice]], dense: Meter, speedup: float) -> float:

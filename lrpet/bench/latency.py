@@ -6,8 +6,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lrpet.deploy.latency import ranks_for_latency
-from lrpet.deploy.meters import make_meter
+from lrpet.deploy.latency import LatencyPlan, ranks_for_latency
+from lrpet.deploy.meters import Choice, make_meter
 from lrpet.lowrank.batchnorm import fold_batchnorm
 from lrpet.lowrank.ranks import compressible_layers
 from lrpet.models import build_model
@@ -54,13 +54,17 @@ def bench_latency(
         for asked in SPEEDUPS:
             plan = ranks_for_latency(network, x, asked, runtime, threads=threads)
             meter = make_meter(runtime, fold_batchnorm(network), x, list(plan.ranks), threads)
-            choice = {name: (rank, plan.unfolding[name]) for name, rank in plan.ranks.items()}
-            dense, planned = meter.compare([{}, choice])
+            dense, planned = meter.compare([{}, choice_of(plan)])
             row = {"runtime": runtime, "threads": threads, "asked": asked, "predicted": plan.predicted}
             row |= {"measured": plan.measured, "again": dense / planned}
             row |= {"energy_kept": plan.energy_kept, "dense_layers": len(plan.layers) - len(plan.ranks)}
             rows.append(row | {"layers": len(plan.layers), "trade": plan.trade})
     return {"rows": rows, "spectra_of": spectra_of}
+
+
+def choice_of(plan: LatencyPlan) -> Choice:
+    """Return what a plan makes of each layer, as a meter takes it."""
+    return {name: (rank, plan.unfolding[name]) for name, rank in plan.ranks.items()}
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from lrpet.lowrank.ranks import ranks_from_ratio
 from lrpet.lowrank.timing import side_by_side
 from lrpet.models import build_model
 
-__all__ = ["bench_runtimes"]
+__all__ = ["below_full", "bench_runtimes"]
 NETWORKS = {  # name → image size in pixels, prune ratio, layers
     "resnet18": (224, 0.6, None),
     "resnet50": (224, 0.6, None),
@@ -111,7 +111,7 @@ def _variants(network: nn.Module, size: int, ratio: float, layers: str | None) -
     """Return what is compared, dense first; layers at full rank are in no choice."""
     choices: dict[str, Choice] = {"dense": {}}
     ranks = ranks_from_ratio(network, ratio, include=layers)
-    choices["compact"] = _below_full(network, ranks, resolve_unfolding(network, "rows"))
+    choices["compact"] = below_full(network, ranks, resolve_unfolding(network, "rows"))
     budget = 1 - _macs(network, choices["compact"], size) / _macs(network, {}, size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the rows tell what a ratio costs
@@ -119,15 +119,16 @@ def _variants(network: nn.Module, size: int, ratio: float, layers: str | None) -
             aligned = ranks_for_budget(network, (3, size, size), budget, include=layers, multiple_of=16)
         except ValueError:  # too few channels
             aligned = ranks_from_ratio(network, ratio, include=layers, multiple_of=16)
-        choices["aligned"] = _below_full(network, aligned, resolve_unfolding(network, "rows"))
+        choices["aligned"] = below_full(network, aligned, resolve_unfolding(network, "rows"))
         columns = resolve_unfolding(network, "columns")
         if any(columns[name] == "columns" for name in choices["compact"]):  # Linear layers have one matrix
             ranks = ranks_from_ratio(network, ratio, include=layers, unfolding="columns")
-            choices["columns"] = _below_full(network, ranks, columns)
+            choices["columns"] = below_full(network, ranks, columns)
     return choices
 
 
-def _below_full(network: nn.Module, ranks: Mapping[str, int], unfolding: Mapping[str, str]) -> Choice:
+def below_full(network: nn.Module, ranks: Mapping[str, int], unfolding: Mapping[str, str]) -> Choice:
+    """Return ranks as a choice, without the layers at full rank, which stay dense."""
     return {
         name: (rank, unfolding[name])
         for name, rank in ranks.items()

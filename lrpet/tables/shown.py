@@ -122,7 +122,7 @@ def show(table: pd.DataFrame, *, index: bool = False) -> ShownTable:
     """Return a table as people read it.
 
     What names a row comes first, then accuracy, published value and difference beside each other. A column
-    that is the same in all rows is told below the table instead, but for the verdict.
+    that is the same in all rows is told below the table instead; a verdict always stays.
 
     Args:
         table: as of any function of :mod:`lrpet.tables`; it stays as it is.

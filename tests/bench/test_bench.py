@@ -1,12 +1,14 @@
 """The benchmarks run and keep what they promise; how fast anything is they alone may say."""
 
 import json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from helpers import refused
 
+import lrpet.bench.equal_latency
 import lrpet.bench.inference
 import lrpet.bench.latency
 import lrpet.bench.optimizers
@@ -17,6 +19,7 @@ from lrpet import bench, build_model
 from lrpet.bench.__main__ import main
 from lrpet.bench.memory import peak_bytes
 from lrpet.deploy.latency import LatencyLayer, LatencyPlan
+from lrpet.deploy.programs import LayeredProgram, onnxruntime_session, onnxruntime_task, quantized
 from lrpet.lowrank.ranks import compressible_layers
 from lrpet.lowrank.timing import side_by_side
 from lrpet.paths import results_root
@@ -216,3 +219,31 @@ def test_optimizers_are_compared_with_adamw(monkeypatch):
     lotus = table.loc["lotus"]
     expected = (199 * lotus["update_ms"] + lotus["refresh_ms"]) / 200
     assert lotus["averaged_ms"] == pytest.approx(expected)
+
+
+def test_a_ratio_is_found_by_its_measured_speed(monkeypatch):
+    module, network = lrpet.bench.equal_latency, build_model("resnet20").eval()
+    choice = module._uniform(network, 0.57)
+    assert choice and all(rank % 16 == 0 and how == "rows" for rank, how in choice.values())
+    meter = SimpleNamespace(task=lambda choice: choice, device=torch.device("cpu"))
+
+    def timed(tasks, *_, **__):
+        return {"so": {"ratio_to_first": 1 - tasks["so"]}}  # the ratio itself: 1 / (1 − ρ) times as fast
+
+    monkeypatch.setattr(module, "side_by_side", timed)
+    assert module._ratio(lambda ratio: (meter, ratio), meter, 2.0) == pytest.approx(0.5, abs=0.011)
+    for arguments in ({"device": "cuda"}, {"runtime": "eager"}):
+        with pytest.raises(ValueError, match="device must be cpu, runtime one of onnxruntime, openvino"):
+            module.bench_equal_latency(**arguments)
+
+
+def test_a_quantized_program_says_nearly_the_same():
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)).eval()
+    program = LayeredProgram(network, torch.randn(1, 3, 8, 8), ["0"])
+    whole = program.variant({})
+    small = quantized(whole, program.feeds)
+    expected, got = (onnxruntime_task(onnxruntime_session(p, 1), program.feeds)()[0] for p in (whole, small))
+    off = abs(got - expected).max() / abs(expected).max()
+    assert 0 < off < 0.1

@@ -56,5 +56,5 @@ def test_a_narrow_resnet_has_fewer_channels_and_runs(name):
     network = build_model(name, num_classes=10, width=0.5).eval()
     assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
     share = cost(network, (3, 64, 64)).macs / cost(build_model(name, num_classes=10), (3, 64, 64)).macs
-    assert 0.25 < share < 0.3  # a quarter, but for the first layer
+    assert 0.25 < share < 0.3  # a quarter, and the first layer's half
     assert network.layer1[0].conv1.weight.std() > 0.02  # torchvision's own initialization
