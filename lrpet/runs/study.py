@@ -46,14 +46,17 @@ def open_study(
             choose = optuna.samplers.TPESampler(seed=seed, multivariate=True)
         else:
             choose = optuna.samplers.GPSampler(seed=seed)
-        return optuna.create_study(
-            study_name=name,
-            storage=JournalStorage(JournalFileBackend(str(root / f"{name}.journal"))),
-            sampler=choose,
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
-            directions=["minimize"] if objectives == 1 else ["maximize", "minimize"],
-            load_if_exists=True,
-        )
+        study = {
+            "study_name": name,
+            "storage": JournalStorage(JournalFileBackend(str(root / f"{name}.journal"))),
+            "sampler": choose,
+            "pruner": optuna.pruners.MedianPruner(n_startup_trials=5),
+        }
+        try:
+            return optuna.load_study(**study)  # a journal that is only read stays as it is
+        except KeyError:
+            directions = ["minimize"] if objectives == 1 else ["maximize", "minimize"]
+            return optuna.create_study(**study, directions=directions, load_if_exists=True)
 
 
 def side_by_side(workers: int, function: Callable, *args, **kwargs) -> None:

@@ -102,6 +102,14 @@ def test_multiply_adds_are_counted_at_the_size_of_the_images(monkeypatch, tmp_pa
     assert budgets == [((3, 64, 64), 1 - counted.macs / counted.dense_macs)] * 2
 
 
+def test_a_study_that_is_only_read_stays_as_it_is(tmp_path):
+    search(BRIEF, 2, results=tmp_path, do_run=pretend([]))
+    (journal,) = (tmp_path / BRIEF.profile / "search").glob("*.journal")
+    before = journal.read_bytes()
+    assert len(search(BRIEF, 2, results=tmp_path).trials) == 2
+    assert journal.read_bytes() == before
+
+
 @pytest.mark.slow
 def test_workers_share_one_study(tmp_path):
     study = search(BRIEF, 4, results=tmp_path, workers=2)
