@@ -30,8 +30,15 @@ EXECUTED = results_root() / PROFILE.name / "notebooks"
 RUNS = {e.config.run_id: e for e in reversed(PROFILE.experiments)}  # once, if two names mean one run
 if config.get("draw"):
     RUNS = {}  # nothing is trained, only drawn
-# Notebooks that read no run of the grid; the last two take hours except in smoke.
-ALONE = ["00_method"] + ["02_imagenet", "06_rank_search"] * (PROFILE.name == "smoke")
+# Notebooks that read no run of the grid, with what papermill is given. The search takes hours except in smoke, so
+# where nothing is to be trained it is shown if it is there.
+ALONE = {"00_method": ""}
+if PROFILE.name == "smoke":
+    digits = "dataset: digits, search_epochs: 4, final_epochs: 20, trials: 16"
+    digits += ", batch_size: 64, validation_fraction: 0.2, profile: smoke"
+    ALONE |= {"02_imagenet": "", "06_rank_search": f"-y '{{{digits}}}'"}
+elif PROFILE.name == "scaled" and (not config.get("draw") or (EXECUTED.parent / "search").is_dir()):
+    ALONE["06_rank_search"] = ""
 STORE = ["03_ablations", "04_singular_values", "05_gradient_norms", "08_tables"]
 if PROFILE.name in GRADIENT:
     STORE = ["10_gradient_projection"]
@@ -103,9 +110,11 @@ rule alone:
         EXECUTED / "{notebook}.ipynb",
     wildcard_constraints:
         notebook="|".join(ALONE),
+    params:
+        given=lambda wildcards: ALONE[wildcards.notebook],
     priority: len(RUNS) + 1  # the search for ranks takes longest, so it begins first
     shell:
-        "scripts/execute.sh {input:q} {log:q}"
+        "scripts/execute.sh {input:q} {log:q} {params.given}"
 
 
 rule store:  # notebooks that read what the runs left; what each has read stands in its .done

@@ -129,11 +129,14 @@ missing() {
 }
 awk '/ (not run|started)$/ { print $1 }' <<<"$state" | while read -r name; do missing "$name"; done
 readers="03_ablations 04_singular_values 05_gradient_norms 08_tables" reporter=09_report
+alone=00_method
 case $profile in
+    smoke) alone="00_method 02_imagenet 06_rank_search" ;;
+    scaled) [ -n "$draw" ] && [ ! -d "$results/search" ] || alone="00_method 06_rank_search" ;;
     language*) readers=10_gradient_projection reporter=10_gradient_projection ;;
     voc | scenes) readers="11_detection 11_segmentation" reporter=11_detection_segmentation ;;
 esac
-for name in 00_method $([ "$profile" != smoke ] || echo 02_imagenet 06_rank_search) $readers; do
+for name in $alone $readers; do
     [ -f "$results/notebooks/$name.done" ] || missing "$name"
 done
 [ "$status" = 0 ] || echo "${draw:+$hint; }not everything was done; lines above with 'failed' say why and where"

@@ -29,7 +29,6 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 SHORT = {  # parameters of the notebooks that train
     "01_cifar10": {"epochs": 2, "milestones": [1], "batch_size": 256, "seed": 7},
     "02_imagenet": {"epochs": 2, "milestones": [1], "seed": 7},
-    "06_rank_search": {"trials": 2, "search_epochs": 1, "final_epochs": 2, "seed": 7},
 }
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are on the page, too

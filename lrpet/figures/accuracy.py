@@ -21,7 +21,7 @@ from lrpet.figures.style import (
     state,
 )
 from lrpet.registry import Metric, metric_of
-from lrpet.tables.claims import AS_IT_IS
+from lrpet.tables.claims import AS_IT_IS, count_of_ablations
 
 __all__ = ["plot_ablations", "plot_accuracy_against_macs", "plot_rank_search"]
 QUIET = "#555555"
@@ -200,7 +200,7 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
     >>> rows = [["from", "scratch", "a", "LRPET as it is"], ["from", "a trained one", "b", "lower"]]
     >>> runs = pd.DataFrame({"experiment": ["a", "b"], "top1_pct": [90.0, 89.0]})
     >>> plot_ablations(pd.DataFrame(rows, columns=columns), runs).finding
-    '1 of 1 changed settings that were run is shown to differ from LRPET as it is'
+    '1 of 1 settings with enough seeds is shown to differ from LRPET as it is'
     """
     metric = metric_of(runs)
     runs = runs.assign(score=runs[metric.column].astype(float))
@@ -234,11 +234,12 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
 
 
 def _finding_of_ablations(table: pd.DataFrame) -> str:
-    changed = table[~table.verdict.isin((*AS_IT_IS, "not tested"))]
-    decided = changed.verdict.isin(("higher", "lower")).sum()
-    be = "is" if decided == 1 else "are"
+    _, tested, decided = count_of_ablations(table)
+    if tested.empty:
+        return "Too few seeds to show that a changed setting differs from LRPET as it is"
+    be = "is" if len(decided) == 1 else "are"
     return (
-        f"{decided} of {len(changed)} changed settings that were run {be} shown to differ from LRPET as it is"
+        f"{len(decided)} of {len(tested)} settings with enough seeds {be} shown to differ from LRPET as it is"
     )
 
 

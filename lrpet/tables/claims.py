@@ -63,7 +63,8 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A row per pair that shares a network and, between low-rank methods, a ratio: mean difference, 95 %
         interval, p, p adjusted by Holm over the table, n, the difference that n seeds could have shown (80 %
-        power), and the verdict "higher", "lower" or "undecided" of :mod:`lrpet.tables.statistics`.
+        power), and the verdict "higher", "lower", "undecided" or "too few seeds" of
+        :mod:`lrpet.tables.statistics`.
     """
     names, samples = [], []
     for network, group in runs.groupby("network", sort=False):
@@ -152,18 +153,25 @@ def _same_but(free: tuple[str, ...], a: RunConfig, b: RunConfig) -> bool:
     return all(a[name] == b[name] for name in a if name not in (*free, "seed"))
 
 
-def summary_of_ablations(table: pd.DataFrame) -> str:
-    """Return in words what the ablations of a profile decide, computed from :func:`ablation_table`."""
+def count_of_ablations(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Return of an :func:`ablation_table` the changed settings, those that were tested, those that differ."""
     changed = table[~table.verdict.isin(AS_IT_IS)]
     decided = changed[changed.verdict.isin((HIGHER.above, HIGHER.below))]
+    return changed, changed[changed.verdict.isin(HIGHER[:3])], decided
+
+
+def summary_of_ablations(table: pd.DataFrame) -> str:
+    """Return in words what the ablations of a profile decide, computed from :func:`ablation_table`."""
+    changed, tested, decided = count_of_ablations(table)
     lines = [
         f"- {row.question}, {row.setting}: {row.verdict} than LRPET as it is"
         f" ({row.difference} points, 95 % interval {row.ci95}, p = {row.p_holm} after Holm, n={row.n})."
         for row in decided.itertuples()
     ]
-    tested = (changed.verdict != HIGHER.not_tested).sum()
-    count = f"- {len(decided)} of {len(changed)} changed settings differ from LRPET by more than chance"
-    lines.append(f"{count}; {tested} of them were run.")
+    lines.append(
+        f"- {len(tested)} of {len(changed)} changed settings have three seeds or more, which a verdict needs;"
+        f" {len(decided)} of these differ from LRPET by more than chance."
+    )
     if decided.empty:
         lines.append(
             "- The paper reports that energy transfer and BN rectification help: neither shown nor refuted by"
@@ -189,10 +197,10 @@ def claims_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the claims of the paper with evidence and verdict, computed from the store by one rule.
 
     A claim holds, or does not hold, where the p of the mean difference over three seeds or more, adjusted by
-    Holm over the claims of the table, is below 0.05; it is undecided otherwise, and not tested without a run.
-    Accuracy is compared in points of the last epoch, gradients in the decimal logarithm of the ratio LRPET to
-    LRP of the first layer's ‖M‖·‖∂L/∂M‖, averaged over the recorded epochs; the gradient alone would grow
-    where a BatchNorm follows a smaller M.
+    Holm over the claims of the table, is below 0.05; otherwise it is undecided. One seed or two are too few
+    for a verdict, and without a run a claim is not tested. Accuracy is compared in points of the last epoch,
+    gradients in the decimal logarithm of the ratio LRPET to LRP of the first layer's ‖M‖·‖∂L/∂M‖, averaged
+    over the recorded epochs; the gradient alone would grow where a BatchNorm follows a smaller M.
 
     Args:
         runs: of :func:`profile_runs`, for one profile.

@@ -58,11 +58,13 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
     lines = [
         f"- {done} of {len(accuracy)} experiments have at least one finished run; the others say “{NOT_RUN}”."
     ]
-    for row in decided.itertuples():
-        if row.n:
-            interval = f", 95 % interval {row.ci95}" if row.ci95 else ""
-            pair = f"{row.network}, {row.pair}, ratio {row.prune_ratio}"
-            lines.append(f"- {pair}: {row.difference} {points} (n={row.n}{interval}): {row.verdict}.")
+    tested = decided[decided.p != ""] if len(decided) else decided
+    if tested.empty:
+        lines.append("- No pair of methods has the three seeds that a verdict needs.")
+    for row in tested.itertuples():
+        pair = f"{row.network}, {row.pair}, ratio {row.prune_ratio}"
+        found = f"{row.difference} {points} (n={row.n}, 95 % interval {row.ci95})"
+        lines.append(f"- {pair}: {found}: {row.verdict}.")
     cost = tables["cost"]
     known = cost[(cost.paper_macs_m != "") & ~cost.macs_m.isin((NOT_HERE, NO_RANKS))]
     off = [(float(r.macs_m) / float(r.paper_macs_m) - 1) * 100 for r in known.itertuples()]

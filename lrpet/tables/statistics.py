@@ -1,7 +1,7 @@
 """The one rule by which tables decide: Student's t over seeds, adjusted by Holm over the rows of a table.
 
-A row is decided where n ≥ 3 and its adjusted p is below 0.05. Rows of fewer seeds are descriptive: no test is
-made of them, and they do not count in the adjustment. The interval shown is the unadjusted one of 95 %.
+A row is decided where n ≥ 3 and its adjusted p is below 0.05. Rows of fewer seeds are descriptive: they are
+not tested and do not count in the adjustment. The interval shown is the unadjusted one of 95 %.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Words(NamedTuple):
     above: str
     below: str
     undecided: str = "undecided"
+    too_few: str = "too few seeds"
     not_tested: str = "not tested"
 
 
@@ -106,12 +107,13 @@ def decide(samples: Sequence[pd.Series | None], words: Words, digits: int = 2) -
             continue
         row |= {"n": len(d), "difference": NOT_RUN, "verdict": words.not_tested}
         if len(d):
-            row |= {"difference": f"{d.mean():+.{digits}f}", "verdict": words.undecided}
+            row |= {"difference": f"{d.mean():+.{digits}f}", "verdict": words.too_few}
         if len(d) > 1:
             low, high = d.mean() - half_width(d), d.mean() + half_width(d)
             row |= {"ci95": f"[{low:+.{digits}f}, {high:+.{digits}f}]"}
         if k in p:
             row |= {
+                "verdict": words.undecided,
                 "p": f"{p[k]:.2g}",
                 "p_holm": f"{adjusted[k]:.2g}",
                 "detectable": f"{detectable(d):.{digits}f}",

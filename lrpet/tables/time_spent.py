@@ -15,10 +15,16 @@ def projection_share(runs: pd.DataFrame) -> pd.DataFrame:
     done = runs.dropna(subset=[metric_of(runs).column])
     done = done[done.projections > 0].dropna(subset=["projection_seconds"]) if len(done) else done
     if done.empty:
-        return pd.DataFrame(columns=["network", "method", "projections", "projection_seconds", "share_pct"])
+        columns = ["network", "method", "prune_ratio", "projections", "projection_seconds", "share_pct"]
+        return pd.DataFrame(columns=columns)
     share = 100 * done.projection_seconds / (done.projection_seconds + done.train_seconds)
     table = pd.DataFrame(
-        {"network": done.network, "method": done.label, "projections": done.projections.astype(int)}
+        {
+            "network": done.network,
+            "method": done.label,
+            "prune_ratio": [f"{ratio:g}" if ratio > 0 else "" for ratio in done.ratio],
+            "projections": done.projections.astype(int),
+        }
     )
     table = table.assign(
         projection_seconds=done.projection_seconds.round(2), share_pct=share.round(2), name=done.experiment

@@ -366,7 +366,7 @@ def test_a_setting_that_was_not_run_says_so():
     dots = sorted(x for line in first.lines for x in line.get_xdata() if line.get_marker() == "o")
     assert dots == [90.0, 91.0, 95.0]
     assert [label.get_text() for label in first.get_yticklabels()] == ["scratch", "a trained one", "another"]
-    assert figure.finding.startswith("1 of 1 changed settings that were run is shown to differ")
+    assert figure.finding.startswith("1 of 1 settings with enough seeds is shown to differ")
 
 
 def test_a_setting_that_is_a_number_is_a_line_with_a_band():

@@ -15,7 +15,7 @@ from lrpet.config import RunConfig
 from lrpet.paths import PROJECT, results_root
 
 PATHS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-STRIPPED = ("06_rank_search", "11_detection_segmentation")  # all others are committed with outputs
+STRIPPED = ("11_detection_segmentation",)  # all others are committed with outputs
 notebooks = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 

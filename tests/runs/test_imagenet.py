@@ -248,7 +248,7 @@ def test_a_profile_without_ablations_says_so(tmp_path):
     assert [text.get_text() for text in figures.plot_ablations(table, runs).texts] == [
         "no ablation of this profile has two settings that were run"
     ]
-    assert "0 of 0 changed settings" in tables.summary_of_ablations(table)
+    assert "0 of 0 changed settings have" in tables.summary_of_ablations(table)
 
 
 # ---------------------------------------------------------------- the notebook

@@ -13,6 +13,7 @@ from helpers import parameters as notebook_parameters
 
 from lrpet import RunConfig, run
 from lrpet.data.digits_tree import make_digits_tree
+from lrpet.experiments import load_profile
 from lrpet.paths import PROJECT
 
 IMAGES = {
@@ -24,6 +25,7 @@ IMAGES = {
     "milestones": [],
     "batch_size": 64,
 }
+DIGITS = {"dataset": "digits", "profile": "smoke", "batch_size": 256, "validation_fraction": 0.2}
 SETS = {  # notebook, parameters; each once as it comes and once with much changed
     "a short run": ("01_cifar10", {**TINY, "milestones": [1], "seed": 3}),
     "another method": (
@@ -56,11 +58,11 @@ SETS = {  # notebook, parameters; each once as it comes and once with much chang
     "gradients with a plain network": ("05_gradient_norms", {"draws": 1, "prune_ratio": 0.7}),
     "a small search": (
         "06_rank_search",
-        {"trials": 4, "search_epochs": 1, "final_epochs": 2, "batch_size": 256},
+        {**DIGITS, "trials": 4, "search_epochs": 1, "final_epochs": 2},
     ),
     "a search a layer": (
         "06_rank_search",
-        {"trials": 2, "search_epochs": 1, "final_epochs": 1, "batch_size": 256, "per_layer": True, "seed": 2},
+        {**DIGITS, "trials": 2, "search_epochs": 1, "final_epochs": 1, "per_layer": True, "seed": 2},
     ),
     "speed": ("07_speed", {}),
     "speed of another network": ("07_speed", {"model": "resnet20"}),
@@ -68,6 +70,8 @@ SETS = {  # notebook, parameters; each once as it comes and once with much chang
     "tables of short": ("08_tables", {"profile": "short"}),
     "a report of smoke": ("09_report", {"profile": "smoke"}),
     "a report of short": ("09_report", {"profile": "short"}),
+    "boxes": ("11_detection_segmentation", {"task": "detection", "images": 2, "score": 0.3}),
+    "masks": ("11_detection_segmentation", {"task": "segmentation"}),
 }
 
 
@@ -89,6 +93,10 @@ def test_papermill_then_nbval_strict(tmp_path, name, parameters):
             key: value for key, value in (defaults | parameters).items() if key not in ("data", "device")
         }
         run(RunConfig.from_dict(fields), data=make_digits_tree(), device="cpu", progress="off")
+    if name == "11_detection_segmentation":
+        for experiment in load_profile("smoke").experiments:
+            if experiment.config.task == parameters["task"]:
+                run(experiment.config, device="cpu", progress="off")
     environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": str(PROJECT)}
     executed = tmp_path / f"{name}.ipynb"
     command = [
