@@ -151,6 +151,8 @@ def answers_table(runs: pd.DataFrame) -> pd.DataFrame:
 def choice_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the held-out score of each step size that was tried; nothing is chosen before all three are run.
 
+    A step size at an end of its grid is called so: a better one may lie beyond.
+
     Args:
         runs: of :func:`lrpet.tables.rows.profile_runs`, for profile language-choice.
     """
@@ -159,6 +161,7 @@ def choice_table(runs: pd.DataFrame) -> pd.DataFrame:
     for _, tried in runs.groupby(stems, sort=False):
         scores = tried[metric.column].astype(float)
         best = (metric.sign * scores).idxmax() if scores.notna().all() else None
+        at_an_end = best in (tried.index[0], tried.index[-1])
         for k, row in tried.iterrows():
             config, score = row.config, scores[k]
             scale = 1.0 if config.gradient_scale is None else config.gradient_scale
@@ -168,7 +171,7 @@ def choice_table(runs: pd.DataFrame) -> pd.DataFrame:
                     "learning_rate": f"{config.learning_rate:g}",
                     "learning_rate_of_projected": f"{config.learning_rate * scale:g}",
                     metric.column: NOT_RUN if pd.isna(score) else f"{score:.{metric.digits}f}",
-                    "chosen": "chosen" if k == best else "",
+                    "chosen": "" if k != best else "chosen, at an end" if at_an_end else "chosen",
                 }
             )
     return pd.DataFrame(rows)
