@@ -68,7 +68,8 @@ def projection_table(runs: pd.DataFrame) -> pd.DataFrame:
         and 95 % interval over seeds; MB (10⁶ bytes) of optimizer state, and of the block matrices' share of
         it against AdamW's; MB of all gradients and of the largest; peak MB of a plain step and of a refresh;
         milliseconds of the optimizer's step, plain, at a refresh, and averaged over the run; size of the
-        result. All but the metric are those of the first finished seed.
+        result. All but the metric are those of the first finished seed; peaks and times of a row that ran on
+        another device than AdamW's are left out.
     """
     metric = metric_of(runs)
     adam = _first(runs[[_stem(name) == "adamw" for name in runs.experiment]], metric.column)
@@ -88,10 +89,8 @@ def projection_table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-MEASURED = (
-    *("state_mb", "block_state_share", "gradients_mb", "largest_gradient_mb", "peak_mb", "refresh_peak_mb"),
-    *("update_ms", "refresh_ms", "averaged_ms"),
-)
+OF_A_DEVICE = ("peak_mb", "refresh_peak_mb", "update_ms", "refresh_ms", "averaged_ms")
+MEASURED = ("state_mb", "block_state_share", "gradients_mb", "largest_gradient_mb", *OF_A_DEVICE)
 
 
 def _first(runs: pd.DataFrame, column: str) -> pd.Series | None:
@@ -116,6 +115,8 @@ def _measured(run: pd.Series, adam: pd.Series | None) -> dict[str, str]:
         averaged = plain + (refresh - plain) * run.refreshes / run.steps
     seconds = {"update_ms": plain, "refresh_ms": refresh, "averaged_ms": averaged}
     cells |= {name: "" if pd.isna(value) else f"{1e3 * value:.1f}" for name, value in seconds.items()}
+    if adam is not None and run.device != adam.device:
+        cells |= dict.fromkeys(OF_A_DEVICE, "other device")
     return cells | {"block_state_share": share}
 
 

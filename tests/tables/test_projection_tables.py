@@ -33,6 +33,7 @@ def made_up(scores, **changes):
     runs = profile_runs("language", task="language")
     for name in ("bits_per_byte", *MEASURED):
         runs[name] = np.nan
+    runs["device"] = "CPU"
     for stem, values in scores.items():
         which = runs.experiment == f"lm-{stem}"
         runs.loc[which, "bits_per_byte"] = values
@@ -81,6 +82,13 @@ def test_a_row_holds_what_was_measured_and_averages_its_refreshes():
     assert (adam.refresh_ms, adam.averaged_ms, adam.block_state_share) == ("", "4.0", "1.00")
     assert (galore.update_ms, galore.refresh_ms, galore.averaged_ms) == ("4.0", "104.0", "24.0")
     assert (galore.block_state_share, galore.refresh_peak_mb) == ("0.25", "60.00")
+
+
+def test_times_and_peaks_of_two_devices_do_not_share_a_column():
+    runs = made_up({"adamw": 3.0, "galore": 3.0}, galore={"device": "a GPU"})
+    galore = projection_table(runs).set_index("way").loc["GaLore, r = 32, T = 50"]
+    assert (galore.update_ms, galore.peak_mb) == ("other device", "other device")
+    assert galore.block_state_share == "1.00"
 
 
 def test_fewer_bits_are_better():
