@@ -73,6 +73,7 @@ HEADERS = {
     "refresh_ms": "refresh, ms",
     "refresh_peak_mb": "peak at a refresh, MB",
     "share": "aligned / ideal",
+    "share_pct": "share, %",
     "speedup": "followed: times a thin SVD",
     "speedup_exact": "exact: times a thin SVD",
     "speedup_torchao": "followed: times torchao",
