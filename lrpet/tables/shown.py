@@ -90,7 +90,7 @@ HEADERS = {
     "update_ms": "update, ms",
 }
 NAMES = ("question", "claim", "network", "matrix", "on", "method", "way", "metric", "pair", "setting")
-NAMES += ("quantity",)
+NAMES += ("quantity", "allocation", "trial")
 MEASURED = (  # after what names the row; each with the published value and the difference beside it
     ("top1_pct", "paper_top1_pct", "difference_pct", "top1_difference_pct"),
     ("top5_pct", "paper_top5_pct", "top5_difference_pct"),
@@ -135,13 +135,16 @@ def show(table: pd.DataFrame, *, index: bool = False) -> ShownTable:
     >>> print(show(pd.DataFrame({"n": [3, 3], "method": ["LRP", "LRPET"], "top1_pct": [84.4, None]})))
     | method   | top-1, %   |
     |:---------|:-----------|
-    | LRP      | 84.4       |
+    | LRP      | 84.40      |
     | LRPET    | –          |
     """
     table = table.reset_index() if index else table
     if "published" in table:
         table = table.rename(columns={"difference": "ours − published"})
     text = table.map(_written)
+    for place, column in enumerate(text.columns):
+        if str(column).endswith("_pct"):
+            text.isetitem(place, table.iloc[:, place].map(_percent))
     same = [c for c in text.columns if len(text) > 1 and text[c].nunique() == 1]
     kept = (*MEASURED[0], "published", "verdict")
     same = [c for c in same if c not in kept or text[c].iloc[0] == "–"]
@@ -157,6 +160,10 @@ def show(table: pd.DataFrame, *, index: bool = False) -> ShownTable:
 def header(column: object) -> str:
     words = " ".join(map(str, column)) if isinstance(column, tuple) else str(column).replace("_", " ")
     return HEADERS.get(column, words)
+
+
+def _percent(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) and not pd.isna(value) else _written(value)
 
 
 def _written(value: object) -> str:
