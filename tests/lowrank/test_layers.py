@@ -1,5 +1,6 @@
 """What counts as a layer and as a weight: other kinds, subclasses, computed, shared, frozen ones."""
 
+import json
 import threading
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lrpet import (
     LowRankProjector,
+    RunConfig,
     build_model,
     cost,
     factorize,
@@ -411,7 +413,13 @@ def test_ranks_may_be_integers_of_numpy():
     assert ranks == {"tall": 3} and type(ranks["tall"]) is int
 
 
-@pytest.mark.parametrize("path", sorted(PROJECT.glob("results/*/runs/*/compact-half.safetensors"))[:1])
+@pytest.mark.parametrize(
+    "path",
+    sorted(PROJECT.glob("results/*/runs/*/compact-half.safetensors")),
+    ids=lambda path: path.parent.name,
+)
 def test_committed_networks_still_load(path):
-    compact = load_compact(path, build_model("resnet20" if "resnet20" in str(path) else "resnet56"))
-    assert any(isinstance(module, LowRankConv2d) for module in compact.modules())
+    config = RunConfig(**json.loads((path.parent / "config.json").read_text()))
+    compact = load_compact(path, build_model(config.model))
+    low_rank = any(isinstance(module, LowRankConv2d) for module in compact.modules())
+    assert low_rank == (config.method != "dense")
