@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from lrpet.config import RunConfig
 from lrpet.data.batches import Batches
 from lrpet.data.sets import load_data
 from lrpet.paths import PROJECT
@@ -35,7 +34,9 @@ def test_every_run_is_whole_and_called_after_its_configuration(folder):
     assert re.fullmatch("[0-9a-f]{40}", run.environment["commit"])
 
 
-@pytest.mark.parametrize(("dataset", "held_out"), [("cifar10", 0.0), ("cifar10", 0.1), ("imagefolder", 0.0)])
+@pytest.mark.parametrize(
+    ("dataset", "held_out"), [("cifar10", 0.0), ("cifar10", 0.1), ("cifar10", 0.5), ("imagefolder", 0.0)]
+)
 def test_all_runs_saw_the_same_images(dataset, held_out):
     runs = [run for run in map(load_run, RUNS) if run.config.dataset == dataset]
     origins = [run.environment for run in runs if run.config.validation_fraction == held_out]
@@ -53,9 +54,9 @@ def test_weights_stay_small():
 
 @pytest.mark.slow
 def test_weights_reach_the_accuracy_of_their_run_on_the_real_images(cifar10):
-    batches = Batches(load_data(RunConfig(dataset="cifar10"), cifar10), 128, "cpu", 0)
     for path in WEIGHTS:
         run = load_run(path.parent)
+        batches = Batches(load_data(run.config, cifar10), 128, "cpu", 0)  # the held-out ones, of a search
         assert evaluate(load_network(run), batches)["top1_pct"] == pytest.approx(
             run.summary["top1_pct"], abs=0.1
         ), path.parent.name
