@@ -21,7 +21,7 @@ from lrpet.figures.style import (
     state,
 )
 from lrpet.registry import Metric, metric_of
-from lrpet.tables.claims import AS_IT_IS, count_of_ablations
+from lrpet.tables.claims import AS_IT_IS, ablations_with_verdict
 
 __all__ = ["plot_ablations", "plot_accuracy_against_macs", "plot_rank_search"]
 QUIET = "#555555"
@@ -234,7 +234,7 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
 
 
 def _finding_of_ablations(table: pd.DataFrame) -> str:
-    _, tested, decided = count_of_ablations(table)
+    tested, decided = ablations_with_verdict(table)
     if tested.empty:
         return "Too few seeds to show that a changed setting differs from LRPET as it is"
     be = "is" if len(decided) == 1 else "are"

@@ -153,23 +153,23 @@ def _same_but(free: tuple[str, ...], a: RunConfig, b: RunConfig) -> bool:
     return all(a[name] == b[name] for name in a if name not in (*free, "seed"))
 
 
-def count_of_ablations(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Return of an :func:`ablation_table` the changed settings, those that were tested, those that differ."""
-    changed = table[~table.verdict.isin(AS_IT_IS)]
-    decided = changed[changed.verdict.isin((HIGHER.above, HIGHER.below))]
-    return changed, changed[changed.verdict.isin(HIGHER[:3])], decided
+def ablations_with_verdict(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows of an :func:`ablation_table` that were tested, and those of them that differ."""
+    tested = table[table.verdict.isin(HIGHER.tested)]
+    return tested, tested[tested.verdict != HIGHER.undecided]
 
 
 def summary_of_ablations(table: pd.DataFrame) -> str:
     """Return in words what the ablations of a profile decide, computed from :func:`ablation_table`."""
-    changed, tested, decided = count_of_ablations(table)
+    tested, decided = ablations_with_verdict(table)
+    changed = (~table.verdict.isin(AS_IT_IS)).sum()
     lines = [
         f"- {row.question}, {row.setting}: {row.verdict} than LRPET as it is"
         f" ({row.difference} points, 95 % interval {row.ci95}, p = {row.p_holm} after Holm, n={row.n})."
         for row in decided.itertuples()
     ]
     lines.append(
-        f"- {len(tested)} of {len(changed)} changed settings have three seeds or more, which a verdict needs;"
+        f"- {len(tested)} of {changed} changed settings have three seeds or more, which a verdict needs;"
         f" {len(decided)} of these differ from LRPET by more than chance."
     )
     if decided.empty:

@@ -162,7 +162,7 @@ def choice_table(runs: pd.DataFrame) -> pd.DataFrame:
     for _, tried in runs.groupby(stems, sort=False):
         scores = tried[metric.column].astype(float)
         best = (metric.sign * scores).idxmax() if scores.notna().all() else None
-        at_an_end = best in (tried.index[0], tried.index[-1])
+        chosen = "chosen, at an end" if best in (tried.index[0], tried.index[-1]) else "chosen"
         for k, row in tried.iterrows():
             config, score = row.config, scores[k]
             scale = 1.0 if config.gradient_scale is None else config.gradient_scale
@@ -172,7 +172,7 @@ def choice_table(runs: pd.DataFrame) -> pd.DataFrame:
                     "learning_rate": f"{config.learning_rate:g}",
                     "learning_rate_of_projected": f"{config.learning_rate * scale:g}",
                     metric.column: NOT_RUN if pd.isna(score) else f"{score:.{metric.digits}f}",
-                    "chosen": "" if k != best else "chosen, at an end" if at_an_end else "chosen",
+                    "chosen": chosen if k == best else "",
                 }
             )
     return pd.DataFrame(rows)

@@ -14,7 +14,7 @@ from lrpet.paths import has_own_results, project_file, results_root
 from lrpet.registry import metric_of
 from lrpet.tables.accuracy import accuracy_table, imagenet_table, related_table
 from lrpet.tables.choice import repeats_table, selection_table
-from lrpet.tables.claims import ablation_table, claims_table, differences
+from lrpet.tables.claims import HIGHER, ablation_table, claims_table, differences
 from lrpet.tables.costs import NO_RANKS, NOT_HERE, cost_table
 from lrpet.tables.gradient_projection import gradient_tables
 from lrpet.tables.objects import object_tables
@@ -58,7 +58,7 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
     lines = [
         f"- {done} of {len(accuracy)} experiments have at least one finished run; the others say “{NOT_RUN}”."
     ]
-    tested = decided[decided.p != ""] if len(decided) else decided
+    tested = decided[decided.verdict.isin(HIGHER.tested)] if len(decided) else decided
     if tested.empty:
         lines.append("- No pair of methods has the three seeds that a verdict needs.")
     for row in tested.itertuples():

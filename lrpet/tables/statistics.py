@@ -29,6 +29,11 @@ class Words(NamedTuple):
     too_few: str = "too few seeds"
     not_tested: str = "not tested"
 
+    @property
+    def tested(self) -> tuple[str, str, str]:
+        """The verdicts of rows with enough seeds for a test."""
+        return self.above, self.below, self.undecided
+
 
 def half_width(values: Sequence[float]) -> float:
     """Return half the width of the 95 % interval of a mean by Student's t: t_{0.975, n−1} · sd / √n, n ≥ 2.
