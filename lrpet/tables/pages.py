@@ -55,9 +55,8 @@ def summary_of(tables: dict[str, pd.DataFrame]) -> str:
     metric = metric_of(accuracy)
     points = "points" if metric.unit == "%" else metric.title
     done = (accuracy[metric.column] != NOT_RUN).sum()
-    lines = [
-        f"- {done} of {len(accuracy)} experiments have at least one finished run; the others say “{NOT_RUN}”."
-    ]
+    rest = f"; the others say “{NOT_RUN}”" if done < len(accuracy) else ""
+    lines = [f"- {done} of {len(accuracy)} experiments have at least one finished run{rest}."]
     tested = decided[decided.verdict.isin(HIGHER.tested)] if len(decided) else decided
     if tested.empty:
         lines.append("- No pair of methods has the three seeds that a verdict needs.")
