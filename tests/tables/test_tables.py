@@ -268,6 +268,14 @@ def test_ablations_differ_from_lrpet_in_what_their_question_names_and_nothing_el
     assert "0 of 17 changed settings have three seeds" in tables.summary_of_ablations(table)
 
 
+def test_a_summary_says_that_others_were_not_run_only_where_some_were_not(tmp_path):
+    made = tables.write_tables("short", tmp_path)
+    assert "the others say “not run”" in tables.summary_of(made)
+    made["accuracy"]["top1_pct"] = "90.00 (n=1)"
+    told = tables.summary_of(made).splitlines()[0]
+    assert re.fullmatch(r"- (\d+) of \1 experiments have at least one finished run\.", told)
+
+
 def test_share_of_projections(tmp_path):
     assert tables.projection_share(tables.profile_runs("smoke", tmp_path)).empty
     put(tmp_path, experiment("smoke", "resnet8-lrpet-s1"), 90.0, projections=20, projection_seconds=20.0)
