@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
@@ -14,8 +15,8 @@ LEAST_GAIN |= {"resnet56": ("columns", 1.5)}
 FURTHEST = 5  # % that a measured speed-up may be off
 
 
-def _rows(results: Sequence[dict], benchmark: str) -> pd.DataFrame:
-    found = [result for result in results if (result["benchmark"], result["kind"]) == (benchmark, "cpu")]
+def _rows(results: Sequence[dict], benchmark: str, kind: str = "cpu") -> pd.DataFrame:
+    found = [result for result in results if (result["benchmark"], result["kind"]) == (benchmark, kind)]
     return pd.DataFrame(found[0]["rows"] if found else [])
 
 
@@ -45,9 +46,13 @@ def runtimes_table(results: Sequence[dict], batch: int = 1, threads: int = 1) ->
 
 
 def latency_table(results: Sequence[dict]) -> pd.DataFrame:
-    """Return a row per runtime and speed-up asked for; empty where the benchmark was not run."""
-    rows = _rows(results, "latency")
-    return rows.drop(columns=["trade"]) if len(rows) else rows
+    """Return a row per device, runtime and speed-up asked for; empty where the benchmark was not run."""
+    found = {kind: _rows(results, "latency", kind) for kind in ("cpu", "cuda")}
+    tables = [rows.assign(on=kind) for kind, rows in found.items() if len(rows)]
+    if not tables:
+        return pd.DataFrame()
+    table = pd.concat(tables, ignore_index=True)
+    return table[["on", *(name for name in table if name not in ("on", "trade"))]]
 
 
 def optimizers_table(results: Sequence[dict]) -> pd.DataFrame:
@@ -82,7 +87,10 @@ def judged(results: Sequence[dict]) -> Iterator[tuple[str, float | None, str, fl
         yield f"{network}, {variant}, times as fast as dense ({where})", best(network, variant), "≥", gain
     for runtime in ("openvino", "onnxruntime", "eager"):
         rows = latency[latency.runtime == runtime] if len(latency) else latency
-        off = float(100 * (rows["measured"] / rows.asked - 1).abs().max()) if len(rows) else None
+        off = None
+        if len(rows):
+            rows = rows.reindex(columns=["asked", "measured"])  # what was refused has not been measured
+            off = float(100 * (rows["measured"] / rows.asked - 1).abs().fillna(math.inf).max())
         yield (
             f"resnet18 in {runtime}, % by which ranks for 1.5 and 2.0 miss",
             off,

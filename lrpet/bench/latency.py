@@ -23,24 +23,27 @@ def bench_latency(
     device: str = "cpu",
     runtimes: str = "openvino,onnxruntime,eager",
     threads: int = 1,
+    batch: int = 1,
     spectra_of: str = "imagenette/runs/imagefolder-resnet18-dense-s1-5dd5e7",
 ) -> dict:
     """Plan ranks for speed-ups of 1.5 and 2.0 in each runtime, and measure each plan once more.
 
     The planned energies are those of weights with the singular values of a trained network, in random
-    directions: the store keeps a run's spectra and not its dense weights. Batch 1 at 224 pixels.
+    directions: the store keeps a run's spectra and not its dense weights. Images of 224 pixels.
 
     Args:
         model: a name of ``build_model``.
         device: "cpu", or "cuda" for eager and compiled networks.
         runtimes: names, with commas between.
         threads: of one inference.
+        batch: images of one inference.
         spectra_of: folder of the run whose last singular values are taken, among the results.
 
     Returns:
         ``rows``: one per runtime and speed-up asked for: ``predicted`` from the profile, ``measured`` by the
         plan, ``again`` measured by this function, ``energy_kept``, ``dense_layers`` left as they are, and
-        ``trade``, energy kept at each speed-up, allocated and uniform.
+        ``trade``, energy kept at each speed-up, allocated and uniform. Of a speed-up that cannot be reached
+        there is ``refused``, which names the largest, in the place of all these.
 
     Raises:
         ImportError: a package of the extra ``deploy`` is missing.
@@ -49,16 +52,21 @@ def bench_latency(
     where = torch.device(device)
     network = build_model(model, num_classes=10).to(where).eval()
     take_spectra(network, load_spectra(results_root() / spectra_of))
-    x, rows = torch.randn(1, 3, 224, 224, device=where), []
+    x, rows = torch.randn(batch, 3, 224, 224, device=where), []
     for runtime in runtimes.split(","):
         for asked in SPEEDUPS:
-            plan = ranks_for_latency(network, x, asked, runtime, threads=threads)
+            row = {"runtime": runtime, "threads": threads, "batch": batch, "asked": asked}
+            rows.append(row)
+            try:
+                plan = ranks_for_latency(network, x, asked, runtime, threads=threads)
+            except ValueError as error:
+                row["refused"] = str(error)
+                continue
             meter = make_meter(runtime, fold_batchnorm(network), x, list(plan.ranks), threads)
             dense, planned = meter.compare([{}, choice_of(plan)])
-            row = {"runtime": runtime, "threads": threads, "asked": asked, "predicted": plan.predicted}
-            row |= {"measured": plan.measured, "again": dense / planned}
+            row |= {"predicted": plan.predicted, "measured": plan.measured, "again": dense / planned}
             row |= {"energy_kept": plan.energy_kept, "dense_layers": len(plan.layers) - len(plan.ranks)}
-            rows.append(row | {"layers": len(plan.layers), "trade": plan.trade})
+            row |= {"layers": len(plan.layers), "trade": plan.trade}
     return {"rows": rows, "spectra_of": spectra_of}
 
 

@@ -205,9 +205,26 @@ def test_latency_is_planned_and_measured_once_more(monkeypatch):
     table = bench.latency_table([result])
     assert table["asked"].tolist() == [1.5, 2.0]
     assert (table["again"] > 0).all()
+    assert table["on"].tolist() == ["cpu", "cpu"]
     verdicts = bench.verdicts([result]).set_index("what")
     assert verdicts.loc["resnet18 in eager, % by which ranks for 1.5 and 2.0 miss", "measured"] == "2.00"
     assert verdicts.loc["resnet18 in openvino, % by which ranks for 1.5 and 2.0 miss", "verdict"] == "not run"
+
+
+def test_a_speed_up_that_cannot_be_reached_is_a_row_and_a_miss(monkeypatch):
+    def refuse(model, x, asked, runtime, threads):
+        raise ValueError(f"speedup {asked:g} cannot be reached in eager: the most is 1.10, measured")
+
+    monkeypatch.setattr(lrpet.bench.latency, "ranks_for_latency", refuse)
+    monkeypatch.setattr(lrpet.bench.latency, "load_spectra", lambda _: None)
+    monkeypatch.setattr(lrpet.bench.latency, "take_spectra", lambda *_: None)
+    found = lrpet.bench.latency.bench_latency("resnet8", runtimes="eager", batch=2)
+    result = {"benchmark": "latency", "kind": "cpu"} | found
+    assert [row["batch"] for row in found["rows"]] == [2, 2]
+    assert "the most is 1.10" in bench.latency_table([result]).refused[0]
+    verdicts = bench.verdicts([result]).set_index("what")
+    missed = verdicts.loc["resnet18 in eager, % by which ranks for 1.5 and 2.0 miss"]
+    assert missed.tolist()[::2] == ["inf", "not met"]
 
 
 def test_optimizers_are_compared_with_adamw(monkeypatch):
