@@ -52,6 +52,9 @@ def latency_table(results: Sequence[dict]) -> pd.DataFrame:
     if not tables:
         return pd.DataFrame()
     table = pd.concat(tables, ignore_index=True)
+    table["batch"] = table.get("batch", pd.Series(dtype=float)).reindex(table.index).fillna(1).astype(int)
+    if "refused" in table:  # what to do about it is for callers
+        table["refused"] = table.refused.str.partition(";")[0]
     return table[["on", *(name for name in table if name not in ("on", "trade"))]]
 
 

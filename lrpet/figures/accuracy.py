@@ -223,6 +223,7 @@ def plot_ablations(table: pd.DataFrame, runs: pd.DataFrame) -> ProjectFigure:
         for ax, question in zip(panels, rows, strict=True):
             _draw_rows(ax, table[table.question == question], runs)
         panels[-1].set_xlabel(metric.label)
+        panels[-1].locator_params(axis="x", nbins=6)
     lines = []
     for k, part in enumerate(parts[len(parts) - -(-len(sweeps) // 2) :]):
         pair = sweeps[2 * k : 2 * k + 2]

@@ -4,7 +4,7 @@ from lrpet.tables.accuracy import accuracy_table, imagenet_table
 from lrpet.tables.claims import ablation_table, claims_table, differences, summary_of_ablations
 from lrpet.tables.costs import cost_table
 from lrpet.tables.gradient_projection import answers_table, choice_table, projection_table, way_of
-from lrpet.tables.latency import equal_latency_table
+from lrpet.tables.latency import equal_latency_differences, equal_latency_table
 from lrpet.tables.names import label_of
 from lrpet.tables.objects import object_tables, objects_against_paper, objects_table
 from lrpet.tables.one_run import comparison, verdict
@@ -30,6 +30,7 @@ __all__ = [
     "cost_table",
     "differences",
     "energy_shares",
+    "equal_latency_differences",
     "equal_latency_table",
     "gradient_ratios",
     "headline",

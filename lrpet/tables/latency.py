@@ -7,8 +7,11 @@ from collections.abc import Mapping
 import pandas as pd
 
 from lrpet.config import RunConfig
+from lrpet.tables.claims import HIGHER
+from lrpet.tables.statistics import decide
 
-__all__ = ["equal_latency_table"]
+__all__ = ["equal_latency_differences", "equal_latency_table"]
+ALLOCATED = "by latency"  # the way that is compared with the others
 
 
 def equal_latency_table(result: Mapping, runs: pd.DataFrame) -> pd.DataFrame:
@@ -35,6 +38,25 @@ def equal_latency_table(result: Mapping, runs: pd.DataFrame) -> pd.DataFrame:
         if found.empty:
             made.append(told | {"seed": None, "top1_pct": None})
     return pd.DataFrame(made)
+
+
+def equal_latency_differences(ways: pd.DataFrame) -> pd.DataFrame:
+    """Return how much more accurate ranks by latency are than each other way, in points, paired by seed.
+
+    Args:
+        ways: of :func:`equal_latency_table`.
+
+    Returns:
+        A row per other way, decided as in :mod:`lrpet.tables.statistics`.
+    """
+    scores = {
+        way: rows.set_index("seed").top1_pct.astype(float) for way, rows in ways.groupby("way", sort=False)
+    }
+    others = [way for way in scores if way != ALLOCATED]
+    decided = decide([(scores[ALLOCATED] - scores[way]).dropna() for way in others], HIGHER)
+    return pd.DataFrame(
+        [{"pair": f"{ALLOCATED} − {way}"} | row for way, row in zip(others, decided, strict=True)]
+    )
 
 
 def _is_so(config: RunConfig, settings: Mapping) -> bool:

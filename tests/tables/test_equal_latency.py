@@ -44,11 +44,28 @@ def test_each_way_has_its_own_runs():
     assert found["by latency"] == [66.0, 67.0]
     assert found["uniform"] == [65.0]
     assert table[table.way == "narrow"].top1_pct.isna().all()
-    assert (
-        figures.plot_equal_latency(table).finding == "In equal time LRPET, ranks by latency comes to 66.5 %"
-    )
+    told = "In equal time: LRPET, ranks by latency 66.5 %; LRPET, one ratio 65.0 %"
+    assert figures.plot_equal_latency(table).finding == told
+    decided = tables.equal_latency_differences(table).set_index("pair")
+    assert decided.loc["by latency − uniform", ["difference", "n", "verdict"]].tolist() == [
+        "+1.00",
+        1,
+        "too few seeds",
+    ]
+    assert decided.loc["by latency − narrow", "difference"] == "not run"
     untrained = table.assign(top1_pct=None)
     assert figures.plot_equal_latency(untrained).finding == "Networks of equal latency have not been trained"
+
+
+def test_ranks_by_latency_are_judged_by_the_rule_of_all_tables():
+    ways = {"by latency": [66.0, 66.1, 66.2], "uniform": [65.0, 65.1, 65.3], "narrow": [66.0, 65.9, 66.4]}
+    rows = [
+        {"way": way, "seed": seed, "top1_pct": accuracy}
+        for way, accuracies in ways.items()
+        for seed, accuracy in enumerate(accuracies, 1)
+    ]
+    decided = tables.equal_latency_differences(pd.DataFrame(rows)).set_index("pair")
+    assert decided.verdict.to_dict() == {"by latency − uniform": "higher", "by latency − narrow": "undecided"}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
