@@ -48,11 +48,10 @@ def runtimes_table(results: Sequence[dict], batch: int = 1, threads: int = 1) ->
 def latency_table(results: Sequence[dict]) -> pd.DataFrame:
     """Return a row per device, runtime and speed-up asked for; empty where the benchmark was not run."""
     found = {kind: _rows(results, "latency", kind) for kind in ("cpu", "cuda")}
-    tables = [rows.assign(on=kind) for kind, rows in found.items() if len(rows)]
+    tables = [rows.assign(on=kind, batch=rows.get("batch", 1)) for kind, rows in found.items() if len(rows)]
     if not tables:
         return pd.DataFrame()
     table = pd.concat(tables, ignore_index=True)
-    table["batch"] = table.get("batch", pd.Series(dtype=float)).reindex(table.index).fillna(1).astype(int)
     if "refused" in table:  # what to do about it is for callers
         table["refused"] = table.refused.str.partition(";")[0]
     return table[["on", *(name for name in table if name not in ("on", "trade"))]]
