@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lrpet.config import PROFILES
 from lrpet.experiments import GRADIENT, MAIN, OBJECTS
 from lrpet.files import write_file
 from lrpet.paths import has_own_results, project_file, results_root
@@ -138,8 +139,7 @@ def write_pages(pages: Sequence[Path] | None = None) -> list[str]:
     texts = [marked.sub(fill, path.read_text(encoding="utf-8")) for path in pages]
     for path, text in zip(pages, texts, strict=True) if asked or has_own_results() else ():
         write_file(path, text)
-    for profile in {"short", "scaled", "selection", "paper", "imagenet", "imagenette", *GRADIENT} - set(
-        tables
-    ):
+    # those of smoke are in no repository, and voc's networks need the extra "segmentation"
+    for profile in set(PROFILES) - {"smoke", "voc", *tables}:
         write_tables(profile)
     return texts
