@@ -15,7 +15,6 @@ from lrpet.config import RunConfig
 from lrpet.paths import PROJECT, results_root
 
 PATHS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-STRIPPED = ("11_detection_segmentation",)  # all others are committed with outputs
 notebooks = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
@@ -57,11 +56,8 @@ def test_links_lead_somewhere(path):
 
 
 @notebooks
-def test_outputs_are_whole_or_absent(path):
+def test_outputs_are_whole(path):
     _, code = read_notebook(path)
-    if path.stem in STRIPPED:
-        assert all(cell.execution_count is None and not cell.outputs for cell in code)
-        return
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
 
@@ -133,4 +129,4 @@ def test_the_gallery_has_a_line_for_each_notebook():
     text = (PROJECT / "notebooks" / "README.md").read_text(encoding="utf-8")
     for path in PATHS:
         assert f"[{path.stem}]({path.name})" in text
-        assert path.stem in STRIPPED or (PROJECT / "notebooks" / "pictures" / f"{path.stem}.png").is_file()
+        assert (PROJECT / "notebooks" / "pictures" / f"{path.stem}.png").is_file()
