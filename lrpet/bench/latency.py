@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lrpet.deploy.latency import LatencyPlan, ranks_for_latency
+from lrpet.deploy.latency import LatencyPlan, OutOfReach, ranks_for_latency
 from lrpet.deploy.meters import Choice, make_meter
 from lrpet.lowrank.batchnorm import fold_batchnorm
 from lrpet.lowrank.ranks import compressible_layers
@@ -59,7 +59,7 @@ def bench_latency(
             rows.append(row)
             try:
                 plan = ranks_for_latency(network, x, asked, runtime, threads=threads)
-            except ValueError as error:
+            except OutOfReach as error:
                 row["refused"] = str(error)
                 continue
             meter = make_meter(runtime, fold_batchnorm(network), x, list(plan.ranks), threads)

@@ -24,11 +24,23 @@ from lrpet.lowrank.ranks import Choice as Layers
 from lrpet.lowrank.ranks import check_multiple, compressible_layers
 from lrpet.lowrank.table import LayerTable
 
-__all__ = ["LatencyLayer", "LatencyPlan", "Option", "allocate", "plan_latency", "ranks_for_latency"]
+__all__ = [
+    "LatencyLayer",
+    "LatencyPlan",
+    "Option",
+    "OutOfReach",
+    "allocate",
+    "plan_latency",
+    "ranks_for_latency",
+]
 CANDIDATES = 8  # uniform ones that are profiled, for each unfolding
 CORRECTIONS = 8  # measurements end to end, at most
 TOLERANCE = 0.05  # of the speed-up that is asked for
 TRADE = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)  # speed-ups of which the table tells the price
+
+
+class OutOfReach(ValueError):
+    """A speed-up that no ranks reach; the text names the largest that was measured."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,8 @@ def ranks_for_latency(
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: an argument is out of range, or the speed-up cannot be reached; it names the largest.
+        ValueError: an argument is out of range.
+        OutOfReach: the speed-up cannot be reached; it names the largest. It is a ValueError, too.
         ImportError: a package is missing.
 
     Warns:
@@ -219,7 +232,7 @@ def plan_latency(
         runtime: its name, for the plan.
 
     Raises:
-        ValueError: the speed-up cannot be reached.
+        OutOfReach: the speed-up cannot be reached.
     """
     profile = _Profile(meter, ways)
     options = profile.options(energies)
@@ -239,7 +252,7 @@ def plan_latency(
         )
         chosen, now, reached = {name: _dense(some) for name, some in options.items()}, dense, 1.0
     elif _most(tried) < speedup * (1 - TOLERANCE):
-        raise ValueError(
+        raise OutOfReach(
             f"speedup {speedup:g} cannot be reached in {runtime}: the most is {_most(tried):.2f}, measured; "
             "ask for less, let more layers take part, or choose another runtime"
         )

@@ -18,7 +18,7 @@ import lrpet.bench.training
 from lrpet import bench, build_model
 from lrpet.bench.__main__ import main
 from lrpet.bench.memory import peak_bytes
-from lrpet.deploy.latency import LatencyLayer, LatencyPlan
+from lrpet.deploy.latency import LatencyLayer, LatencyPlan, OutOfReach
 from lrpet.deploy.programs import LayeredProgram, onnxruntime_session, onnxruntime_task, quantized
 from lrpet.lowrank.ranks import compressible_layers
 from lrpet.lowrank.timing import side_by_side
@@ -213,7 +213,7 @@ def test_latency_is_planned_and_measured_once_more(monkeypatch):
 
 def test_a_speed_up_that_cannot_be_reached_is_a_row_and_a_miss(monkeypatch):
     def refuse(model, x, asked, runtime, threads):
-        raise ValueError(f"speedup {asked:g} cannot be reached in eager: the most is 1.10, measured")
+        raise OutOfReach(f"speedup {asked:g} cannot be reached in eager: the most is 1.10, measured")
 
     monkeypatch.setattr(lrpet.bench.latency, "ranks_for_latency", refuse)
     monkeypatch.setattr(lrpet.bench.latency, "load_spectra", lambda _: None)
@@ -225,6 +225,13 @@ def test_a_speed_up_that_cannot_be_reached_is_a_row_and_a_miss(monkeypatch):
     verdicts = bench.verdicts([result]).set_index("what")
     missed = verdicts.loc["resnet18 in eager, % by which ranks for 1.5 and 2.0 miss"]
     assert missed.tolist()[::2] == ["inf", "not met"]
+
+
+def test_a_mistyped_runtime_is_no_speed_up_out_of_reach(monkeypatch):
+    monkeypatch.setattr(lrpet.bench.latency, "load_spectra", lambda _: None)
+    monkeypatch.setattr(lrpet.bench.latency, "take_spectra", lambda *_: None)
+    with pytest.raises(ValueError, match="runtime must be one of .*; got 'eagre'"):
+        lrpet.bench.latency.bench_latency("resnet8", runtimes="eagre")
 
 
 def test_optimizers_are_compared_with_adamw(monkeypatch):
